@@ -879,11 +879,12 @@ def _load(model: nn.Module, arch: str, state: State, checkpoint: Checkpoint) -> 
         others = [a for a in architectures_that_fit(checkpoint) if a != arch]
         hint = f"; it would fit {' or '.join(others)}: pass --arch {others[0]}" if others else ""
         raise CallError(f"{checkpoint.name} does not fit {arch}: {', '.join(parts)}{hint}")
-    fitting = wanted.copy()  # keeps the version marks, without which MNASNet refuses to load
-    for key in [key for key in wanted if key not in state]:
-        del fitting[key]
-    fitting.update((key, state[key].contiguous()) for key in fitting)
-    model.load_state_dict(fitting, strict=False, assign=True)
+    for key in list(wanted):  # into its own dict, which has the version marks that MNASNet insists on
+        if key in state:
+            wanted[key] = state[key].contiguous()
+        else:
+            del wanted[key]
+    model.load_state_dict(wanted, strict=False, assign=True)
 
 
 def _shape(tensor: Tensor) -> str:
