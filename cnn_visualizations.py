@@ -59,6 +59,16 @@ class PhotoError(ValueError):
     """One photo cannot be explained; the others can. The message is one line. Exit status 1."""
 
 
+def note(message: str) -> None:
+    """Tells the person something on stderr that is not an error."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: which of the known names was probably meant, or nothing if none comes near."""
     # People leave out prefixes ("layer4.2.conv" for "backbone.layer4.2.conv3"), so a containing name counts as near.
@@ -356,8 +366,7 @@ from torchvision.models import get_model_builder, get_model_weights, list_models
 
 MAX_PIXELS = 250_000_000  # above every camera's largest photo; a few kilobytes of hostile PNG can claim to be more
 MIN_SIDE = 8  # pixels; below that there is nothing to point at
-
-Image.MAX_IMAGE_PIXELS = None  # our own limit, which is an error line and not a warning
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # MPO: phones put a second picture into a JPEG
 
 
 @dataclass(frozen=True)
@@ -385,7 +394,7 @@ def read_photo(path: Path) -> Photo:
     if fault:
         raise PhotoError(f"{path} {fault}")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise PhotoError(f"{path} has {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} megapixels")
@@ -397,22 +406,14 @@ def read_photo(path: Path) -> Photo:
     except PhotoError:
         raise
     except Exception as error:  # decoders raise nearly anything on a hostile file, from struct.error to MemoryError
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PhotoError(f"{path} cannot be decoded: {reason}") from error
+        raise PhotoError(f"{path} cannot be decoded: {first_line(error)}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode as 8-bit RGB. Sixteen bits are scaled down; Pillow's own convert would clip them to white."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        brightest = float(values.max(initial=0))
-        white = (
-            1.0
-            if brightest <= 1 and image.mode == "F"
-            else 255.0
-            if brightest <= 255 and image.mode != "I;16"
-            else 65535.0
-        )
+        white = 65535.0 if image.mode != "F" else 1.0 if values.max(initial=0) <= 1 else 255.0
         image = Image.fromarray(np.clip(values * (255 / white) + 0.5, 0, 255).astype(np.uint8))
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # a palette may hold transparency, which only this conversion reads
@@ -553,11 +554,6 @@ def find_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def note(message: str) -> None:
-    """Tells the person something on stderr that is not an error."""
-    print(f"note: {message}", file=sys.stderr)
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """What was found in a checkpoint.
@@ -629,11 +625,6 @@ def _load_safely(path: Path) -> Any:
         if isinstance(error, PermissionError):
             raise CallError(f"{path} cannot be read: permission denied") from error
         raise CallError(f"{path} is not a checkpoint that torch can read, or not a whole one") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _find_state(content: Any, depth: int = 0) -> Mapping[str, Any]:
@@ -817,7 +808,7 @@ def build_model(
     _fit_head(model, state, checkpoint.beside)
     _load(model, arch, state, checkpoint)
     if num_classes not in (None, classes):
-        raise CallError(f"--num-classes is {num_classes}, but {checkpoint.name} has {classes} classes")
+        raise CallError(f"--num-classes {num_classes}, but {checkpoint.name}: {classes} classes; leave the option out")
     fixed = getattr(model, "image_size", None)  # the side that a ViT's position embedding was made for
     if fixed and size not in (None, fixed):
         raise CallError(f"this {arch} takes inputs of {fixed} x {fixed} pixels only; leave --input-size {size} out")
@@ -915,9 +906,12 @@ def _preset(arch: str, size: int | None, entries: Mapping[str, Any]) -> Any:
     for entry in ("mean", "std"):
         values = entries.get(entry)
         if values is not None:
-            values = [float(v) for v in torch.as_tensor(values).flatten()]
-            if len(values) != 3 or (entry == "std" and not all(v > 0 for v in values)):
-                raise CallError(f"the checkpoint's {entry} is not three numbers")
+            try:
+                values = torch.as_tensor(values, dtype=torch.float64).tolist()
+            except (TypeError, ValueError, RuntimeError):
+                values = []
+            if not isinstance(values, list) or len(values) != 3 or (entry == "std" and not min(values) > 0):
+                raise CallError(f"the checkpoint's entry {entry} is not three numbers, one for each colour")
             setattr(preset, entry, values)
     return preset
 
@@ -1761,6 +1755,7 @@ def run(args: argparse.Namespace) -> int:
 def main(args: argparse.Namespace) -> int:
     """Runs the program. Returns the exit status: 0 done, 1 a photo failed, 2 a wrong call, 130 stopped by Ctrl-C."""
     warnings.filterwarnings("ignore")  # the libraries' warnings are nothing that the person can act on
+    Image.MAX_IMAGE_PIXELS = None  # read_photo has a limit of its own, which is an error line
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end the run
     try:
