@@ -366,7 +366,7 @@ from torchvision.models import get_model_builder, get_model_weights, list_models
 
 MAX_PIXELS = 250_000_000  # above every camera's largest photo; a few kilobytes of hostile PNG can claim to be more
 MIN_SIDE = 8  # pixels; below that there is nothing to point at
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # MPO: phones put a second picture into a JPEG
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 
 @dataclass(frozen=True)
