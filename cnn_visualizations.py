@@ -107,7 +107,10 @@ def _names_from(known: Sequence[str], kind: str, text: str) -> list[str]:
 
 
 def _method(text: str) -> str:
-    return _names_from(METHODS, "method", text)[0]
+    names = _names_from(METHODS, "method", text)
+    if len(names) > 1:
+        raise argparse.ArgumentTypeError(f"one method at a time, not {len(names)}")
+    return names[0]
 
 
 def _outputs(text: str) -> list[str]:
@@ -318,7 +321,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         SystemExit: 0 after --help, 2 after a wrong call, 1 where none of the photos can be one.
     """
     parser = _parser()
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = parser.parse_known_intermixed_args(argv)  # photos may stand before and after options
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         parser.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], options)} (see --help)")
