@@ -109,7 +109,7 @@ def _names_from(known: Sequence[str], kind: str, text: str) -> list[str]:
 def _method(text: str) -> str:
     names = _names_from(METHODS, "method", text)
     if len(names) > 1:
-        raise argparse.ArgumentTypeError(f"one method at a time, not {len(names)}")
+        raise argparse.ArgumentTypeError(f"one method at a time, not '{text}'")
     return names[0]
 
 
@@ -321,7 +321,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         SystemExit: 0 after --help, 2 after a wrong call, 1 where none of the photos can be one.
     """
     parser = _parser()
-    args, unknown = parser.parse_known_intermixed_args(argv)  # photos may stand before and after options
+    args, rest = parser.parse_known_args(argv)
+    args.images += [name for name in rest if not name.startswith("-")]  # photos may stand on both sides of the options
+    unknown = [name for name in rest if name.startswith("-")]
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         parser.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], options)} (see --help)")
