@@ -22,13 +22,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import functools
+import glob
 import importlib.util
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1  Command line. Only the standard library: --help and a mistyped option must not wait for torch.
@@ -59,9 +61,20 @@ class PhotoError(ValueError):
     """One photo cannot be explained; the others can. The message is one line. Exit status 1."""
 
 
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Prints one line, on stdout unless told otherwise; a control character in a file name does not make it two."""
+    print("".join(c if c.isprintable() or c == " " else repr(c)[1:-1] for c in line), file=stream, flush=True)
+
+
 def note(message: str) -> None:
     """Tells the person something on stderr that is not an error."""
-    print(f"note: {message}", file=sys.stderr)
+    say(f"note: {message}", sys.stderr)
+
+
+@functools.cache
+def note_once(message: str) -> None:
+    """The same, but the first time only."""
+    note(message)
 
 
 def first_line(error: BaseException) -> str:
@@ -157,134 +170,95 @@ class _Parser(argparse.ArgumentParser):
     """argparse, but an error is one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())}\n")
+        say(f"error: {' '.join(message.split())}", sys.stderr)
+        self.exit(2)
+
+
+HELP = {
+    "images": "Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders of photos, patterns such as '*.jpg', or - to read "
+    "paths from standard input, one a line.",
+    "arch": "The torchvision architecture, such as resnet50. Left out, the checkpoint tells it; without a checkpoint "
+    "either, it is resnet50.",
+    "ckpt": "Your checkpoint: .pth, .pt, .ckpt or .safetensors with the weights. Left out, torchvision's ImageNet "
+    "weights are downloaded.",
+    "num-classes": "How many classes the network tells apart. Left out, the checkpoint tells it.",
+    "class-names": "The names of the classes in the order of their indices, one a line, or as JSON. They win over "
+    "names in the checkpoint.",
+    "device": "Where to compute: cuda, cuda:1, mps or cpu. Left out: the CUDA GPU if there is one, else the CPU.",
+    "input-size": "Side of the square that the network sees. Left out: the checkpoint's, else that of torchvision's "
+    "preset for the architecture.",
+    "resize": "crop: shorten the photo to a square as torchvision's preset does (the default). squash: show the whole "
+    "photo, aspect not kept.",
+    "batch-size": "How many photos go through the network at once (default: 8). Less needs less memory.",
+    "method": f"How the heatmap is made: {', '.join(METHODS)} (default: gradcam).",
+    "target-layer": "The layer that is looked at, by its dotted name, such as layer4 or features.17. Left out: the "
+    "last one that gives a spatial map.",
+    "target-class": "The class that is explained, by name or index. Left out: the likeliest one for each photo.",
+    "output": "Where the pictures and results.jsonl go (default: out). It is made if need be.",
+    "outputs": "Which pictures, comma-separated: cam, gb, cam_gb (default: all three). cam alone is the fastest.",
+    "output-size": "Long side of the pictures. Left out: that of the photo's part that the network saw, at most 1024.",
+    "skip-existing": "Go on where an earlier run stopped: leave out the photos whose pictures are all there and that "
+    "stand in results.jsonl.",
+}
 
 
 def _parser() -> _Parser:
     parser = _Parser(
         prog="cnn_visualizations.py",
-        description="Shows what in a photo made a network answer as it did. For each photo it writes the heatmap (CAM) "
-        "over the photo, guided backpropagation (gb), and the product of the two (cam_gb) as JPEG files.",
+        description="Shows what in a photo made a network answer as it did. For each photo it writes the\n"
+        "heatmap (CAM) over the photo, guided backpropagation (gb), and the product of the two\n"
+        "(cam_gb) as JPEG files.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="Photos: JPEG, PNG, WebP, BMP, TIFF or GIF files.")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help=HELP["images"])
 
-    network = parser.add_argument_group("the network")
-    network.add_argument(
-        "--arch",
-        type=_architecture,
-        metavar="NAME",
-        help="The torchvision architecture, such as "
-        "resnet50. Left out, the checkpoint tells it; without a checkpoint either, it is resnet50.",
-    )
-    network.add_argument(
-        "--ckpt",
-        type=_file,
-        metavar="FILE",
-        help="Your checkpoint: .pth, .pt, .ckpt or "
-        ".safetensors with the weights. Left out, torchvision's ImageNet weights are downloaded.",
-    )
-    network.add_argument(
-        "--num-classes",
-        type=_between(1, 1_000_000),
-        metavar="N",
-        help="How many classes the network tells apart. Left out, the checkpoint tells it.",
-    )
-    network.add_argument(
-        "--class-names",
-        type=_file,
-        metavar="FILE",
-        help="The names of the classes in the order of "
-        "their indices, one a line, or as JSON. They win over names in the checkpoint.",
-    )
-    network.add_argument(
-        "--device",
-        type=_device,
-        metavar="NAME",
-        help="Where to compute: cuda, cuda:1, mps or cpu. Left out: the CUDA GPU if there is one, else the CPU.",
-    )
+    def group(title: str) -> Any:
+        arguments = parser.add_argument_group(title)
+        return lambda name, **kwargs: arguments.add_argument(f"--{name}", help=HELP[name], **kwargs)
 
-    photo = parser.add_argument_group("what the network sees")
-    photo.add_argument(
-        "--input-size",
-        type=_between(8, 4096),
-        metavar="PX",
-        help="Side of the square that the network "
-        "sees. Left out: the checkpoint's, else that of torchvision's preset for the architecture.",
-    )
-    photo.add_argument(
-        "--resize",
-        choices=("crop", "squash"),
-        default="crop",
-        help="crop: shorten the photo to a "
-        "square as torchvision's preset does (the default). squash: show the whole photo, aspect not kept.",
-    )
-    photo.add_argument(
-        "--batch-size",
-        type=_between(1, 4096),
-        default=8,
-        metavar="N",
-        help="How many photos go through the network at once (default: 8). Less needs less memory.",
-    )
+    add = group("the network")
+    add("arch", type=_architecture, metavar="NAME")
+    add("ckpt", type=_file, metavar="FILE")
+    add("num-classes", type=_between(1, 1_000_000), metavar="N")
+    add("class-names", type=_file, metavar="FILE")
+    add("device", type=_device, metavar="NAME")
 
-    explanation = parser.add_argument_group("the explanation")
-    explanation.add_argument(
-        "--method",
-        type=_method,
-        default="gradcam",
-        metavar="NAME",
-        help=f"How the heatmap is made: {', '.join(METHODS)} (default: gradcam).",
-    )
-    explanation.add_argument(
-        "--target-layer",
-        metavar="NAME",
-        help="The layer that is looked at, by its dotted name, "
-        "such as layer4 or features.17. Left out: the last one that gives a spatial map.",
-    )
-    explanation.add_argument(
-        "--target-class",
-        metavar="CLASS",
-        help="The class that is explained, by name or index. Left out: the likeliest one for each photo.",
-    )
+    add = group("what the network sees")
+    add("input-size", type=_between(8, 4096), metavar="PX")
+    add("resize", choices=("crop", "squash"), default="crop")
+    add("batch-size", type=_between(1, 4096), default=8, metavar="N")
 
-    pictures = parser.add_argument_group("the pictures")
-    pictures.add_argument(
-        "--output",
-        type=Path,
-        default=Path("out"),
-        metavar="FOLDER",
-        help="Where the pictures go (default: out). It is made if need be.",
-    )
-    pictures.add_argument(
-        "--outputs",
-        type=_outputs,
-        default=list(OUTPUTS),
-        metavar="LIST",
-        help="Which pictures, comma-separated: cam, gb, cam_gb (default: all three). cam alone is the fastest.",
-    )
-    pictures.add_argument(
-        "--output-size",
-        type=_between(16, 8192),
-        metavar="PX",
-        help="Long side of the pictures. Left out: that of the photo's part that the network saw, at most 1024.",
-    )
+    add = group("the explanation")
+    add("method", type=_method, default="gradcam", metavar="NAME")
+    add("target-layer", metavar="NAME")
+    add("target-class", metavar="CLASS")
+
+    add = group("the pictures")
+    add("output", type=Path, default=Path("out"), metavar="FOLDER")
+    add("outputs", type=_outputs, default=list(OUTPUTS), metavar="LIST")
+    add("output-size", type=_between(16, 8192), metavar="PX")
+    add("skip-existing", action="store_true")
     return parser
 
 
 # The first bytes of the files that we read: enough to tell a text file named .jpg without decoding anything.
-_SIGNATURES = (
-    b"\xff\xd8\xff",
-    b"\x89PNG\r\n\x1a\n",
-    b"RIFF",
-    b"BM",
-    b"II*\x00",
-    b"MM\x00*",
-    b"II+\x00",
-    b"MM\x00+",
-    b"GIF8",
-)
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"GIF8")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+# Stands as a comment near the beginning of every picture that this program writes. So a folder can be given with
+# earlier results in it, and no file that is not ours is ever overwritten.
+MARK = b"made by cnn_visualizations.py"
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether a file is a picture that this program wrote."""
+    try:
+        with Path(path).open("rb") as file:
+            return MARK in file.read(100)
+    except (OSError, ValueError):
+        return False
 
 
 def photo_fault(path: Path) -> str | None:
@@ -292,15 +266,51 @@ def photo_fault(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             start = file.read(16)
-    except IsADirectoryError:
-        return "is a folder; name the photos in it"
-    except PermissionError:
-        return "is a folder; name the photos in it" if path.is_dir() else "cannot be read: permission denied"
-    except (OSError, ValueError):  # ValueError: a NUL byte in the name
-        return "cannot be read" if path.exists() else "is not there"
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        if path.is_dir():
+            return "is a folder"
+        return f"cannot be read: {error.strerror}" if isinstance(error, PermissionError) else "is not there"
     if not start:
         return "is empty"
-    return None if start.startswith(_SIGNATURES) else "is not a picture (JPEG, PNG, WebP, BMP, TIFF or GIF)"
+    return None if start.startswith(SIGNATURES) else "is not a picture (JPEG, PNG, WebP, BMP, TIFF or GIF)"
+
+
+def find_photos(inputs: Sequence[str], stdin: Iterable[str] = ()) -> list[tuple[str, str]]:
+    """The photos that files, folders, patterns and `-` stand for, each with the folder of its pictures under --output.
+
+    A folder is walked in sorted order and its tree is mirrored; of several folders, the part of their paths in which
+    they differ is kept. `-` stands for the paths on `stdin`, one a line. A path that is not there stays in the
+    list, so that it gets its error line.
+    """
+    folders = [os.path.abspath(name) for name in inputs if os.path.isdir(name)]
+    try:
+        common = os.path.commonpath(folders) if folders else ""
+    except ValueError:  # two drives of Windows
+        common = ""
+    found: dict[str, str] = {}
+    for name in inputs:
+        if name == "-":
+            found.update((str(Path(line.rstrip("\r\n"))), "") for line in stdin if line.strip())
+        elif os.path.isdir(name):
+            found.update(_walk(name, common))
+        elif glob.has_magic(name) and not os.path.lexists(name):  # a shell that leaves patterns to the program
+            matches = sorted(m for m in glob.glob(name, recursive=True) if os.path.isfile(m) and not is_ours(m))
+            found.update((match, "") for match in matches or [name])
+        else:
+            found.setdefault(str(Path(name)), "")
+    return list(found.items())
+
+
+def _walk(top: str, common: str) -> Iterator[tuple[str, str]]:
+    """The photos below a folder, each with its folder relative to `common`; not hidden files nor our own pictures."""
+    for folder, inner, files in os.walk(top, onerror=lambda error: note(f"{error.filename} cannot be listed")):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        absolute = os.path.abspath(folder)
+        mirrored = os.path.relpath(absolute, common) if common else os.path.splitdrive(absolute)[1].lstrip("\\/")
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".") and not ("_" in name and is_ours(path)):
+                yield path, mirrored
 
 
 def check_writable(folder: Path) -> None:
@@ -322,19 +332,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    args.images += [name for name in rest if not name.startswith("-")]  # photos may stand on both sides of the options
-    unknown = [name for name in rest if name.startswith("-")]
+    end = rest.index("--") if "--" in rest else len(rest)
+    unknown = [name for name in rest[:end] if name.startswith("-")]
+    # photos may stand on both sides of the options, and after -- whatever they are called
+    args.images += [name for name in rest[:end] if not name.startswith("-")] + rest[end + 1 :]
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         parser.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], options)} (see --help)")
-    args.images = list(dict.fromkeys(Path(image) for image in args.images))
+    args.photos = find_photos(args.images, sys.stdin if "-" in args.images else ())
+    if not args.photos:
+        parser.error(f"no photos in {', '.join(args.images)} (looked for {' '.join(SUFFIXES)})")
     faults = []
-    for path in args.images:
-        faults.append(photo_fault(path))
-        if faults[-1] is None:  # one photo is worth starting for; the others get their line when it is their turn
+    for path, _ in args.photos:
+        faults.append(f"error: {path} {photo_fault(Path(path))}")
+        if photo_fault(Path(path)) is None:  # worth starting for; the others get their line when it is their turn
             break
     else:
-        parser.exit(1, "".join(f"error: {path} {fault}\n" for path, fault in zip(args.images, faults, strict=True)))
+        for fault in faults:
+            say(fault, sys.stderr)
+        parser.exit(1)
     try:
         check_writable(args.output)
     except CallError as error:
@@ -349,9 +365,16 @@ import importlib
 import io
 import itertools
 import json
+import logging
 import math
+import operator
+import threading
+import time
+import unicodedata
 import warnings
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -364,14 +387,19 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models import get_model_builder, get_model_weights, list_models
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2  Images. Paths become decoded photos; whatever is in the file, memory stays bounded and the answer is one line.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_PIXELS = 250_000_000  # above every camera's largest photo; a few kilobytes of hostile PNG can claim to be more
+GIANT = 50_000_000  # pixels; above that, one photo is decoded at a time
 MIN_SIDE = 8  # pixels; below that there is nothing to point at
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+
+
+_one_giant = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -405,9 +433,9 @@ def read_photo(path: Path) -> Photo:
                 raise PhotoError(f"{path} has {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} megapixels")
             if min(width, height) < MIN_SIDE:
                 raise PhotoError(f"{path} has {width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            return Photo(path, np.asarray(_to_rgb(upright)))
+            with _one_giant if width * height > GIANT else contextlib.nullcontext():
+                image.load()
+                return Photo(path, np.asarray(_to_rgb(ImageOps.exif_transpose(image))))
     except PhotoError:
         raise
     except Exception as error:  # decoders raise nearly anything on a hostile file, from struct.error to MemoryError
@@ -447,6 +475,7 @@ STATE_ENTRIES = (
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.")
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # training-time heads of googlenet and inception_v3; never needed here
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index", "relative_coords_table")
+DISPENSABLE = BUFFERS[2:]  # the network comes with these; without its running statistics it would answer wrongly
 
 State = dict[str, Tensor]
 
@@ -539,18 +568,22 @@ def load_classifier(
     return Classifier(model.to(target), arch, names, preset, target, squash=resize == "squash")
 
 
-def find_device(name: str | torch.device | None) -> torch.device:
+def find_device(name: str | torch.device | None, local_rank: int | None = None) -> torch.device:
     """The device of that name; None stands for the CUDA GPU where there is one, else the CPU.
+
+    Under torchrun each process of a machine takes the GPU with the number `local_rank`, unless one is named.
 
     Raises:
         CallError: it is not there.
     """
-    if name is None:
-        if not torch.cuda.is_available():
+    if name is None and not torch.cuda.is_available():
+        if not local_rank:
             note("no CUDA GPU found, computing on the CPU")
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+        return torch.device("cpu")
+    if local_rank is not None and str(name or "cuda") == "cuda":
+        name = f"cuda:{local_rank}"
     try:
+        device = torch.device(name or "cuda")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -589,6 +622,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         held = ", ".join(map(str, list(entries)[:8])) or type(content).__name__
         raise CallError(f"{path} holds no weights (found: {held}); save them with torch.save(model.state_dict(), ...)")
     tensors = {str(k): v.detach() for k, v in raw.items() if isinstance(v, Tensor)}
+    if not all(v.layout is torch.strided and v.numel() for v in tensors.values()):
+        raise CallError(f"{path} holds sparse or empty tensors; save the weights as ordinary ones")
     state, beside = _strip_prefixes({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
     # Before 2018 torchvision's DenseNet called its layers norm.1 and conv.2 instead of norm1 and conv2.
     old_densenet = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
@@ -599,6 +634,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def _load_safely(path: Path) -> Any:
     how_to = "save the weights alone with torch.save(model.state_dict(), 'weights.pth')"
+    if not path.is_file():
+        raise CallError(f"{path} is {'a folder, not a checkpoint' if path.is_dir() else 'not there'}")
     if path.suffix == ".safetensors":
         try:
             from safetensors import SafetensorError
@@ -610,12 +647,12 @@ def _load_safely(path: Path) -> Any:
         except (SafetensorError, OSError, ValueError) as error:
             raise CallError(f"{path} is not a whole safetensors file: {first_line(error)}") from error
     try:
-        # Options of torchvision's training script and numbers that NumPy computed stand in many checkpoints;
-        # both are plain data.
+        # The options of torchvision's training script and NumPy's numbers stand in many checkpoints; all plain data.
         numpy_core = importlib.import_module(
             "numpy._core.multiarray" if np.__version__ >= "2" else "numpy.core.multiarray"
         )
-        plain = [argparse.Namespace, numpy_core.scalar, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
+        plain = [argparse.Namespace, numpy_core.scalar, numpy_core._reconstruct, np.ndarray, np.dtype]
+        plain += {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
         with torch.serialization.safe_globals(plain):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -673,7 +710,8 @@ def download_weights(arch: str) -> Checkpoint:
     if not (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name).is_file():
         note(f"downloading torchvision's weights for {arch} ({weights.meta['_file_size']:.0f} MB)")
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # torch announces the URL there
+        # torch announces the URL, on stdout or stderr depending on its version
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             state = weights.get_state_dict(progress=False, check_hash=True)
     except Exception as error:
         raise CallError(
@@ -702,10 +740,11 @@ def skeleton(arch: str, num_classes: int, state: State, input_size: int | None =
         # load them. A trained checkpoint is nearly always fine-tuned from those; the weights themselves don't tell.
         statistics = next((v for k, v in state.items() if k.endswith("running_mean")), torch.zeros(1))
         options = {"aux_logits": False, "init_weights": False, "transform_input": bool(statistics.any())}
-    if arch.startswith("vit_"):
-        position, patch = state.get("encoder.pos_embedding"), state.get("conv_proj.weight")
-        if position is not None and patch is not None and position.ndim == 3 and patch.ndim == 4:
-            options["image_size"] = math.isqrt(max(position.shape[1] - 1, 1)) * patch.shape[-1]
+    position, patch = state.get("encoder.pos_embedding"), state.get("conv_proj.weight")
+    if position is not None and patch is not None and position.ndim == 3:
+        side = patch.shape[-1]
+        if arch.startswith("vit_") and arch.endswith(f"_{side}"):  # the name ends in the side of the patches
+            options["image_size"] = math.isqrt(max(position.shape[1] - 1, 1)) * side
     if arch == "maxvit_t" and input_size:
         options["input_size"] = (input_size, input_size)
     with _Unallocated():
@@ -727,15 +766,15 @@ def _head_weight(state: State, beside: Iterable[str] = ()) -> str | None:
     return max(weights, key=_natural, default=None)
 
 
-def count_parameters(state: State, beside: Iterable[str] = ()) -> int:
+def count_parameters(checkpoint: Checkpoint) -> int:
     """How many parameters the network would have with 1000 classes: the figure that torchvision publishes."""
-    total = sum(tensor.numel() for key, tensor in state.items() if not key.endswith(BUFFERS))
-    head = _head_weight(state, beside)
+    state, head = checkpoint.state, _head_weight(checkpoint.state, checkpoint.beside)
+    total = sum(v.numel() for k, v in state.items() if not k.endswith(BUFFERS) and k not in checkpoint.beside)
     if head is None:
         return total
     classes, per_class = state[head].shape[0], state[head][0].numel()
     per_class += head.removesuffix("weight") + "bias" in state
-    return total + (1000 - classes) * per_class
+    return total + (1000 - classes * (head not in checkpoint.beside)) * per_class
 
 
 def find_architecture(checkpoint: Checkpoint) -> str:
@@ -754,7 +793,7 @@ def find_architecture(checkpoint: Checkpoint) -> str:
         return fitting[0]
     if fitting:
         raise CallError(f"{checkpoint.name} fits {' and '.join(fitting)}; choose with --arch")
-    count, sizes = count_parameters(checkpoint.state, checkpoint.beside), _published_sizes()
+    count, sizes = count_parameters(checkpoint), _published_sizes()
     near = sorted(sizes, key=lambda size: abs(size - count))[:3]
     raise CallError(
         f"{checkpoint.name} fits no torchvision architecture ({count:,} parameters with 1000 classes; nearest: "
@@ -775,25 +814,34 @@ def _published_sizes() -> dict[int, list[str]]:
 def architectures_that_fit(checkpoint: Checkpoint) -> list[str]:
     """The architectures whose tensors the checkpoint has, the head aside.
 
-    The published parameter counts nearly always leave one; where a changed head spoils the count, all are tried.
+    The published parameter counts leave one or none; where a changed head spoils the count, those are tried whose
+    count leaves a possible size for a head: VGG's and AlexNet's are large, all others have at most ten million.
     """
-    counted = _published_sizes().get(count_parameters(checkpoint.state, checkpoint.beside), [])
+    trunk = sum(v.numel() for k, v in _trunk(checkpoint.state, HEAD_ROOTS, checkpoint.beside).items())
+    sizes = _published_sizes()
+    counted = sizes.get(count_parameters(checkpoint), [])
+    possible = [
+        arch
+        for size, archs in sizes.items()
+        for arch in archs
+        if arch.startswith(("vgg", "alexnet")) or -5_000_000 < size - trunk < 10_000_000
+    ]
     fitting = [arch for arch in counted if _trunk_fits(arch, checkpoint)]
-    everything = list_models(module=torchvision.models)
-    return fitting or [arch for arch in everything if arch not in counted and _trunk_fits(arch, checkpoint)]
+    return fitting or [arch for arch in dict.fromkeys(possible) if _trunk_fits(arch, checkpoint)]
+
+
+def _trunk(state: Mapping[str, Tensor], roots: Sequence[str], beside: Iterable[str] = ()) -> dict[str, Tensor]:
+    """The parameters of a network without its head."""
+    inside = (k for k in state if k.split(".")[0] not in roots and k not in beside and not k.endswith(BUFFERS))
+    return {key: state[key] for key in inside}
 
 
 def _trunk_fits(arch: str, checkpoint: Checkpoint) -> bool:
     model = skeleton(arch, 2, checkpoint.state)
     root = _head(model)[0].split(".")[0]
-
-    def trunk(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-        inside = (
-            k for k in state if k.split(".")[0] != root and k not in checkpoint.beside and not k.endswith(BUFFERS)
-        )
-        return {key: state[key].shape for key in inside}
-
-    return trunk(model.state_dict()) == trunk(checkpoint.state)
+    wanted = _trunk(model.state_dict(), [root])
+    found = _trunk(checkpoint.state, [root], checkpoint.beside)
+    return {k: v.shape for k, v in wanted.items()} == {k: v.shape for k, v in found.items()}
 
 
 def build_model(
@@ -817,7 +865,7 @@ def build_model(
     fixed = getattr(model, "image_size", None)  # the side that a ViT's position embedding was made for
     if fixed and size not in (None, fixed):
         raise CallError(f"this {arch} takes inputs of {fixed} x {fixed} pixels only; leave --input-size {size} out")
-    return model, _preset(arch, fixed or size, checkpoint.entries)
+    return model.eval(), _preset(arch, fixed or size, checkpoint.entries)
 
 
 def _fit_head(model: nn.Module, state: State, beside: Iterable[str]) -> None:
@@ -858,7 +906,7 @@ def _fit_head(model: nn.Module, state: State, beside: Iterable[str]) -> None:
 def _load(model: nn.Module, arch: str, state: State, checkpoint: Checkpoint) -> None:
     """Puts the weights into the network; what does not fit is told in one line."""
     wanted = model.state_dict()
-    missing = [k for k in wanted if k not in state and not k.endswith(BUFFERS)]
+    missing = [k for k in wanted if k not in state and not k.endswith(DISPENSABLE)]
     unexpected = [k for k in state if k not in wanted]
     differ = [
         f"{k}: {_shape(state[k])} in the file, {_shape(wanted[k])} in {arch}"
@@ -889,12 +937,15 @@ def _shape(tensor: Tensor) -> str:
 
 def _side(entry: Any, name: str) -> int | None:
     """A checkpoint's input_size as the side of a square: 225, (225, 225) or (3, 225, 225)."""
-    sides = entry if isinstance(entry, (list, tuple)) else [entry]
     if entry is None:
         return None
-    if not all(isinstance(side, int) and 0 < side <= 4096 for side in sides) or len(set(sides[-2:])) > 1:
-        raise CallError(f"{name}: its input_size {str(entry)[:60]} is not a square that we can use; pass --input-size")
-    return sides[-1]
+    try:
+        sides = [operator.index(side) for side in (entry if isinstance(entry, (list, tuple)) else [entry])][-2:]
+        if len(set(sides)) == 1 and 8 <= sides[0] <= 4096:
+            return sides[0]
+    except TypeError:
+        pass
+    raise CallError(f"{name}: its input_size {str(entry)[:60]} is not a square that can be used; pass --input-size")
 
 
 def _preset(arch: str, size: int | None, entries: Mapping[str, Any]) -> Any:
@@ -915,7 +966,9 @@ def _preset(arch: str, size: int | None, entries: Mapping[str, Any]) -> Any:
                 values = torch.as_tensor(values, dtype=torch.float64).tolist()
             except (TypeError, ValueError, RuntimeError):
                 values = []
-            if not isinstance(values, list) or len(values) != 3 or (entry == "std" and not min(values) > 0):
+            if not isinstance(values, list) or len(values) != 3 or not all(map(math.isfinite, values)):
+                values = []
+            if not values or (entry == "std" and min(values) <= 0):
                 raise CallError(f"the checkpoint's entry {entry} is not three numbers, one for each colour")
             setattr(preset, entry, values)
     return preset
@@ -999,6 +1052,7 @@ def find_class(wanted: str, class_names: Sequence[str]) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 Floats = NDArray[np.float32]
+Progress = Callable[[Sequence[Tensor]], Iterable[Tensor]]
 
 # The autograd nodes of activation functions: a gradient that comes to one of these is what guided backpropagation
 # clamps. Gates (Sigmoid, Hardsigmoid, Tanh) scale a signal rather than rectify it and are left alone.
@@ -1063,11 +1117,7 @@ def principal_component(activations: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(projections)).to(activations).view(len(columns), *activations.shape[2:])
 
 
-CHANNEL_WEIGHTS = {
-    "gradcam": gradcam_weights,
-    "gradcam++": gradcam_plus_plus_weights,
-    "xgradcam": xgradcam_weights,
-}
+CHANNEL_WEIGHTS = {"gradcam": gradcam_weights, "gradcam++": gradcam_plus_plus_weights, "xgradcam": xgradcam_weights}
 NEED_GRADIENTS = {*CHANNEL_WEIGHTS, "eigengradcam"}
 
 ABLATION_COPIES = 256  # of the layer's output at once,
@@ -1349,7 +1399,9 @@ class Suffix:
 
 
 @torch.inference_mode()
-def ablation_weights(network: nn.Module, layer: str, inputs: Tensor, target: Tensor) -> Tensor:
+def ablation_weights(
+    network: nn.Module, layer: str, inputs: Tensor, target: Tensor, progress: Progress = iter
+) -> Tensor:
     """Ablation-CAM (Desai and Ramaswamy, WACV 2020): the share of the score that is lost when a channel is set to zero.
 
     For one input (1, 3, H, W); returns (C,). A channel that is zero anyway loses nothing and is not run.
@@ -1362,7 +1414,7 @@ def ablation_weights(network: nn.Module, layer: str, inputs: Tensor, target: Ten
     alive = channels_first[0].flatten(1).any(1).nonzero()[:, 0]
     copies = max(1, min(ABLATION_COPIES, ABLATION_BYTES // (suffix.output.numel() * 4)))
     with suffix:
-        for channels in alive.split(copies):
+        for channels in progress(alive.split(copies)):
             changed = channels_first.repeat(len(channels), *[1] * (channels_first.ndim - 1))
             changed[torch.arange(len(channels)), channels] = 0
             ablated[channels] = suffix(changed.movedim(1, axis))[:, target]
@@ -1370,7 +1422,9 @@ def ablation_weights(network: nn.Module, layer: str, inputs: Tensor, target: Ten
 
 
 @torch.inference_mode()
-def score_weights(network: nn.Module, activations: Tensor, inputs: Tensor, target: Tensor, batch_size: int) -> Tensor:
+def score_weights(
+    network: nn.Module, activations: Tensor, inputs: Tensor, target: Tensor, batch_size: int, progress: Progress = iter
+) -> Tensor:
     """Score-CAM (Wang et al., CVPR workshops 2020, arXiv:1910.01279): the softmax of the scores of masked inputs.
 
     Each channel of activations (C, h, w), enlarged to the input (1, 3, H, W) and stretched to [0, 1], masks it once.
@@ -1379,7 +1433,7 @@ def score_weights(network: nn.Module, activations: Tensor, inputs: Tensor, targe
     flat = activations.flatten(1)
     varied = (flat.amax(1) > flat.amin(1)).nonzero()[:, 0]
     scores = as_logits(network(torch.zeros_like(inputs)))[0, target].repeat(len(flat))
-    for channels in varied.split(batch_size):
+    for channels in progress(varied.split(batch_size)):
         small = activations[channels][:, None]
         masks = nn.functional.interpolate(small, inputs.shape[2:], mode="bilinear", align_corners=True)
         low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
@@ -1408,6 +1462,7 @@ class Explainer:
         guided: whether guided backpropagation is wanted too.
         batch_size: how many inputs Score-CAM runs at once; None: 8 on the CPU, on a GPU what half of its
             free memory takes.
+        progress: wraps the passes of Score-CAM and Ablation-CAM, such as tqdm.
 
     Raises:
         CallError: no such method or layer.
@@ -1421,6 +1476,7 @@ class Explainer:
         *,
         guided: bool = True,
         batch_size: int | None = None,
+        progress: Progress = iter,
     ) -> None:
         for method in methods:
             if method not in METHODS:
@@ -1430,6 +1486,7 @@ class Explainer:
         self.methods = tuple(methods)
         self.guided = guided
         self.batch_size = batch_size
+        self.progress = progress
         self.target_layers = tuple(layer_name(model, layer) for layer in target_layers or ())
         with torch.inference_mode(False):
             network = copy.deepcopy(model).eval().requires_grad_(False).float()
@@ -1505,13 +1562,7 @@ class Explainer:
         return activations, None if gradient is None else as_map(gradient, inputs.shape[2:])
 
     def _map(
-        self,
-        method: str,
-        layer: str,
-        activations: Tensor,
-        gradients: Tensor | None,
-        inputs: Tensor,
-        targets: Tensor,
+        self, method: str, layer: str, activations: Tensor, gradients: Tensor | None, inputs: Tensor, targets: Tensor
     ) -> Tensor:
         """One method's map of one layer, (N, h, w), before it is clipped and stretched."""
         if method == "eigencam":
@@ -1530,10 +1581,10 @@ class Explainer:
     ) -> Tensor:
         """The channel weights (C,) of the methods that ask the network again, for one input."""
         if method == "ablationcam":
-            return ablation_weights(self._network, layer, inputs, target)
+            return ablation_weights(self._network, layer, inputs, target, self.progress)
         if self.batch_size is None:
             self.batch_size = 8 if inputs.device.type != "cuda" else affordable_batch(self._network, inputs)
-        return score_weights(self._network, activations, inputs, target, self.batch_size)
+        return score_weights(self._network, activations, inputs, target, self.batch_size, self.progress)
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
@@ -1570,7 +1621,7 @@ def seen_picture(photo: Photo, box: tuple[float, float, float, float], long_side
         box: left, top, right, bottom in the photo's pixels.
         long_side: another length for the long side; a small photo is enlarged to it.
     """
-    left, top = round(box[0]), round(box[1])
+    left, top = min(round(box[0]), photo.pixels.shape[1] - 1), min(round(box[1]), photo.pixels.shape[0] - 1)
     width, height = max(1, round(box[2] - box[0])), max(1, round(box[3] - box[1]))
     part = photo.pixels[top : top + height, left : left + width]
     longest = max(part.shape[:2])
@@ -1607,129 +1658,291 @@ def draw(picture: Picture, cam: Floats, guided: Floats | None, outputs: Sequence
     return {output: painters[output]() for output in outputs}
 
 
-def file_names(method: str, stem: str, outputs: Sequence[str]) -> dict[str, str]:
-    """The file name of each picture of the photo `stem`."""
+def picture_files(place: str, method: str, outputs: Sequence[str]) -> dict[str, Path]:
+    """The file of each picture of a photo; `place` is its output folder and its stem, such as out/cats/33."""
+    folder, stem = os.path.split(place)
     names = {"cam": f"{method}_cam_{stem}.jpg", "gb": f"gb_{stem}.jpg", "cam_gb": f"{method}_cam_gb_{stem}.jpg"}
-    return {output: names[output] for output in outputs}
+    return {output: Path(folder, names[output]) for output in outputs}
 
 
-def plan_files(
-    photos: Sequence[Path], folder: Path, method: str, outputs: Sequence[str]
-) -> dict[Path, dict[str, Path]]:
-    """Where the pictures of each photo go, named after its stem, or stem_2, stem_3 ... where that is taken.
+def find_places(
+    photos: Sequence[tuple[str, str]], output: Path, method: str, outputs: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Each photo with the place of its pictures: its own stem, or stem_2, stem_3 ... where that is taken.
 
-    No picture goes over one of the photos, nor over a picture of another photo of this run.
+    No picture goes over one of the photos, over the picture of another photo of this run, or over any file that this
+    program did not write. `photos` are paths with their folders below `output`.
     """
-    taken = {_file_key(photo) for photo in photos}
-    plan = {}
-    for photo in photos:
-        stems = itertools.chain([photo.stem], (f"{photo.stem}_{number}" for number in itertools.count(2)))
-        for stem in stems:
-            files = {output: folder / name for output, name in file_names(method, stem, outputs).items()}
-            keys = {_file_key(file) for file in files.values()}
-            if taken.isdisjoint(keys):
+    taken = {_file_key(path) for path, _ in photos}
+    for path, folder in photos:
+        own = os.path.normpath(os.path.join(output, folder, Path(path).stem))
+        for place in itertools.chain([own], (f"{own}_{number}" for number in itertools.count(2))):
+            files = picture_files(place, method, outputs).values()
+            keys = {_file_key(file) for file in files}
+            if taken.isdisjoint(keys) and all(is_ours(file) or not os.path.lexists(file) for file in files):
                 break
         taken |= keys
-        plan[photo] = files
-    return plan
+        yield path, place
 
 
-def _file_key(path: Path) -> str:
-    return os.path.realpath(path).casefold()  # names that differ in case only are one file on Windows and macOS
+def _file_key(path: str | Path) -> int:
+    """Equal for names of one file, also where case or the writing of accents does not count (Windows, macOS).
 
-
-def write_jpeg(path: Path, picture: Picture) -> None:
-    """Writes a picture beside its place and moves it there, so that nobody ever finds half of one.
-
-    Raises:
-        OSError: the folder is gone, the disk is full ...
+    A hash, since there may be millions.
     """
-    _, encoded = cv2.imencode(
-        ".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
-    )
-    part = path.with_name(f".{os.getpid()}.part")
+    return hash(unicodedata.normalize("NFC", os.path.abspath(path)).casefold())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes beside the file's place and moves it there, so that nobody ever finds half of it. Raises OSError."""
+    part = path.with_name(f".{path.name}.part")
     try:
-        part.write_bytes(encoded.tobytes())  # not cv2.imwrite, which fails on Chinese names under Windows
+        part.write_bytes(content)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6  Run. The rooms joined, photo by photo; a photo that fails does not stop the others.
-# ---------------------------------------------------------------------------------------------------------------------
+def write_jpeg(path: Path, picture: Picture) -> None:
+    """Writes a picture, marked as ours. Raises OSError: the folder is gone, the disk is full ..."""
+    _, encoded = cv2.imencode(
+        ".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+    )
+    content = encoded.tobytes()  # and not cv2.imwrite, which fails on Chinese names under Windows
+    comment = b"\xff\xfe" + (len(MARK) + 2).to_bytes(2, "big") + MARK
+    first = 4 + int.from_bytes(content[4:6], "big")  # the JFIF header ends here; the standard wants it to be first
+    write_file(path, content[:first] + comment + content[first:])
 
 
-def batches(
-    paths: Sequence[Path], classifier: Classifier, size: int
-) -> Iterator[list[tuple[Photo, Tensor]] | PhotoError]:
-    """Photos with their inputs in groups of `size`, and in between the errors of photos that cannot be read."""
-    batch: list[tuple[Photo, Tensor]] = []
-    for path in paths:
-        try:
-            photo = read_photo(path)
-            batch.append((photo, classifier.preprocess(photo)))
-        except PhotoError as error:
-            yield error
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+# ---------------------------------------------------------------------------------------------------------------------
+# 6  Run. Threads read ahead, the network explains batches, threads draw and write; a photo that fails stops nothing.
+# ---------------------------------------------------------------------------------------------------------------------
+
+THREADS = os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A photo on its way through: where its pictures go, its size in pixels, what the network sees of it and gets."""
+
+    path: str
+    place: str
+    width: int
+    height: int
+    picture: Picture
+    inputs: Tensor
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A photo that could not be explained, and why, in one line."""
+
+    path: str
+    error: str
+
+
+Explained = tuple[Prepared, Explanation]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the photos this process takes: every `world`-th from `rank` on. Alone it takes all."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> Share:
+        """The share of a process that torchrun started."""
+        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        return cls(*(int(os.environ.get(name, default)) for name, default in names.items()))
+
+
+def ahead(function: Callable[[Any], Any], items: Iterable[Any], under_way: int) -> Iterator[Any]:
+    """What the function gives for each item, in order, computed in threads up to `under_way` items ahead."""
+    pool = ThreadPoolExecutor(THREADS)
+    pending: deque[Future[Any]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= under_way:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def prepare(photo: tuple[str, str], classifier: Classifier, output_size: int | None) -> Prepared | Failed:
+    """Reads a photo and keeps only what is needed further on, so that large photos do not pile up in memory."""
+    path, place = photo
+    try:
+        decoded = read_photo(Path(path))
+        height, width = decoded.pixels.shape[:2]
+        picture = seen_picture(decoded, classifier.seen_box(height, width), output_size)
+        return Prepared(path, place, width, height, picture, classifier.preprocess(decoded))
+    except PhotoError as error:
+        return Failed(path, str(error))
 
 
 def explain_photos(
-    paths: Sequence[Path], classifier: Classifier, explainer: Explainer, target: int | None, batch_size: int
-) -> Iterator[tuple[Photo, Explanation] | PhotoError]:
-    """Each photo with its explanation (N = 1), or what went wrong with it."""
-    for batch in batches(paths, classifier, batch_size):
-        if isinstance(batch, PhotoError):
-            yield batch
+    photos: Iterable[Prepared | Failed], explainer: Explainer, target: int | None, batch_size: int
+) -> Iterator[Explained | Failed]:
+    """Each photo with its explanation (N = 1), or what went wrong. Batches fill up across broken photos."""
+    batch: list[Prepared] = []
+    for photo in photos:
+        if isinstance(photo, Failed):
+            yield photo
             continue
+        batch.append(photo)
+        if len(batch) >= batch_size:
+            batch_size = yield from explain_batch(batch, explainer, target, batch_size)
+            batch = []
+    yield from explain_batch(batch, explainer, target, batch_size)
+
+
+def explain_batch(
+    batch: Sequence[Prepared], explainer: Explainer, target: int | None, batch_size: int
+) -> Generator[Explained | Failed, None, int]:
+    """Explains a batch, in smaller ones where the memory does not suffice. Returns the batch size to go on with."""
+    while batch:
+        now, batch = batch[:batch_size], batch[batch_size:]
         try:
-            explanation = explainer(torch.stack([inputs for _, inputs in batch]), target)
+            explanation = explainer(torch.stack([photo.inputs for photo in now]), target)
         except CallError:
             raise
         except (RuntimeError, ValueError) as error:  # the input is too small for the network, the memory is full ...
-            side = batch[0][1].shape[-1]
-            for photo, _ in batch:
-                yield PhotoError(f"{photo.path}: the network failed at {side} x {side}: {first_line(error)}")
-            continue
-        for index, (photo, _) in enumerate(batch):
-            yield photo, explanation.only(index)
+            if len(now) > 1 and (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+                note_once("the memory does not suffice for so many photos at once; going on with smaller batches")
+                batch_size, batch = len(now) // 2, [*now, *batch]
+                continue
+            size = " x ".join(map(str, now[0].inputs.shape[1:]))
+            for photo in now:
+                yield Failed(photo.path, f"{photo.path}: the network failed at {size}: {first_line(error)}")
+        else:
+            for index, photo in enumerate(now):
+                yield photo, explanation.only(index)
+    return batch_size
 
 
-def probability(logits: Floats, target: int) -> float:
-    """The probability of a class among logits (classes,): softmax, or sigmoid where there is one output only."""
+class Results:
+    """`results.jsonl` in the output folder: one JSON object a line for each photo and method.
+
+    Under torchrun each process writes its own `results.RANK.jsonl`. A line that a kill cut off is dropped at the next
+    start, and so are the lines of photos that are done again.
+    """
+
+    def __init__(self, folder: Path, share: Share) -> None:
+        self._own = folder / ("results.jsonl" if share.world == 1 else f"results.{share.rank}.jsonl")
+        self._all = sorted({self._own, *folder.glob("results*.jsonl")})
+        # Files that an earlier run with other processes has left belong to the first process of this one.
+        others = {folder / f"results.{rank}.jsonl" for rank in range(share.world)} if share.world > 1 else set()
+        self._writable = [path for path in self._all if path == self._own or (share.rank == 0 and path not in others)]
+        self._lock = threading.Lock()
+
+    def finished(self) -> set[tuple[str, str]]:
+        """The (image, method) of every photo that an earlier run has finished."""
+        records = (record for path in self._all for _, record in whole_lines(path))
+        return {(record["image"], record["method"]) for record in records if "error" not in record}
+
+    def forget(self, photos: set[tuple[str, str]]) -> None:
+        """Drops the lines of these (image, method). Raises OSError."""
+        for path in filter(Path.exists, self._writable):
+            kept = [line for line, record in whole_lines(path) if (record["image"], record["method"]) not in photos]
+            write_file(path, b"".join(kept))
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a line in one piece. Raises OSError."""
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        with self._lock, self._own.open("ab", buffering=0) as file:
+            file.write(line.encode("utf-8", "backslashreplace"))
+
+
+def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of a results file that are whole, raw and parsed."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if line.endswith(b"\n") and isinstance(record, dict) and {"image", "method"} <= record.keys():
+                    yield line, record
+
+
+def probabilities(logits: Floats) -> Floats:
+    """The probability of each class from logits (classes,): softmax, or sigmoid where there is one output only."""
     scores = torch.from_numpy(logits)
-    return float(scores.sigmoid()[0] if len(scores) == 1 else scores.softmax(0)[target])
+    return (scores.sigmoid() if len(scores) == 1 else scores.softmax(0)).numpy()
+
+
+def describe(
+    photo: Prepared, explanation: Explanation, names: Sequence[str], method: str, layer: str, files: Iterable[Path]
+) -> dict[str, Any]:
+    """The record of a photo that was explained, as it stands in results.jsonl."""
+    chances = probabilities(explanation.logits[0])
+
+    def named(index: int) -> dict[str, Any]:
+        return {"index": index, "name": names[index], "probability": round(float(chances[index]), 6)}
+
+    return {
+        "image": photo.path,
+        "width": photo.width,
+        "height": photo.height,
+        "class": named(int(explanation.targets[0])),
+        "top5": [named(int(index)) for index in np.argsort(-chances, kind="stable")[:5]],
+        "method": method,
+        "target_layer": layer,
+        "files": [str(file) for file in files],
+    }
 
 
 def save(
-    photo: Photo, explanation: Explanation, classifier: Classifier, files: Mapping[str, Path], args: argparse.Namespace
-) -> str:
-    """Draws and writes the pictures of one photo. Returns the line that is printed for it.
-
-    Raises:
-        PhotoError: a picture cannot be written.
-    """
-    target, cam = int(explanation.targets[0]), explanation.cams[args.method][0]
-    guided = None if explanation.guided is None else explanation.guided[0]
-    name, chance = classifier.class_names[target], probability(explanation.logits[0], target)
-    if not cam.any():
-        note(f"{photo.path}: the {args.method} map is zero everywhere: nothing in the layer speaks for {name}")
-    picture = seen_picture(photo, classifier.seen_box(*photo.pixels.shape[:2]), args.output_size)
+    outcome: Explained | Failed, names: Sequence[str], explainer: Explainer, results: Results, outputs: Sequence[str]
+) -> Failed | str:
+    """Writes the pictures and the record of one photo. Returns the line to print for it, or what went wrong."""
+    method = explainer.methods[0]
+    path = outcome.path if isinstance(outcome, Failed) else outcome[0].path
     try:
-        for output, drawn in draw(picture, cam, guided, list(files)).items():
-            write_jpeg(files[output], drawn)
+        if isinstance(outcome, Failed):
+            results.append({"image": path, "method": method, "error": outcome.error})
+            return outcome
+        photo, explanation = outcome
+        files = picture_files(photo.place, method, outputs)
+        record = describe(photo, explanation, names, method, explainer.target_layers[0], files.values())
+        cam, guided = explanation.cams[method][0], None if explanation.guided is None else explanation.guided[0]
+        if not cam.any():
+            note(
+                f"{path}: the {method} map is zero everywhere: nothing in {record['target_layer']} speaks for the class"
+            )
+        for output, picture in draw(photo.picture, cam, guided, outputs).items():
+            files[output].parent.mkdir(parents=True, exist_ok=True)
+            write_jpeg(files[output], picture)
+        results.append(record)
     except OSError as error:
-        raise PhotoError(f"{photo.path}: its pictures cannot be written: {error.strerror or error}") from error
-    return f"{photo.path}: {name} {chance:.3f} -> {', '.join(map(str, files.values()))}"
+        return Failed(path, f"{path}: its results cannot be written: {error.strerror or error}")
+    chosen = record["class"]
+    return f"{path}: {chosen['name']} {chosen['probability']:.3f} -> {', '.join(record['files'])}"
 
 
-def run(args: argparse.Namespace) -> int:
-    """Explains the photos that the command line names. Returns the exit status; raises CallError."""
-    device = find_device(args.device)
+def plan(args: argparse.Namespace, share: Share, results: Results) -> tuple[list[tuple[str, str]], int]:
+    """What this process has to do, (photo, place of its pictures), and how many of its photos are done already."""
+    finished = results.finished() if args.skip_existing else set()
+    todo, again, skipped = [], set(), 0
+    for index, (path, place) in enumerate(find_places(args.photos, args.output, args.method, args.outputs)):
+        files = picture_files(place, args.method, args.outputs).values()
+        done = (path, args.method) in finished and all(file.is_file() for file in files)
+        if not done:
+            again.add((path, args.method))
+        if index % share.world == share.rank:
+            skipped += done
+            todo += [] if done else [(path, place)]
+    results.forget(again)
+    return todo, skipped
+
+
+def load(args: argparse.Namespace, share: Share) -> tuple[Classifier, Explainer, int | None]:
+    """The network, its explainer and the class to explain, as the command line asks for them. Raises CallError."""
+    device = find_device(args.device, share.local_rank if share.world > 1 else None)
     names = None if args.class_names is None else read_class_names(args.class_names)
     classifier = load_classifier(
         args.arch,
@@ -1741,36 +1954,84 @@ def run(args: argparse.Namespace) -> int:
         resize=args.resize,
     )
     target = None if args.target_class is None else find_class(args.target_class, classifier.class_names)
-    layers = None if args.target_layer is None else [args.target_layer]
-    explainer = Explainer(classifier.model, [args.method], layers, guided=args.outputs != ["cam"])
-    plan = plan_files(args.images, args.output, args.method, args.outputs)
-    failures = 0
-    for result in explain_photos(args.images, classifier, explainer, target, args.batch_size):
-        try:
-            if isinstance(result, PhotoError):
-                raise result
-            photo, explanation = result
-            print(save(photo, explanation, classifier, plan[photo.path], args), flush=True)
-        except PhotoError as error:
-            failures += 1
-            print(f"error: {error}", file=sys.stderr)
-    return int(failures > 0)
+    explainer = Explainer(
+        classifier.model,
+        [args.method],
+        None if args.target_layer is None else [args.target_layer],
+        guided=args.outputs != ["cam"],
+        progress=partial(tqdm, desc=args.method, unit="pass", leave=False, disable=None),
+    )
+    return classifier, explainer, target
+
+
+def run(args: argparse.Namespace) -> int:
+    """Explains the photos that the command line names. Returns the exit status; raises CallError."""
+    began, share, tally = time.monotonic(), Share.from_environment(), Counter[str]()
+    results = Results(args.output, share)
+    todo, tally["skipped"] = plan(args, share, results)
+    interrupted = False
+    if todo:
+        classifier, explainer, target = load(args, share)
+        names = classifier.class_names
+        photos = ahead(partial(prepare, classifier=classifier, output_size=args.output_size), todo, 2 * args.batch_size)
+        outcomes = explain_photos(photos, explainer, target, args.batch_size)
+        with tqdm(total=len(todo), unit="photo", disable=None) as bar, ThreadPoolExecutor(THREADS) as writers:
+            writing: deque[Future[Failed | str]] = deque()
+            try:
+                for outcome in outcomes:
+                    writing.append(writers.submit(save, outcome, names, explainer, results, args.outputs))
+                    while len(writing) > 2 * args.batch_size or (writing and writing[0].done()):
+                        report(writing.popleft().result(), tally, bar)
+            except KeyboardInterrupt:
+                interrupted = True
+            while writing:  # after Ctrl-C too: what is being written is finished
+                report(writing.popleft().result(), tally, bar)
+    if interrupted or len(todo) + tally["skipped"] > 1:
+        of_processes = f" by process {share.rank} of {share.world}" if share.world > 1 else ""
+        counts = f"{tally['done']} done, {tally['skipped']} skipped, {tally['failed']} failed"
+        say(f"{counts}{of_processes} in {time.monotonic() - began:.1f} s", sys.stderr)
+    return 130 if interrupted else int(tally["failed"] > 0)
+
+
+def report(outcome: Failed | str, tally: Counter[str], bar: Any) -> None:
+    """Counts a photo and prints its line, above the progress bar where there is one."""
+    failed = isinstance(outcome, Failed)
+    tally["failed" if failed else "done"] += 1
+    with bar.external_write_mode():
+        if failed:
+            say(f"error: {outcome.error}", sys.stderr)
+        else:
+            say(outcome)
+    bar.update()
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the program. Returns the exit status: 0 done, 1 a photo failed, 2 a wrong call, 130 stopped by Ctrl-C."""
     warnings.filterwarnings("ignore")  # the libraries' warnings are nothing that the person can act on
+    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
     Image.MAX_IMAGE_PIXELS = None  # read_photo has a limit of its own, which is an error line
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end the run
     try:
         return run(args)
     except CallError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return 2
+    except OSError as error:  # stdout: `| head` has read enough, or the disk that it goes to is full
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (its last flush would fail as well)
+        say(f"error: stopped, nothing more can be written: {error.strerror or error}", sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
 
+def silence_libraries() -> None:
+    """From here on stderr is ours alone: what C libraries print of a broken file goes nowhere (libtiff does)."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+
+
 if __name__ == "__main__":
+    silence_libraries()
     sys.exit(main(ARGS))

@@ -1,0 +1,1132 @@
+"""Room 4, Explanation: maps and guided gradients against grad-cam's own classes and against first principles."""
+
+import contextlib
+import copy
+import gc
+import importlib
+import sys
+from collections import Counter
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import CKPT, DOG
+from pytorch_grad_cam import (
+    AblationCAM,
+    EigenCAM,
+    EigenGradCAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    GuidedBackpropReLUModel,
+    ScoreCAM,
+    XGradCAM,
+)
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer, get_model, list_models
+from torchvision.models.convnext import CNBlockConfig
+
+from cnn_visualizations import METHODS, CallError, Explainer, load_classifier, read_photo
+
+GRAD_CAM = {
+    "gradcam": GradCAM,
+    "scorecam": ScoreCAM,
+    "gradcam++": GradCAMPlusPlus,
+    "ablationcam": AblationCAM,
+    "xgradcam": XGradCAM,
+    "eigencam": EigenCAM,
+    "eigengradcam": EigenGradCAM,
+}
+BY_PASSES = ("scorecam", "ablationcam")
+AT_ONCE = tuple(method for method in METHODS if method not in BY_PASSES)
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def cheap_initialisation():
+    """Random weights of a sane scale, made so fast that the largest networks take a second."""
+    pool = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+
+    def fill(tensor, *args, **kwargs):
+        scale = tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.1
+        with torch.no_grad():
+            for part in tensor.view(-1).split(len(pool)):
+                torch.mul(pool[: len(part)], scale, out=part)
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_"):
+            patch.setattr(nn.init, name, fill)
+        patch.setattr(nn.init, "zeros_", lambda tensor: fill(tensor) if tensor.ndim > 1 else tensor.data.zero_())
+        yield
+
+
+# Narrow ones of the same make, for what needs a pass for each channel.
+SMALL = {
+    "small vit": partial(
+        VisionTransformer, image_size=64, patch_size=16, num_layers=3, num_heads=4, hidden_dim=48, mlp_dim=96
+    ),
+    "small swin": partial(SwinTransformer, [4, 4], embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=[4, 4]),
+    "small convnext": partial(ConvNeXt, [CNBlockConfig(16, 32, 2), CNBlockConfig(32, None, 2)]),
+}
+
+
+@cache
+def network(arch, size=64):
+    """A network with random weights whose activations and score are like those of a trained one."""
+    torch.manual_seed(0)
+    options = {"image_size": size} if arch.startswith("vit_") else {}
+    if arch in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": False}
+    with cheap_initialisation():
+        build = SMALL.get(arch) or partial(get_model, arch, weights=None)
+        return calibrated(build(num_classes=7, **options), size)
+
+
+def calibrated(model, size):
+    """Batch norms with statistics of their own, and no layer that is switched off by its initial zeros."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+    for name, parameter in model.named_parameters():
+        if name.endswith("layer_scale"):
+            nn.init.uniform_(parameter, 0.1, 1)
+        elif parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, 0, 0.1)
+    model.train()
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.randn(4, 3, size, size))
+    return model.eval()
+
+
+def photos(count=1, size=64, seed=1):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+class Tiny(nn.Module):
+    """A plain network; `activation` is a module or a function."""
+
+    def __init__(self, activation=torch.relu, outputs=5):
+        super().__init__()
+        torch.manual_seed(3)
+        self.activation = activation
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, outputs)
+
+    def forward(self, x):
+        x = self.activation(self.first(x))
+        x = self.activation(self.second(x))
+        return self.head(x.mean((2, 3)))
+
+
+# --- references ------------------------------------------------------------------------------------------------------
+
+
+def tokens_to_map(tokens):
+    side = int((tokens.shape[1] - 1) ** 0.5)
+    return tokens[:, 1:].reshape(len(tokens), side, side, -1).permute(0, 3, 1, 2)
+
+
+def channels_last_to_map(output):
+    return output.permute(0, 3, 1, 2)
+
+
+RESHAPE = {
+    "vit_b_32": tokens_to_map,
+    "small vit": tokens_to_map,
+    "swin_t": channels_last_to_map,
+    "small swin": channels_last_to_map,
+}
+
+
+@cache
+def frozen_copy(model):
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def grad_cams(method, model, layers, inputs, targets, reshape=None):
+    """The maps of grad-cam's own class, on a copy; frozen, since it would compute the gradients of all weights."""
+    model, inputs = frozen_copy(model), inputs.clone().requires_grad_(method not in BY_PASSES)
+    with GRAD_CAM[method](model, [model.get_submodule(name) for name in layers], reshape_transform=reshape) as cam:
+        return cam(inputs, [ClassifierOutputTarget(int(target)) for target in targets])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Inputs as small as these gain nothing from more, and wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def quiet_grad_cam(monkeypatch):
+    for name in ("ablation_cam", "score_cam"):
+        module = importlib.import_module(f"pytorch_grad_cam.{name}")
+        monkeypatch.setattr(module.tqdm, "tqdm", lambda steps, *_, **__: steps)
+
+
+def stretched(maps):
+    maps = maps - maps.amin((1, 2), keepdim=True)
+    return maps / (1e-7 + maps.amax((1, 2), keepdim=True))
+
+
+def picture_of(weights, activations, size):
+    """The map (H, W) that channel weights (C,) give for activations (C, h, w)."""
+    small = stretched(torch.einsum("c,chw->hw", weights, activations).clamp(min=0)[None])
+    return stretched(F.interpolate(small[:, None], (size, size), mode="bilinear")[:, 0])[0].numpy()
+
+
+def output_and_gradient(model, layer, inputs, target):
+    """A layer's output, as the layer gave it, and the gradient of the class score with respect to it."""
+    kept = []
+
+    def keep(module, args, output):
+        kept.append(output)
+        return output.clone()
+
+    handle = model.get_submodule(layer).register_forward_hook(keep)
+    score = model(inputs)[0, target]
+    handle.remove()
+    return kept[0].detach(), torch.autograd.grad(score, kept[0])[0]
+
+
+@torch.no_grad()
+def ablated_scores(model, layer, inputs, target, axis=1):
+    """The score with each channel of the layer set to zero in turn, one whole forward pass for each; and without."""
+    chosen = []
+
+    def zero(module, args, output):
+        if not chosen:
+            return output
+        changed = output.clone()
+        changed.movedim(axis, 0)[chosen[0]] = 0
+        return changed
+
+    width = output_and_gradient_free(model, layer, inputs).shape[axis]
+    handle = model.get_submodule(layer).register_forward_hook(zero)
+    whole = model(inputs)[0, target]
+    scores = []
+    for channel in range(width):
+        chosen[:] = [channel]
+        scores.append(model(inputs)[0, target])
+    handle.remove()
+    return whole, torch.stack(scores)
+
+
+@torch.no_grad()
+def output_and_gradient_free(model, layer, inputs):
+    kept = []
+    handle = model.get_submodule(layer).register_forward_hook(lambda *args: kept.append(args[2].clone()))
+    model(inputs)
+    handle.remove()
+    return kept[-1]
+
+
+def ablation_picture(model, layer, inputs, target, axis=1, to_map=lambda output: output):
+    """Ablation-CAM as its paper defines it."""
+    whole, scores = ablated_scores(model, layer, inputs, target, axis)
+    activations = to_map(output_and_gradient_free(model, layer, inputs))[0]
+    return picture_of((whole - scores) / whole, activations, inputs.shape[-1])
+
+
+class Rectified(torch.autograd.Function):
+    """Nothing forward; backward, only positive gradients pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clamp(min=0)
+
+
+ACTIVATIONS = ("relu", "relu6", "hardtanh", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "hardswish", "mish")
+
+
+@contextlib.contextmanager
+def rectified_activations():
+    """Every activation function of torch.nn.functional lets only positive gradients in."""
+
+    def rectify(function, *args, **kwargs):
+        return Rectified.apply(function(*args, **kwargs))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*ACTIVATIONS, "prelu", "softplus", "rrelu"):
+            patch.setattr(F, name, partial(rectify, getattr(F, name)))
+        yield
+
+
+def guided_reference(model, inputs, target):
+    inputs = inputs.clone().requires_grad_()
+    with rectified_activations():
+        scores = model(inputs)
+    return torch.autograd.grad(scores[:, target].sum(), inputs)[0].numpy()
+
+
+def assert_close(ours, theirs, relative=1e-4):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=relative * max(np.abs(theirs).max(), 1e-30))
+
+
+def assert_same_maps(ours, theirs, tolerance=1e-4):
+    assert theirs.max() > 0.5, "the reference is degenerate"
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
+
+
+# --- the maps --------------------------------------------------------------------------------------------------------
+
+# architecture, input size, the layer that is found on its own, a narrow layer with a minimum of 0
+ARCHITECTURES = [
+    ("resnet18", 64, "layer4", "layer1"),
+    ("vgg11", 64, "features", "features.2"),
+    ("densenet121", 64, "features", "features.relu0"),
+    ("googlenet", 64, "inception5b", "inception3a.branch3"),
+    ("mobilenet_v2", 64, "features", "features.1.conv.0"),
+    ("mobilenet_v3_small", 64, "features", "features.2.block.0"),
+    ("efficientnet_b0", 64, "features", "features.1.0.block.1.fc1"),
+    ("convnext_tiny", 64, "features", None),
+    ("vit_b_32", 96, "encoder.layers.encoder_layer_11.ln_1", None),
+    ("swin_t", 64, "permute", None),
+    ("squeezenet1_1", 64, "features", "features.1"),
+]
+ids = [row[0] for row in ARCHITECTURES]
+
+
+@pytest.mark.parametrize(("arch", "size", "layer", "narrow"), ARCHITECTURES, ids=ids)
+def test_the_last_layer_with_a_spatial_map_is_found(arch, size, layer, narrow):
+    explainer = Explainer(network(arch, size), ["eigencam"], guided=False)
+    explainer(photos(size=size))
+    assert explainer.target_layers == (layer,)
+
+
+@pytest.mark.parametrize(("arch", "size", "layer", "narrow"), ARCHITECTURES, ids=ids)
+def test_gradient_and_eigen_methods_equal_grad_cam(arch, size, layer, narrow):
+    layer = {"densenet121": "features.denseblock4", "swin_t": "features.7.1.norm1"}.get(arch, layer)
+    assert_equals_grad_cam(network(arch, size), layer, photos(1, size), RESHAPE.get(arch))
+
+
+def assert_equals_grad_cam(model, layer, inputs, reshape=None):
+    target = lively_target(model, layer, inputs, reshape)
+    ours = Explainer(model, AT_ONCE, [layer], guided=False)(inputs, target)
+    for method in AT_ONCE:
+        theirs = grad_cams(method, model, [layer], inputs, [target], reshape)
+        assert theirs.any() or method == "xgradcam"
+        np.testing.assert_allclose(ours.cams[method], theirs, rtol=0, atol=1e-4, err_msg=method)
+
+
+def lively_target(model, layer, inputs, reshape=None):
+    """A class for which the map has something in it."""
+    for target in range(7):
+        if grad_cams("gradcam", model, [layer], inputs, [target], reshape).any():
+            return target
+    raise AssertionError("every map is empty")
+
+
+with_narrow = [(arch, size, narrow) for arch, size, _, narrow in ARCHITECTURES if narrow and "fc1" not in narrow]
+
+
+@pytest.mark.parametrize(("arch", "size", "layer"), with_narrow, ids=[row[0] for row in with_narrow])
+@pytest.mark.parametrize("method", BY_PASSES)
+def test_methods_that_ask_again_equal_grad_cam(arch, size, layer, method):
+    model, inputs = network(arch, size), photos(1, size)
+    assert output_and_gradient_free(model, layer, inputs).min() == 0  # else grad-cam's ablation is not one
+    ours = Explainer(model, [method], [layer], guided=False)(inputs, 3)
+    assert_same_maps(ours.cams[method], grad_cams(method, model, [layer], inputs, [3]))
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "layer"),
+    [
+        ("efficientnet_b0", 64, "features.1"),
+        ("small convnext", 32, "features.3"),
+        ("small vit", 64, "encoder.layers.encoder_layer_2.ln_1"),
+        ("small swin", 32, "features.3.1.norm2"),
+    ],
+)
+def test_scorecam_equals_grad_cam_where_activations_are_negative(arch, size, layer):
+    model, inputs = network(arch, size), photos(1, size)
+    ours = Explainer(model, ["scorecam"], [layer], guided=False)(inputs, 3)
+    assert_same_maps(ours.cams["scorecam"], grad_cams("scorecam", model, [layer], inputs, [3], RESHAPE.get(arch)))
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "layer", "axis", "to_map"),
+    [
+        ("efficientnet_b0", 64, "features.2", 1, lambda output: output),
+        ("mobilenet_v3_small", 64, "features.4", 1, lambda output: output),
+        ("resnet18", 64, "layer1.0.bn2", 1, lambda output: output),
+        ("small convnext", 32, "features.1", 1, lambda output: output),
+        ("small vit", 64, "encoder.layers.encoder_layer_2.ln_1", 2, tokens_to_map),
+        ("small swin", 32, "features.3.1.norm2", 3, channels_last_to_map),
+    ],
+)
+def test_ablation_sets_channels_to_zero_where_grad_cam_sets_them_to_minus_ten_million(arch, size, layer, axis, to_map):
+    model, inputs = network(arch, size), photos(1, size)
+    target = 3 if arch != "small swin" else 0
+    right = ablation_picture(model, layer, inputs, target, axis, to_map)
+    ours = Explainer(model, ["ablationcam"], [layer], guided=False)(inputs, target).cams["ablationcam"]
+    assert_same_maps(ours[0], right)
+    if axis == 1:  # grad-cam has another class for the others
+        theirs = grad_cams("ablationcam", model, [layer], inputs, [target])
+        assert np.abs(np.nan_to_num(theirs[0]) - right).max() > 0.1
+
+
+@pytest.mark.parametrize(("arch", "layer"), [("densenet121", "features"), ("resnet18", "layer4.1.bn1")])
+def test_activations_are_those_before_an_in_place_relu_where_grad_cam_reads_those_after(arch, layer):
+    model, inputs = network(arch, 96), photos(1, 96)
+    activations, gradients = output_and_gradient(model, layer, inputs, 3)
+    right = picture_of(gradients.mean((2, 3))[0], activations[0], 96)
+    ours = Explainer(model, ["gradcam"], [layer], guided=False)(inputs, 3).cams["gradcam"]
+    assert_same_maps(ours[0], right)
+    assert np.abs(grad_cams("gradcam", model, [layer], inputs, [3])[0] - right).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("arch", "layer"),
+    [
+        ("densenet121", "features.denseblock4.denselayer16.conv2"),
+        ("densenet121", "features.denseblock1.denselayer3.norm1"),
+        ("googlenet", "inception4a.branch2"),
+        ("googlenet", "inception3a.branch4.0"),
+        ("resnet18", "layer2.0.downsample.0"),
+        ("resnet18", "layer2.1.conv1"),
+        ("mobilenet_v2", "features.4.conv.0.0"),
+    ],
+)
+def test_ablation_beside_a_bypass_equals_one_whole_pass_for_each_channel(arch, layer):
+    model, inputs = network(arch), photos(1)
+    right = ablation_picture(model, layer, inputs, 3)
+    ours = Explainer(model, ["ablationcam"], [layer], guided=False)(inputs, 3).cams["ablationcam"]
+    assert_same_maps(ours[0], right)
+
+
+class Repeating(nn.Module):
+    """One relu for two places of different width, as in torchvision's Bottleneck."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 9, 3)
+        self.relu, self.head = nn.ReLU(), nn.Linear(9, 4)
+
+    def forward(self, x):
+        return self.head(self.relu(self.second(self.relu(self.first(x)))).mean((2, 3)))
+
+
+def test_ablation_of_a_layer_that_runs_twice_ablates_its_last_run():
+    model, inputs = Repeating().eval(), photos(1, 12)
+    as_two = nn.Sequential(model.first, nn.ReLU(), model.second, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    as_two.append(model.head)
+    right = ablation_picture(as_two, "3", inputs, 2)
+    ours = Explainer(model, ["ablationcam"], ["relu"], guided=False)(inputs, 2).cams["ablationcam"]
+    assert_same_maps(ours[0], right)
+
+
+def test_several_layers_are_averaged_as_in_grad_cam():
+    model, inputs, layers = network("resnet18"), photos(2), ["layer2", "layer3", "layer4"]
+    ours = Explainer(model, AT_ONCE, layers, guided=False)(inputs, [1, 2])
+    for method in AT_ONCE:
+        assert_same_maps(ours.cams[method], grad_cams(method, model, layers, inputs, [1, 2]))
+
+
+def test_all_methods_in_one_pass_equal_each_alone():
+    model, inputs = network("resnet18"), photos(2)
+    together = Explainer(model, METHODS, ["layer1"])(inputs, 4)
+    assert list(together.cams) == list(METHODS)
+    for method in METHODS:
+        alone = Explainer(model, [method], ["layer1"])(inputs, 4)
+        np.testing.assert_allclose(together.cams[method], alone.cams[method], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(together.guided, alone.guided, rtol=0, atol=1e-6 * np.abs(alone.guided).max())
+
+
+@pytest.mark.parametrize("height", [48, 96])
+def test_inputs_need_not_be_square(height):
+    inputs = torch.randn(1, 3, height, 64, generator=torch.Generator().manual_seed(2))
+    assert_equals_grad_cam(network("resnet18"), "layer3", inputs)
+
+
+@pytest.fixture(scope="module")
+def husky():
+    classifier = load_classifier(ckpt=CKPT, device="cpu")
+    return classifier.model, classifier.preprocess(read_photo(DOG))[None]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_demo_equals_grad_cam(husky, method):
+    model, inputs = husky
+    if method in BY_PASSES:  # 1280 passes of grad-cam
+        inputs = F.interpolate(inputs, (97, 97), mode="bilinear")
+    ours = Explainer(model, [method], guided=False)(inputs)
+    assert ours.targets.tolist() == [int(model(inputs).argmax())]
+    assert_same_maps(ours.cams[method], grad_cams(method, model, ["features"], inputs, ours.targets))
+
+
+# --- guided backpropagation ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vgg11"])
+def test_guided_gradients_equal_grad_cam_where_every_activation_is_a_relu_module(arch):
+    model, inputs = network(arch), photos(1)
+    theirs = GuidedBackpropReLUModel(copy.deepcopy(model))(inputs.clone(), 3).transpose(2, 0, 1)
+    assert_close(Explainer(model)(inputs, 3).guided[0], theirs, 1e-5)
+
+
+@pytest.mark.parametrize("arch", [row[0] for row in ARCHITECTURES])
+def test_guided_gradients_equal_an_independent_reference(arch):
+    _, size, *_ = ARCHITECTURES[ids.index(arch)]
+    model, inputs = network(arch, size), photos(2, size)
+    right = guided_reference(model, inputs, 3)
+    assert np.abs(right - plain_gradient(model, inputs, 3)).max() > 0.1 * np.abs(right).max()
+    assert_close(Explainer(model)(inputs, 3).guided, right, 1e-4)
+
+
+def plain_gradient(model, inputs, target):
+    inputs = inputs.clone().requires_grad_()
+    return torch.autograd.grad(model(inputs)[:, target].sum(), inputs)[0].numpy()
+
+
+MODULES = [
+    nn.ReLU(),
+    nn.ReLU(inplace=True),
+    nn.ReLU6(),
+    nn.Hardtanh(-0.1, 0.3),
+    nn.LeakyReLU(0.1),
+    nn.ELU(),
+    nn.CELU(),
+    nn.SELU(),
+    nn.GELU(),
+    nn.GELU(approximate="tanh"),
+    nn.SiLU(),
+    nn.Hardswish(),
+    nn.Mish(),
+    nn.Softplus(),
+    nn.PReLU(8),
+    nn.RReLU(),
+]
+
+
+@pytest.mark.parametrize("activation", MODULES, ids=str)
+def test_an_activation_module_is_clamped(activation):
+    model, inputs = Tiny(activation).eval(), photos(2, 12)
+    right = guided_reference(model, inputs, 1)
+    assert np.abs(right - plain_gradient(model, inputs, 1)).max() > 0.01 * np.abs(right).max()
+    assert_close(Explainer(model)(inputs, 1).guided, right, 1e-5)
+
+
+FUNCTIONS = {
+    "torch.relu": (torch.relu, F.relu),
+    "Tensor.relu": (lambda x: x.relu(), F.relu),
+    "Tensor.relu_": (lambda x: x.relu_(), F.relu),
+    "F.relu": (F.relu, F.relu),
+    "F.relu in place": (lambda x: F.relu(x, inplace=True), F.relu),
+    "F.relu6": (F.relu6, F.relu6),
+    "F.silu": (F.silu, F.silu),
+    "F.gelu": (F.gelu, F.gelu),
+    "F.hardswish": (F.hardswish, F.hardswish),
+    "F.leaky_relu": (F.leaky_relu, F.leaky_relu),
+    "F.elu in place": (lambda x: F.elu(x, inplace=True), F.elu),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_activation_function_is_clamped(name):
+    function, plain = FUNCTIONS[name]
+    inputs = photos(2, 12)
+    reference = Tiny(lambda x: Rectified.apply(plain(x))).eval()
+    leaf = inputs.clone().requires_grad_()
+    right = torch.autograd.grad(reference(leaf)[:, 1].sum(), leaf)[0].numpy()
+    assert_close(Explainer(Tiny(function).eval())(inputs, 1).guided, right, 1e-5)
+
+
+@pytest.mark.parametrize("gate", [nn.Sigmoid(), nn.Tanh(), nn.Hardsigmoid(), nn.Identity()], ids=str)
+def test_without_an_activation_the_guided_gradient_is_the_plain_one(gate):
+    model, inputs = Tiny(gate).eval(), photos(2, 12)
+    assert_close(Explainer(model)(inputs, 1).guided, plain_gradient(model, inputs, 1), 1e-5)
+
+
+def test_guided_is_none_where_it_is_not_wanted():
+    model, inputs = network("resnet18"), photos(1)
+    without, with_it = Explainer(model, guided=False)(inputs), Explainer(model)(inputs)
+    assert without.guided is None
+    assert with_it.guided.shape == (1, 3, 64, 64)
+    np.testing.assert_allclose(without.cams["gradcam"], with_it.cams["gradcam"], rtol=0, atol=1e-6)
+
+
+class Watched(TorchDispatchMode):
+    """Counts the activations that run forward, and how many run backward with a gradient that is nowhere negative."""
+
+    forward = ("relu", "hardtanh", "silu", "gelu", "hardswish", "leaky_relu", "elu", "mish")
+    backward = ("threshold_backward", *(f"{name}_backward" for name in forward))
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name.removesuffix("_") in self.forward:
+            self.seen["forward"] += 1
+        elif name in self.backward:
+            self.seen["clamped" if args[0].min() >= 0 else "free"] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def cheap_network(arch):
+    """The architecture with an input that is as small as it takes."""
+    size = {"maxvit_t": 224, "inception_v3": 96, "vit_h_14": 28}.get(arch, 64)
+    options = {"image_size": size} if arch.startswith("vit_") else {}
+    if arch in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": False}
+    with cheap_initialisation():
+        model = get_model(arch, weights=None, num_classes=3, **options).eval()
+    return model, photos(1, size)
+
+
+def memory_free():
+    """Bytes, or infinity where nobody tells."""
+    table = Path("/proc/meminfo")
+    if not table.is_file():
+        return float("inf")
+    return int(table.read_text().split("MemAvailable:")[1].split()[0]) * 1024
+
+
+HUGE = {"regnet_y_128gf": 8e9, "vit_h_14": 8e9, "vit_l_16": 4e9, "vit_l_32": 4e9}
+
+
+@pytest.mark.parametrize("arch", list_models(module=sys.modules["torchvision.models"]))
+def test_every_activation_of_every_architecture_is_clamped(arch):
+    if memory_free() < HUGE.get(arch, 2e9):
+        pytest.skip("not enough memory")
+    model, inputs = cheap_network(arch)
+    explainer = Explainer(model, ["eigencam"])  # no backward pass but the guided one
+    target = int(explainer(inputs).targets[0])
+    with Watched() as plain:
+        plain_gradient(model, inputs, target)
+    with Watched() as ours:
+        guided = explainer(inputs, target).guided
+    assert plain.seen["free"] > 0, "the network has nothing to clamp"
+    on_the_way = plain.seen["clamped"] + plain.seen["free"]
+    # half of the activations of a Swin v2 work on its position tables, not on what comes from the input
+    assert plain.seen["forward"] == on_the_way * (2 if arch.startswith("swin_v2") else 1)
+    assert (ours.seen["forward"], ours.seen["clamped"], ours.seen["free"]) == (plain.seen["forward"], on_the_way, 0)
+    assert np.abs(guided).max() > 0
+
+
+# --- batches, targets, repetition ------------------------------------------------------------------------------------
+
+
+def assert_same_explanation(ours, theirs, tolerance=1e-5):
+    assert ours.targets.tolist() == theirs.targets.tolist()
+    np.testing.assert_allclose(ours.logits, theirs.logits, rtol=tolerance, atol=tolerance)
+    for method, maps in theirs.cams.items():
+        np.testing.assert_allclose(ours.cams[method], maps, rtol=0, atol=tolerance)
+    if theirs.guided is not None:
+        assert_close(ours.guided, theirs.guided, tolerance)
+
+
+def test_a_batch_gives_each_photo_what_it_gets_alone():
+    explainer, inputs = Explainer(network("resnet18"), METHODS, ["layer1"]), photos(4)
+    batch = explainer(inputs, [0, 3, 3, 6])
+    for index, target in enumerate([0, 3, 3, 6]):
+        assert_same_explanation(batch.only(index), explainer(inputs[index : index + 1], target))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "googlenet", "mobilenet_v2"])
+def test_the_same_answer_twice(arch):
+    model, inputs = network(arch), photos(2)
+    explainer = Explainer(model, ["gradcam", "xgradcam", "eigencam"])
+    first, again, another = explainer(inputs), explainer(inputs), Explainer(model, explainer.methods)(inputs)
+    for other in (again, another):
+        assert_same_explanation(other, first, 1e-6)
+
+
+def test_an_explanation_has_the_promised_shapes_types_and_ranges():
+    explanation = Explainer(network("resnet18"), METHODS, ["layer1"])(photos(3))
+    for maps in explanation.cams.values():
+        assert (maps.shape, maps.dtype) == ((3, 64, 64), np.float32)
+        assert maps.min() >= 0
+        assert maps.max() <= 1
+    assert (explanation.guided.shape, explanation.guided.dtype) == ((3, 3, 64, 64), np.float32)
+    assert (explanation.logits.shape, explanation.logits.dtype) == ((3, 7), np.float32)
+    assert (explanation.targets.shape, explanation.targets.dtype) == ((3,), np.int64)
+
+
+def test_logits_are_those_of_the_model():
+    model, inputs = network("resnet18"), photos(3)
+    with torch.no_grad():
+        right = model(inputs).numpy()
+    explanation = Explainer(model)(inputs)
+    np.testing.assert_allclose(explanation.logits, right, rtol=1e-4, atol=1e-4 * np.abs(right).max())
+    assert explanation.targets.tolist() == right.argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (4, [4, 4]),
+        ([4, 2], [4, 2]),
+        ((4, 2), [4, 2]),
+        (torch.tensor([4, 2]), [4, 2]),
+        (torch.tensor(4), [4, 4]),
+        (np.array([4, 2]), [4, 2]),
+        (np.int64(4), [4, 4]),
+    ],
+)
+def test_targets_in_any_form(targets, expected):
+    assert Explainer(Tiny())(photos(2, 12), targets).targets.tolist() == expected
+
+
+@pytest.mark.parametrize("targets", [5, -1, [0, 5], [0, -1], torch.tensor([7, 0])])
+def test_a_target_out_of_range_is_a_call_error(targets):
+    with pytest.raises(CallError, match="5 classes"):
+        Explainer(Tiny())(photos(2, 12), targets)
+
+
+@pytest.mark.parametrize("targets", [[0, 1, 2], [[0, 1]], []])
+def test_targets_that_do_not_go_with_the_batch_are_a_call_error(targets):
+    with pytest.raises(CallError):
+        Explainer(Tiny())(photos(2, 12), targets)
+
+
+# --- the model stays as it was ---------------------------------------------------------------------------------------
+
+
+def condition(model):
+    """Everything about a model that an explainer could have left changed."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "modules": [(name, id(module), module.training) for name, module in model.named_modules()],
+        "hooks": [len(getattr(module, kind)) for module in model.modules() for kind in hooks],
+        "replaced": ["forward" in vars(module) for module in model.modules()],
+        "parameters": [(id(p), p.requires_grad, p.dtype, p.stride(), p.grad) for p in model.parameters()],
+        "versions": [(tensor._version, tensor.data_ptr()) for tensor in (*model.parameters(), *model.buffers())],
+    }
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_model_comes_out_as_it_went_in(training, frozen):
+    model = copy.deepcopy(network("resnet18")).train(training)
+    model.layer1.eval()
+    for parameter in model.layer2.parameters():
+        parameter.requires_grad_(not frozen)
+    model(photos(2)).sum().backward()
+    before, state = condition(model), copy.deepcopy(model.state_dict())
+    Explainer(model, METHODS, ["layer1"])(photos(2))
+    assert condition(model) == before
+    assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_a_model_in_training_mode_is_explained_in_eval_mode():
+    model, inputs = network("resnet18"), photos(2)
+    right = Explainer(model)(inputs)
+    assert_same_explanation(Explainer(copy.deepcopy(model).train())(inputs), right)
+
+
+def test_the_inputs_stay_as_they_were():
+    inputs = photos(2)
+    before = inputs.clone()
+    Explainer(network("resnet18"), METHODS, ["layer1"])(inputs)
+    assert torch.equal(inputs, before)
+    assert not inputs.requires_grad
+    assert inputs.grad is None
+
+
+ALARM = {"after": float("inf")}
+
+
+class Alarm(nn.Module):
+    """Raises when it has run as often as ALARM says."""
+
+    def forward(self, x):
+        ALARM["after"] -= 1
+        if ALARM["after"] < 0:
+            raise ArithmeticError("alarm")
+        return x.clone()
+
+
+@pytest.fixture
+def alarmed():
+    model = Tiny(nn.ReLU()).eval()
+    model.second = nn.Sequential(model.second, Alarm())
+    yield model
+    ALARM["after"] = float("inf")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("after", [0, 1])
+@pytest.mark.parametrize("layer", ["first", "second"])
+def test_an_error_half_way_leaves_model_and_explainer_usable(alarmed, method, after, layer):
+    inputs, before = photos(2, 12), condition(alarmed)
+    explainer = Explainer(alarmed, [method], [layer])
+    right = explainer(inputs, 1)
+    for passes in range(after, after + 6, 2):
+        ALARM["after"] = passes
+        with contextlib.suppress(ArithmeticError):
+            explainer(inputs, 1)
+        ALARM["after"] = float("inf")
+        assert_same_explanation(explainer(inputs, 1), right, 1e-6)
+    assert condition(alarmed) == before
+
+
+def test_an_error_in_the_first_pass_leaves_the_explainer_usable(alarmed):
+    inputs = photos(2, 12)
+    explainer = Explainer(alarmed, METHODS)
+    ALARM["after"] = 0
+    with pytest.raises(ArithmeticError):
+        explainer(inputs)
+    ALARM["after"] = float("inf")
+    assert_same_explanation(explainer(inputs), Explainer(alarmed, METHODS)(inputs), 1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_are_an_error_and_change_nothing(value):
+    model = Tiny().eval()
+    with torch.no_grad():
+        model.second.weight[0] = value
+    before = condition(model)
+    with pytest.raises(ValueError, match="not a number"):
+        Explainer(model, METHODS)(photos(1, 12))
+    assert condition(model) == before
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_mode_of_the_caller_does_not_matter_and_stays(mode):
+    model, inputs = network("resnet18"), photos(1)
+    right = Explainer(model, METHODS, ["layer1"])(inputs, 2)
+    with mode():
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        ours = Explainer(model, METHODS, ["layer1"])(photos(1), 2)
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == modes
+    assert_same_explanation(ours, right, 1e-6)
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model, inputs = calibrated(get_model("resnet18", weights=None, num_classes=7), 64), photos(1)
+    normal = get_model("resnet18", weights=None, num_classes=7).eval()
+    normal.load_state_dict({key: tensor.clone() for key, tensor in model.state_dict().items()})
+    assert_same_explanation(Explainer(model)(inputs), Explainer(normal)(inputs))
+
+
+def test_backend_settings_stay():
+    def settings():
+        cudnn = torch.backends.cudnn
+        return cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, torch.get_num_threads()
+
+    before = settings()
+    Explainer(Tiny(), METHODS)(photos(1, 12))
+    assert settings() == before
+
+
+# --- any nn.Module classifier ----------------------------------------------------------------------------------------
+
+
+def test_frozen_parameters():
+    model, inputs = network("resnet18"), photos(1)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    assert_same_explanation(Explainer(frozen)(inputs), Explainer(model)(inputs), 1e-6)
+
+
+def test_data_parallel_around_it():
+    model, inputs = network("resnet18"), photos(2)
+    wrapped = nn.DataParallel(model)
+    right = Explainer(model, target_layers=["layer3"])(inputs)
+    for layers in (["layer3"], ["module.layer3"], [wrapped.module.layer3]):
+        assert_same_explanation(Explainer(wrapped, target_layers=layers)(inputs), right, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_computed_in_float32(dtype):
+    model, inputs = copy.deepcopy(network("resnet18")).to(dtype), photos(1).to(dtype)
+    right = Explainer(copy.deepcopy(model).float())(inputs.float())
+    ours = Explainer(model)(inputs)
+    assert_same_explanation(ours, right)
+    assert ours.cams["gradcam"].dtype == ours.guided.dtype == np.float32
+    assert model.fc.weight.dtype == dtype
+
+
+class Answering(nn.Module):
+    """A network whose answer is changed by `how`."""
+
+    def __init__(self, how, outputs=5):
+        super().__init__()
+        self.backbone = Tiny(outputs=outputs)
+        self.how = how
+
+    def forward(self, x):
+        return self.how(self.backbone(x))
+
+
+@pytest.mark.parametrize("how", [lambda y: y, lambda y: y[:, 0], lambda y: y[:, :, None, None]], ids=["N,1", "N", "4d"])
+def test_a_single_output_explains_its_positive_side(how):
+    inputs = photos(2, 12)
+    model = Answering(how, outputs=1).eval()
+    ours = Explainer(model, METHODS)(inputs)
+    assert ours.targets.tolist() == [0, 0]
+    assert ours.logits.shape == (2, 1)
+    activations, gradients = output_and_gradient(model.backbone, "second", inputs[:1], 0)
+    right = picture_of(gradients.mean((2, 3))[0], activations[0], 12)
+    np.testing.assert_allclose(ours.cams["gradcam"][0], right, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda y: (y, y * 2),
+        lambda y: [y, y * 2],
+        lambda y: SimpleNamespace(logits=y, loss=None),
+        lambda y: {"logits": y, "features": y * 2},
+        lambda y: {"out": y, "aux": y * 2},
+    ],
+    ids=["tuple", "list", "attribute", "dict with logits", "dict with out"],
+)
+def test_an_answer_that_is_more_than_a_tensor(how):
+    inputs, plain = photos(2, 12), Answering(lambda y: y).eval()
+    assert_same_explanation(Explainer(Answering(how).eval(), METHODS)(inputs), Explainer(plain, METHODS)(inputs), 1e-6)
+
+
+def stack(*tail):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), *tail).eval()
+
+
+def test_a_sequential_network():
+    model, inputs = stack(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)), photos(2, 16)
+    explainer = Explainer(model)
+    ours = explainer(inputs, 1)
+    assert explainer.target_layers == ("3",)
+    assert_same_maps(ours.cams["gradcam"], grad_cams("gradcam", model, ["3"], inputs, [1, 1]))
+    assert_close(ours.guided, guided_reference(model, inputs, 1), 1e-5)
+
+
+def test_a_wrapped_network_is_looked_into():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = network("resnet18")
+
+        def forward(self, images):
+            return self.backbone(images)
+
+    inputs = photos(1)
+    explainer, plain = Explainer(Wrapper()), Explainer(network("resnet18"))
+    assert_same_explanation(explainer(inputs), plain(inputs), 1e-6)
+    assert explainer.target_layers == ("backbone.layer4",)
+
+
+def test_a_network_that_keeps_what_it_computed():
+    class Keeping(Tiny):
+        def forward(self, x):
+            self.features = self.first(x)
+            return self.head(torch.relu(self.second(torch.relu(self.features))).mean((2, 3)))
+
+    model, inputs = Keeping().eval(), photos(1, 12)
+    model(inputs)  # what it keeps now hangs on a graph
+    assert_same_explanation(Explainer(model)(inputs), Explainer(Tiny().eval())(inputs), 1e-6)
+
+
+def test_a_batch_norm_that_must_not_be_folded():
+    class Branching(nn.Module):
+        """The convolution's own output is wanted beside the batch norm's."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.head((F.relu(self.norm(x)) + F.relu(x)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, inputs = calibrated(Branching(), 12), photos(2, 12)
+    for layer in ("conv", "norm"):
+        ours = Explainer(model, AT_ONCE, [layer])(inputs, 1)
+        np.testing.assert_allclose(ours.logits, model(inputs).detach().numpy(), rtol=0, atol=1e-5)
+        assert_close(ours.guided, guided_reference(model, inputs, 1))
+        for method in AT_ONCE:
+            assert_same_maps(ours.cams[method], grad_cams(method, model, [layer], inputs, [1, 1]))
+
+
+@pytest.mark.parametrize("layer", ["layer4.0.conv1", "layer4.0.bn1", "layer4.0.relu", "layer2.0.downsample.1", "conv1"])
+def test_a_layer_that_folding_would_change(layer):
+    model, inputs = network("resnet18"), photos(1)
+    whole = "layer4.0" if layer.endswith("relu") else layer  # it runs twice; ours is its last run, the block's output
+    target = lively_target(model, whole, inputs)
+    activations, gradients = output_and_gradient(model, whole, inputs, target)
+    ours = Explainer(model, ["gradcam"], [layer])(inputs, target).cams["gradcam"][0]
+    assert_same_maps(ours, picture_of(gradients.mean((2, 3))[0], activations[0], 64))
+
+
+# --- wrong calls and empty maps --------------------------------------------------------------------------------------
+
+
+def test_an_unknown_method_suggests_a_near_one():
+    with pytest.raises(CallError, match=r"'gradcamm'.*did you mean.*gradcam"):
+        Explainer(Tiny(), ["gradcamm"])
+
+
+@pytest.mark.parametrize(("wrong", "near"), [("layr4", "layer4"), ("layer4.1.conv9", r"layer4\.1\.conv"), ("", "")])
+def test_an_unknown_layer_suggests_a_near_one(wrong, near):
+    with pytest.raises(CallError, match=rf"no layer '{wrong}'.*{near}"):
+        Explainer(network("resnet18"), target_layers=[wrong])
+
+
+def test_a_module_of_another_network_is_no_layer():
+    with pytest.raises(CallError, match="no layer 'Conv2d'"):
+        Explainer(Tiny(), target_layers=[Tiny().first])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_without_a_spatial_map_is_a_call_error(method):
+    with pytest.raises(CallError, match="'avgpool' gives no spatial map"):
+        Explainer(network("resnet18"), [method], ["avgpool"])(photos(1))
+
+
+class Bystander(Tiny):
+    """`aside` runs but counts for nothing; `idle` never runs; `pair` gives two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.aside, self.idle, self.pair = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), Pair()
+
+    def forward(self, x):
+        self.aside(x)
+        return super().forward(self.pair(x)[0])
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+@pytest.mark.parametrize("method", [method for method in AT_ONCE if method != "eigencam"])
+def test_a_layer_that_the_score_does_not_depend_on_is_a_call_error(method):
+    with pytest.raises(CallError, match="does not depend on layer 'aside'"):
+        Explainer(Bystander(), [method], ["aside"])(photos(1, 12))
+
+
+@pytest.mark.parametrize("layer", ["idle", "pair"])
+@pytest.mark.parametrize("method", ["gradcam", "eigencam", "ablationcam"])
+def test_a_layer_that_gives_no_tensor_is_a_call_error(method, layer):
+    with pytest.raises(CallError, match=layer):
+        Explainer(Bystander(), [method], [layer])(photos(1, 12))
+
+
+def test_a_network_without_a_spatial_map_is_a_call_error():
+    with pytest.raises(CallError, match="no layer gives a spatial map"):
+        Explainer(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4)))(photos(1, 8))
+
+
+@pytest.mark.parametrize("method", ["gradcam", "gradcam++", "xgradcam"])
+def test_a_map_with_nothing_in_it_is_zero(method):
+    model = stack(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    model[-1].weight.data.fill_(-1)  # activations only speak against a class
+    assert not Explainer(model, [method], ["3"])(photos(2, 12)).cams[method].any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_constant_photo_of_a_network_that_gives_zero_has_a_zero_or_finite_map(method):
+    model = Tiny(outputs=2).eval()
+    with torch.no_grad():
+        model.second.weight.zero_()
+        model.second.bias.fill_(-1)  # nothing gets through the second activation
+    explanation = Explainer(model, [method], ["second"])(torch.zeros(1, 3, 12, 12))
+    assert np.isfinite(explanation.cams[method]).all()
+    assert not explanation.guided.any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_score_of_zero_gives_a_finite_map(method):
+    model = Tiny(outputs=2).eval()
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    maps = Explainer(model, [method])(photos(1, 12)).cams[method]
+    assert np.isfinite(maps).all()
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+
+
+# --- memory and devices ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_does_not_grow_from_call_to_call(method):
+    def held():
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+        return len(gc.get_objects()), len(tensors), sum(t.numel() for t in tensors)
+
+    explainer, inputs = Explainer(Tiny().eval(), [method]), photos(1, 12)
+    for _ in range(10):
+        explainer(inputs)
+    before = held()
+    for _ in range(40):
+        explainer(inputs)
+    after = held()
+    assert after[0] < before[0] + 30  # fewer than one object a call
+    assert after[1:] == before[1:]
+
+
+def resident():
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="no /proc")
+def test_hundreds_of_calls_leave_memory_where_ten_left_it():
+    explainer, inputs = Explainer(Tiny().eval(), ["gradcam", "ablationcam", "scorecam"]), photos(4, 96)
+    for _ in range(10):
+        explainer(inputs)
+    before = resident()
+    for _ in range(60):
+        explainer(inputs)
+    assert resident() - before < 12e6  # one leaked activation a call would be 70 MB
+
+
+def test_no_garbage_waits_for_the_collector():
+    explainer, inputs = Explainer(Tiny().eval(), METHODS), photos(1, 12)
+    explainer(inputs)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+        for _ in range(5):
+            explainer(inputs)
+        assert sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) <= before + 2
+    finally:
+        gc.enable()
+
+
+@needs_cuda
+@pytest.mark.parametrize(("arch", "size", "layer", "narrow"), ARCHITECTURES, ids=ids)
+def test_cuda_gives_what_the_cpu_gives(arch, size, layer, narrow):
+    model, inputs = network(arch, size), photos(2, size)
+    layer = {"densenet121": "features.denseblock4", "swin_t": "features.7.1.norm1"}.get(arch, layer)
+    on_cpu = Explainer(model, METHODS, [layer])(inputs, [2, 5])
+    on_gpu = Explainer(copy.deepcopy(model).cuda(), METHODS, [layer])(inputs, [2, 5])
+    assert_same_explanation(on_gpu, on_cpu, 1e-4)
+
+
+@needs_cuda
+def test_cuda_gives_the_same_twice():
+    explainer, inputs = Explainer(copy.deepcopy(network("resnet18")).cuda(), METHODS), photos(2)
+    first, again = explainer(inputs), explainer(inputs)
+    for method in METHODS:
+        np.testing.assert_array_equal(first.cams[method], again.cams[method])
+    np.testing.assert_array_equal(first.guided, again.guided)

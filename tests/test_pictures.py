@@ -1,0 +1,358 @@
+"""Room 5, pictures: what is drawn, how large, under which names, and that no file is ever half written."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnn_visualizations import (
+    Photo,
+    draw,
+    draw_cam,
+    draw_gradients,
+    find_places,
+    picture_files,
+    seen_picture,
+    write_jpeg,
+)
+
+ALL = ("cam", "gb", "cam_gb")
+
+
+def photo_of(height, width):
+    """A photo whose red tells each pixel's row and whose green its column, modulo 256."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    pixels = np.stack([rows % 256, columns % 256, np.zeros_like(rows)], 2).astype(np.uint8)
+    return Photo(Path("photo.jpg"), pixels)
+
+
+def grey(height, width, value=128):
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def gradients(height=8, width=8, seed=0):
+    return np.random.default_rng(seed).standard_normal((3, height, width)).astype(np.float32)
+
+
+def one_cell(row, column, height=8, width=8):
+    cam = np.zeros((height, width), np.float32)
+    cam[row, column] = 1
+    return cam
+
+
+# The part that the network saw
+
+
+def test_the_seen_part_is_cut_out_at_the_photos_own_resolution():
+    photo = photo_of(100, 200)
+    picture = seen_picture(photo, (50, 10, 140, 90))
+    np.testing.assert_array_equal(picture, photo.pixels[10:90, 50:140])
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "long_side", "expected"),
+    [
+        (2000, 3000, None, (683, 1024)),
+        (3000, 2000, None, (1024, 683)),
+        (1025, 1025, None, (1024, 1024)),
+        (1024, 512, None, (1024, 512)),
+        (30, 20, None, (30, 20)),
+        (2000, 3000, 1500, (1000, 1500)),
+        (30, 20, 300, (300, 200)),
+        (3000, 2000, 16, (16, 11)),
+        (8, 20_000, None, (1, 1024)),
+    ],
+)
+def test_the_long_side_is_at_most_1024_unless_said_otherwise(height, width, long_side, expected):
+    picture = seen_picture(photo_of(height, width), (0, 0, width, height), long_side)
+    assert picture.shape == (*expected, 3)
+    assert picture.dtype == np.uint8
+
+
+def test_a_box_of_fractions_of_a_pixel_stays_within_the_photo():
+    photo = photo_of(20, 30)
+    box = (4.6, 0.3, 24.4, 20.0)
+    picture = seen_picture(photo, box)
+    assert picture.shape[0] in (19, 20, 21)
+    assert picture.shape[1] in (19, 20, 21)
+    assert abs(int(picture[0, 0, 1]) - box[0]) <= 1
+    assert abs(int(picture[-1, -1, 1]) + 1 - box[2]) <= 1
+
+
+@pytest.mark.parametrize("side", [101, 557, 1024])
+def test_a_square_box_gives_a_square_picture(side):
+    assert seen_picture(photo_of(1100, 1200), (0.4, 0.6, 0.4 + side, 0.6 + side)).shape == (side, side, 3)
+
+
+# The heatmap
+
+
+def test_heat_is_red_where_the_map_is_one_and_blue_where_it_is_zero():
+    hot, cold = (draw_cam(grey(6, 9), np.full((4, 4), value, np.float32)) for value in (1, 0))
+    assert (hot[:, :, 0].astype(int) > hot[:, :, 1:].max(2) + 40).all()
+    assert (cold[:, :, 2].astype(int) > cold[:, :, :2].max(2) + 40).all()
+
+
+def test_heat_and_photo_are_half_and_half():
+    dark, bright = (draw_cam(grey(6, 9, value), np.full((4, 4), 0.5, np.float32)).astype(int) for value in (40, 200))
+    assert np.abs(bright - dark - 80).max() <= 1
+
+
+def test_heat_rises_with_the_map():
+    cam = np.linspace(0, 1, 60, dtype=np.float32)[None].repeat(60, 0)
+    drawn = draw_cam(grey(60, 60), cam).astype(int)
+    warmth = drawn[30, :, 0] - drawn[30, :, 2]
+    cold, middle, hot = (part.mean() for part in np.split(warmth, 3))
+    assert cold < middle - 40
+    assert middle + 40 < hot
+    assert abs(middle) < 20
+
+
+@pytest.mark.parametrize(("height", "width"), [(80, 160), (160, 80), (80, 80)])
+@pytest.mark.parametrize(("row", "column"), [(1, 6), (6, 1), (0, 0), (7, 7)])
+def test_heat_lies_where_the_map_says(height, width, row, column):
+    drawn = draw_cam(grey(height, width), one_cell(row, column)).astype(int)
+    y, x = np.unravel_index((drawn[:, :, 0] - drawn[:, :, 2]).argmax(), (height, width))
+    assert row <= y / height * 8 <= row + 1
+    assert column <= x / width * 8 <= column + 1
+
+
+def test_drawing_changes_neither_picture_nor_map():
+    picture, cam = grey(8, 8), one_cell(3, 3)
+    before = picture.copy(), cam.copy()
+    draw_cam(picture, cam)
+    np.testing.assert_array_equal(picture, before[0])
+    np.testing.assert_array_equal(cam, before[1])
+
+
+# The gradients
+
+
+def test_zero_gradients_are_grey():
+    drawn = draw_gradients(np.zeros((3, 8, 8), np.float32), 20, 10)
+    assert drawn.shape == (10, 20, 3)
+    assert set(np.unique(drawn)) <= {127, 128}
+
+
+def test_a_positive_gradient_is_bright_and_a_negative_one_dark():
+    values = np.zeros((3, 4, 4), np.float32)
+    values[:, 0, 0], values[:, 3, 3] = 1, -1
+    drawn = draw_gradients(values, 4, 4)
+    assert drawn[0, 0].tolist() == [255] * 3
+    assert drawn[3, 3].max() <= 1
+    assert set(np.unique(drawn[1:3, 1:3])) <= {127, 128}
+
+
+@pytest.mark.parametrize("channel", [0, 1, 2])
+def test_each_channel_of_the_gradients_has_its_own_colour(channel):
+    values = np.zeros((3, 8, 8), np.float32)
+    values[channel] = 2
+    drawn = draw_gradients(values, 8, 8)
+    assert (drawn[:, :, channel] == 255).all()
+    assert np.isin(np.delete(drawn, channel, axis=2), (127, 128)).all()
+
+
+def test_a_few_extreme_pixels_do_not_turn_all_others_grey():
+    values = gradients(64, 64)
+    values[0, 5, 5] = 1e6
+    assert draw_gradients(values, 64, 64).astype(float).std() > 30
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1, 1e20])
+def test_the_unit_of_the_gradients_does_not_matter(scale):
+    np.testing.assert_allclose(
+        draw_gradients(gradients() * np.float32(scale), 8, 8).astype(int), draw_gradients(gradients(), 8, 8), atol=1
+    )
+
+
+def test_gradients_keep_their_place_when_enlarged():
+    values = np.zeros((3, 8, 8), np.float32)
+    values[:, 2, 5] = 1
+    y, x = np.unravel_index(draw_gradients(values, 160, 80)[:, :, 0].argmax(), (80, 160))
+    assert (y * 8 // 80, x * 8 // 160) == (2, 5)
+
+
+# All three
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 30), (33, 57), (1, 40)])
+def test_all_three_pictures_are_as_large_as_the_photos_part(height, width):
+    drawn = draw(grey(height, width), np.random.rand(8, 8).astype(np.float32), gradients(), ALL)
+    assert list(drawn) == list(ALL)
+    for picture in drawn.values():
+        assert (picture.shape, picture.dtype) == ((height, width, 3), np.uint8)
+
+
+def test_only_what_was_asked_for_is_drawn():
+    assert list(draw(grey(9, 9), one_cell(1, 1), None, ["cam"])) == ["cam"]
+    assert list(draw(grey(9, 9), one_cell(1, 1), gradients(), ["gb"])) == ["gb"]
+
+
+def test_the_product_is_grey_where_the_map_is_zero_and_not_where_it_is_one():
+    cam = np.zeros((8, 8), np.float32)
+    cam[:, :4] = 1
+    drawn = draw(grey(8, 8), cam, gradients(), ["cam_gb"])["cam_gb"].astype(float)
+    assert np.isin(drawn[:, 4:], (127, 128)).all()
+    assert drawn[:, :4].std() > 30
+
+
+def test_the_product_with_a_map_that_is_zero_everywhere_is_grey():
+    drawn = draw(grey(8, 8), np.zeros((8, 8), np.float32), gradients(), ["cam_gb"])["cam_gb"]
+    assert np.isin(drawn, (127, 128)).all()
+
+
+# Names
+
+
+def test_pictures_are_named_after_method_and_photo():
+    assert picture_files("out/33", "gradcam", ALL) == {
+        "cam": Path("out/gradcam_cam_33.jpg"),
+        "gb": Path("out/gb_33.jpg"),
+        "cam_gb": Path("out/gradcam_cam_gb_33.jpg"),
+    }
+    assert picture_files("照片 v1.2", "gradcam++", ["cam"]) == {"cam": Path("gradcam++_cam_照片 v1.2.jpg")}
+
+
+def planned(photos, folder, outputs=ALL):
+    """The plan, after checking that no file is written twice and no photo is written over, whatever the case."""
+    places = find_places([(str(photo), "") for photo in photos], Path(folder), "gradcam", outputs)
+    plan = {Path(photo): picture_files(place, "gradcam", outputs) for photo, place in places}
+    assert list(plan) == [Path(photo) for photo in photos]
+    files = [os.path.realpath(file).lower() for files in plan.values() for file in files.values()]
+    assert len(files) == len(photos) * len(outputs) == len(set(files))
+    assert set(files).isdisjoint(os.path.realpath(photo).lower() for photo in photos)
+    return plan
+
+
+def test_one_photo_has_the_plain_names():
+    assert planned(["pics/33.jpg"], "out") == {
+        Path("pics/33.jpg"): {
+            "cam": Path("out/gradcam_cam_33.jpg"),
+            "gb": Path("out/gb_33.jpg"),
+            "cam_gb": Path("out/gradcam_cam_gb_33.jpg"),
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    "photos",
+    [
+        ["x/a.jpg", "y/a.jpg", "z/a.jpg"],
+        ["a.jpg", "a.png"],
+        ["A.jpg", "a.png"],
+        ["x/Straße.jpg", "y/STRASSE.jpg"],
+        ["a_2.jpg", "x/a.jpg", "y/a.jpg", "z/a_2.jpg"],
+        ["x/a.jpg", "y/a.jpg", "a_2.jpg"],
+        ["gb_a.jpg", "a.jpg"],
+        ["cam_gb_a.jpg", "x/gb_a.jpg", "a.jpg"],
+        ["照片.jpg", "照片.png", "v1.2.jpg", "v1.3.jpg"],
+    ],
+)
+@pytest.mark.parametrize("outputs", [ALL, ["cam"], ["gb", "cam_gb"]])
+@pytest.mark.parametrize("folder", ["out", "."])
+def test_no_two_photos_have_the_same_picture(photos, folder, outputs):
+    planned(photos, folder, outputs)
+
+
+@pytest.mark.parametrize(
+    "photos",
+    [
+        ["a.jpg", "gb_a.jpg"],
+        ["gb_a.jpg", "a.jpg"],
+        ["a.png", "gradcam_cam_a.jpg", "GB_A.JPG"],
+        ["a.jpg", "gb_a.jpg", "gb_a_2.jpg", "gradcam_cam_gb_a_3.jpg"],
+    ],
+)
+@pytest.mark.parametrize("relative", [True, False])
+def test_no_photo_is_written_over_in_its_own_folder(tmp_path, monkeypatch, photos, relative):
+    monkeypatch.chdir(tmp_path)
+    for photo in photos:
+        (tmp_path / photo).write_bytes(b"a photo")
+    planned(photos if relative else [tmp_path / photo for photo in photos], ".")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_no_photo_is_written_over_through_a_link_to_its_folder(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    photos = [tmp_path / "photos" / name for name in ("a.jpg", "gb_a.jpg")]
+    for photo in photos:
+        photo.write_bytes(b"a photo")
+    planned(photos, tmp_path / "link")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_what_a_link_among_the_photos_points_to_is_not_written_over(tmp_path):
+    (tmp_path / "gb_a.jpg").write_bytes(b"the only copy")
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "gb_a.jpg")
+    (tmp_path / "a.jpg").write_bytes(b"a photo")
+    planned([tmp_path / "a.jpg", tmp_path / "link.jpg"], tmp_path)
+
+
+# Writing
+
+
+def texture(height=40, width=60):
+    rows, columns = np.mgrid[0:height, 0:width]
+    return np.stack([rows * 4, columns * 3, 255 - rows * 4], 2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "照片 一.jpg", "v1.2 (copy).jpg", "Ünïcödé.jpg"])
+def test_a_written_picture_is_a_jpeg_with_the_right_colours(tmp_path, name):
+    write_jpeg(tmp_path / name, texture())
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    with Image.open(tmp_path / name) as read:
+        assert (read.format, read.mode, read.size) == ("JPEG", "RGB", (60, 40))
+        assert np.abs(np.asarray(read).astype(int) - texture()).mean() < 3
+
+
+def test_a_picture_of_an_earlier_run_is_replaced(tmp_path):
+    write_jpeg(tmp_path / "a.jpg", texture())
+    write_jpeg(tmp_path / "a.jpg", grey(10, 10))
+    with Image.open(tmp_path / "a.jpg") as read:
+        assert read.size == (10, 10)
+
+
+def fail_half_way(monkeypatch):
+    """From now on every file gets half of what is written to it, and then the disk is full."""
+
+    def half(path, content):
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+
+
+@pytest.mark.parametrize("before", [None, b"the picture of an earlier run"])
+def test_a_write_that_fails_half_way_leaves_what_was_there(tmp_path, monkeypatch, before):
+    if before:
+        (tmp_path / "a.jpg").write_bytes(before)
+    fail_half_way(monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        write_jpeg(tmp_path / "a.jpg", texture())
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({"a.jpg": before} if before else {})
+
+
+def test_a_move_that_fails_leaves_nothing_behind(tmp_path):
+    (tmp_path / "a.jpg").mkdir()
+    with pytest.raises(OSError):
+        write_jpeg(tmp_path / "a.jpg", texture())
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jpg"]
+
+
+def test_a_folder_that_is_gone_is_an_os_error(tmp_path):
+    with pytest.raises(OSError):
+        write_jpeg(tmp_path / "gone" / "a.jpg", texture())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be replaced there")
+def test_whoever_reads_the_old_picture_keeps_reading_the_old_picture(tmp_path):
+    write_jpeg(tmp_path / "a.jpg", texture())
+    old = (tmp_path / "a.jpg").read_bytes()
+    with (tmp_path / "a.jpg").open("rb") as reader:
+        start = reader.read(100)
+        write_jpeg(tmp_path / "a.jpg", grey(300, 300))
+        assert start + reader.read() == old
