@@ -1915,7 +1915,6 @@ def save(
                 f"{path}: the {method} map is zero everywhere: nothing in {record['target_layer']} speaks for the class"
             )
         for output, picture in draw(photo.picture, cam, guided, outputs).items():
-            files[output].parent.mkdir(parents=True, exist_ok=True)
             write_jpeg(files[output], picture)
         results.append(record)
     except OSError as error:
@@ -1936,7 +1935,12 @@ def plan(args: argparse.Namespace, share: Share, results: Results) -> tuple[list
         if index % share.world == share.rank:
             skipped += done
             todo += [] if done else [(path, place)]
-    results.forget(again)
+    try:
+        for folder in {os.path.dirname(place) or "." for _, place in todo}:
+            os.makedirs(folder, exist_ok=True)
+        results.forget(again)
+    except OSError as error:
+        raise CallError(f"--output {args.output}: cannot write there: {error.strerror or error}") from error
     return todo, skipped
 
 
