@@ -1205,7 +1205,9 @@ def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
 
 def as_logits(answer: Any) -> Tensor:
     """What a network returns, as logits (N, classes). Raises ValueError where they are not finite."""
-    if not isinstance(answer, Tensor):  # an auxiliary head comes second; transformers wrap the logits
+    if isinstance(answer, Mapping):  # as torchvision's segmentation networks and transformers' give it
+        answer = answer["logits"] if "logits" in answer else answer["out"]
+    elif not isinstance(answer, Tensor):  # an auxiliary head comes second
         answer = answer.logits if hasattr(answer, "logits") else answer[0]
     logits = answer[:, None] if answer.ndim == 1 else answer.flatten(1)
     if not torch.isfinite(logits).all():
@@ -1217,8 +1219,11 @@ def choose_targets(logits: Tensor, targets: Sequence[int] | Tensor | int | None)
     """The class to explain for each input, int64 (N,). Raises CallError where there is no such class."""
     if targets is None:
         return logits.detach().argmax(1)
-    chosen = torch.as_tensor(targets, dtype=torch.int64, device=logits.device).expand(len(logits))
     classes = logits.shape[1]
+    chosen = torch.as_tensor(targets, dtype=torch.int64, device=logits.device)
+    if chosen.ndim and chosen.shape != logits.shape[:1]:
+        raise CallError(f"{_shape(chosen)} target classes do not go with {len(logits)} inputs: give one for each")
+    chosen = chosen.expand(len(logits))
     if not ((chosen >= 0) & (chosen < classes)).all():
         raise CallError(f"class {chosen.tolist()} is out of range: the network has {classes} classes, from 0")
     return chosen
@@ -1370,11 +1375,12 @@ class Suffix:
         self.output = outputs[layer]
         # A module that is called again later (ResNet's relu) cannot stand for one result.
         self._before = {network.get_submodule(k): v for k, v in finished.items() if times_called[k] == 1}
+        self._runs = times_called[layer]
 
     def __enter__(self) -> Suffix:
         for module, output in self._before.items():
             module.forward = partial(self._recall, output)
-        self._layer.forward = lambda *args, **kwargs: self._copies
+        self._layer.forward = partial(self._replace, self._layer.forward)
         try:
             unchanged = self(self.output.repeat(2, *[1] * (self.output.ndim - 1)))
             self._expand = len(unchanged) != 2 or not torch.allclose(unchanged, self.logits, 1e-3, 1e-3)
@@ -1386,6 +1392,10 @@ class Suffix:
         for module in [*self._before, self._layer]:
             del module.forward
 
+    def _replace(self, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        self._runs_left -= 1  # of a layer that runs more than once, the last run counts
+        return forward(*args, **kwargs) if self._runs_left else self._copies
+
     def _recall(self, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._as_many(output).clone()  # what follows may change it in place
 
@@ -1394,7 +1404,7 @@ class Suffix:
 
     def __call__(self, copies: Tensor) -> Tensor:
         """The logits (B, classes) for B outputs of the layer, which may be overwritten."""
-        self._copies = copies
+        self._copies, self._runs_left = copies, self._runs
         return as_logits(self._network(self._as_many(self._inputs)))
 
 
@@ -1418,7 +1428,7 @@ def ablation_weights(
             changed = channels_first.repeat(len(channels), *[1] * (channels_first.ndim - 1))
             changed[torch.arange(len(channels)), channels] = 0
             ablated[channels] = suffix(changed.movedim(1, axis))[:, target]
-    return (score - ablated) / score
+    return (score - ablated) / torch.where(score == 0, 1, score)
 
 
 @torch.inference_mode()
@@ -1445,6 +1455,15 @@ def score_weights(
 def exact_convolutions() -> contextlib.AbstractContextManager[None]:
     """On a GPU: no TF32, whose ten bits show in the maps, and the same answer from run to run."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy that needs no gradients for its weights, in float32, eval mode and channels-last memory."""
+    # Tensors that hang on a graph cannot be copied: what a module keeps of its last run, an old weight_norm's weight.
+    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    memo = {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf}
+    network = copy.deepcopy(model, memo).eval().requires_grad_(False).float()
+    return network.to(memory_format=torch.channels_last)
 
 
 class Explainer:
@@ -1489,8 +1508,7 @@ class Explainer:
         self.progress = progress
         self.target_layers = tuple(layer_name(model, layer) for layer in target_layers or ())
         with torch.inference_mode(False):
-            network = copy.deepcopy(model).eval().requires_grad_(False).float()
-            self._network = network.to(memory_format=torch.channels_last)
+            self._network = frozen_copy(model)
         self._tuned = False
 
     def __call__(self, inputs: Tensor, targets: Sequence[int] | Tensor | int | None = None) -> Explanation:
@@ -1525,6 +1543,9 @@ class Explainer:
         inputs.requires_grad_(self.guided)
         with tap(self._network, self.target_layers, with_gradients) as outputs:
             logits = as_logits(self._network(inputs))
+        for layer in self.target_layers:
+            if layer not in outputs:
+                raise CallError(f"layer '{layer}' takes no part in the network's answer; choose another one")
         targets = choose_targets(logits, targets)
         score = logits.gather(1, targets[:, None]).sum()
         gradients = self._gradients(score, outputs) if with_gradients else {}

@@ -14,7 +14,6 @@ import copy
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import statistics
@@ -24,8 +23,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +39,6 @@ from cnn_visualizations import Explainer, load_classifier, read_photo
 
 CKPT = ROOT / "tests" / "data" / "dogs_mobilenet_v2.pth"
 DOG = ROOT / "pics" / "dog.jpg"
-TARGET = 3
 GRAD_CAM_CLASSES = {
     "gradcam": "GradCAM",
     "scorecam": "ScoreCAM",
@@ -60,6 +59,7 @@ class Setting:
 
     device: str
     quick: bool
+    alone: bool = False  # whether this process does one side only, and so needs no copy of the network
 
 
 # Networks and inputs
@@ -79,8 +79,15 @@ def network(arch: str, device: str) -> nn.Module:
     if norms:
         model.train()
         with torch.no_grad():
-            model(torch.randn(4, 3, 224, 224))
+            for photo in torch.randn(4, 3, 224, 224).split(1):  # one by one, or this would be the peak of memory
+                model(photo)
     return model.eval().to(device)
+
+
+def own_network(setting: Setting, arch: str) -> nn.Module:
+    """The network for somebody who changes it."""
+    shared = network(arch, setting.device)
+    return shared if setting.alone else copy.deepcopy(shared)
 
 
 def photos(arch: str, count: int, device: str) -> torch.Tensor:
@@ -90,6 +97,13 @@ def photos(arch: str, count: int, device: str) -> torch.Tensor:
     torch.manual_seed(1)
     coarse = nn.functional.interpolate(torch.randn(count, 3, 14, 14), (224, 224), mode="bilinear")
     return (coarse + 0.1 * torch.randn(count, 3, 224, 224)).to(device)
+
+
+@cache
+def target_of(arch: str, device: str) -> int:
+    """The likeliest class for the first photo: a map of another one may be zero everywhere."""
+    with torch.no_grad():
+        return int(network(arch, device)(photos(arch, 1, device)).argmax())
 
 
 LAYERS = {"resnet50": "layer4", "vgg16": "features", "mobilenet_v2": "features", "demo": "features"}
@@ -102,11 +116,11 @@ def ours(setting: Setting, arch: str, methods: str = "gradcam", guided: bool = T
     """Our explainer on the target layer, or on the one that `arch@layer` names."""
     arch, layer = split(arch)
     explainer = Explainer(network(arch, setting.device), methods.split(","), [layer], guided=guided)
-    inputs = photos(arch, count, setting.device)
-    explainer(inputs[:1], TARGET)  # finds what it folds; a person's second photo does not pay for this
+    inputs, target = photos(arch, count, setting.device), target_of(arch, setting.device)
+    explainer(inputs[:1], target)  # finds what it folds; a person's second photo does not pay for this
 
     def work() -> Answer:
-        found = explainer(inputs, TARGET)
+        found = explainer(inputs, target)
         answer = {"cam": found.cams[methods.split(",")[0]]}
         return answer if found.guided is None else {**answer, "guided": found.guided}
 
@@ -118,22 +132,22 @@ def split(arch: str) -> tuple[str, str]:
     return name, layer or LAYERS[name]
 
 
-def grad_cam(setting: Setting, arch: str, method: str = "gradcam", guided: bool = True, **options: object) -> Work:
+def grad_cam(setting: Setting, arch: str, method: str = "gradcam", guided: bool = True, kind: Any = None) -> Work:
     """grad-cam's own class as in its README, then its GuidedBackpropReLUModel."""
     import pytorch_grad_cam
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     silence_progress()
     arch, layer = split(arch)
-    model = copy.deepcopy(network(arch, setting.device))  # grad-cam replaces modules
-    inputs = photos(arch, 1, setting.device)
-    kind = getattr(pytorch_grad_cam, GRAD_CAM_CLASSES[method])
+    model = own_network(setting, arch)
+    inputs, target = photos(arch, 1, setting.device), target_of(arch, setting.device)
+    kind = kind or getattr(pytorch_grad_cam, GRAD_CAM_CLASSES[method])
 
     def work() -> Answer:
-        with kind(model=model, target_layers=[model.get_submodule(layer)], **options) as cam:
-            answer = {"cam": cam(input_tensor=inputs.clone(), targets=[ClassifierOutputTarget(TARGET)])}
+        with kind(model=model, target_layers=[model.get_submodule(layer)]) as cam:
+            answer = {"cam": cam(input_tensor=inputs.clone(), targets=[ClassifierOutputTarget(target)])}
         if guided:
-            gradients = pytorch_grad_cam.GuidedBackpropReLUModel(model=model)(inputs.clone(), target_category=TARGET)
+            gradients = pytorch_grad_cam.GuidedBackpropReLUModel(model=model)(inputs.clone(), target_category=target)
             answer["guided"] = gradients.transpose(2, 0, 1)[None]
         return answer
 
@@ -149,6 +163,7 @@ def silence_progress() -> None:
 
 def part_of_ablation(setting: Setting, arch: str, share: float) -> Work:
     """grad-cam's Ablation-CAM on the first channels only."""
+    from pytorch_grad_cam import AblationCAM
     from pytorch_grad_cam.ablation_layer import AblationLayer
 
     class FirstChannels(AblationLayer):
@@ -156,7 +171,20 @@ def part_of_ablation(setting: Setting, arch: str, share: float) -> Work:
             self.indices = np.arange(int(len(activations) * share), dtype=np.int32)
             return self.indices
 
-    return grad_cam(setting, arch, "ablationcam", guided=False, ablation_layer=FirstChannels())
+    return grad_cam(setting, arch, "ablationcam", False, partial(AblationCAM, ablation_layer=FirstChannels()))
+
+
+def part_of_scores(setting: Setting, arch: str, share: float) -> Work:
+    """grad-cam's Score-CAM with the first channels as masks only."""
+    from pytorch_grad_cam import ScoreCAM
+
+    class FirstChannels(ScoreCAM):
+        def get_cam_weights(self, inputs, layer, targets, activations, gradients):
+            count = activations.shape[1]
+            weights = super().get_cam_weights(inputs, layer, targets, activations[:, : int(count * share)], gradients)
+            return np.pad(weights, ((0, 0), (0, count - weights.shape[1])))
+
+    return grad_cam(setting, arch, "scorecam", False, FirstChannels)
 
 
 def torch_cam(setting: Setting, arch: str) -> Work:
@@ -164,12 +192,11 @@ def torch_cam(setting: Setting, arch: str) -> Work:
     from torchcam.methods import GradCAM
 
     arch, layer = split(arch)
-    model, inputs = copy.deepcopy(network(arch, setting.device)), photos(arch, 1, setting.device)
-    extractor = GradCAM(model, target_layer=layer)
+    model, inputs = own_network(setting, arch), photos(arch, 1, setting.device)
+    extractor, target = GradCAM(model, target_layer=layer), target_of(arch, setting.device)
 
     def work() -> Answer:
-        scores = model(inputs.clone().requires_grad_())
-        small = extractor(TARGET, scores)[0]
+        small = extractor(target, model(inputs))[0]
         maps = nn.functional.interpolate(small[None].float(), inputs.shape[2:], mode="bilinear")[0]
         return {"cam": stretch(maps.detach().cpu().numpy())}
 
@@ -181,21 +208,21 @@ def captum(setting: Setting, arch: str) -> Work:
     from captum.attr import GuidedBackprop, LayerAttribution, LayerGradCam
 
     arch, layer = split(arch)
-    model, inputs = without_sharing(network(arch, setting.device)), photos(arch, 1, setting.device)
+    model, inputs = without_in_place(own_network(setting, arch)), photos(arch, 1, setting.device)
     heat, guided = LayerGradCam(model, model.get_submodule(layer)), GuidedBackprop(model)
+    target = target_of(arch, setting.device)
 
     def work() -> Answer:
-        small = heat.attribute(inputs, target=TARGET, relu_attributions=True)
+        small = heat.attribute(inputs, target=target, relu_attributions=True)
         maps = LayerAttribution.interpolate(small, inputs.shape[2:], "bilinear")[:, 0]
-        gradients = guided.attribute(inputs.clone().requires_grad_(), target=TARGET)
+        gradients = guided.attribute(inputs.clone().requires_grad_(), target=target)
         return {"cam": stretch(maps.detach().cpu().numpy()), "guided": gradients.detach().cpu().numpy()}
 
     return work
 
 
-def without_sharing(model: nn.Module) -> nn.Module:
-    """A copy in which ReLUs are not in place, as captum's hooks need it."""
-    model = copy.deepcopy(model)
+def without_in_place(model: nn.Module) -> nn.Module:
+    """No ReLU works in place, as captum's hooks need it."""
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False
@@ -209,15 +236,15 @@ def stretch(maps: np.ndarray) -> np.ndarray:
 
 def floor(setting: Setting, arch: str) -> Work:
     """One forward pass and one backward pass to the input of the frozen, folded, channels-last network."""
-    model = copy.deepcopy(network(arch, setting.device)).requires_grad_(False)
+    model = own_network(setting, arch).requires_grad_(False)
     fold(model)
     model = model.to(memory_format=torch.channels_last)
-    inputs = photos(arch, 1, setting.device).to(memory_format=torch.channels_last)
+    inputs, target = photos(arch, 1, setting.device), target_of(arch, setting.device)
 
     def work() -> Answer:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             leaf = inputs.clone(memory_format=torch.channels_last).requires_grad_()
-            torch.autograd.grad(model(leaf)[0, TARGET], leaf)[0].cpu()
+            torch.autograd.grad(model(leaf)[0, target], leaf)[0].cpu()
         return {}
 
     return work
@@ -290,10 +317,10 @@ def process(*command: object) -> Work:
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
     def work() -> Answer:
-        command_line = [sys.executable, *map(str, command)]
-        subprocess.run(command_line, check=True, capture_output=True, env=environment)
+        subprocess.run(work.command, check=True, capture_output=True, env=environment)
         return {}
 
+    work.command = [sys.executable, *map(str, command)]
     return work
 
 
@@ -401,7 +428,14 @@ ROWS = [
     ),
     against_grad_cam("googlenet@inception4a", "ablationcam", 1, guided=False, runs=3),
     against_grad_cam("demo", "scorecam", 3.5, guided=False, runs=3),
-    against_grad_cam("resnet50", "scorecam", 2.3, guided=False, runs=1),
+    against_grad_cam(
+        "resnet50",
+        "scorecam",
+        2.3,
+        guided=False,
+        runs=1,
+        part=lambda setting, share: part_of_scores(setting, "resnet50", share),
+    ),
     Row(
         "five-at-once",
         "five gradient and eigen methods + gb at once, resnet50, over gradcam + gb alone",
@@ -439,30 +473,25 @@ def timed(work: Work, device: str) -> tuple[float, Answer]:
 
 
 def measure(row: Row, setting: Setting) -> dict[str, object]:
-    """Both sides in turn. A side that runs once is warmed up by smaller work: the other rows, or nothing."""
+    """Both sides in turn, each warmed up by one run that does not count, unless it is one of many seconds."""
     share = 1 / 32 if setting.quick and row.part else 1
-    mine = row.ours(setting)
-    theirs = row.part(setting, share) if share < 1 else row.theirs(setting)
+    sides = [row.part(setting, share) if share < 1 else row.theirs(setting), row.ours(setting)]
     runs = max(1, row.runs // 4) if setting.quick else row.runs
-    mine()
-    if runs > 1:
-        theirs()
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(runs):
-        for work, taken in zip((theirs, mine), times, strict=True):
-            milliseconds, answer = timed(work, setting.device)
-            taken.append(milliseconds)
-            if work is mine:
-                found = answer
-            else:
-                expected = answer
-    if runs == 1:  # the peer's time is long enough to be one run; ours is not
-        times[1].extend(timed(mine, setting.device)[0] for _ in range(2))
+    times: list[list[float]] = [[], []]
+    answers: list[Answer] = [{}, {}]
+    for repetition in range(runs + (runs > 1)):
+        for side, work in enumerate(sides):
+            milliseconds, answers[side] = timed(work, setting.device)
+            if repetition or runs == 1:
+                times[side].append(milliseconds)
+    if runs == 1 and times[1][0] < 5000:
+        times[1] = [timed(sides[1], setting.device)[0] for _ in range(3)]
+    comparable = share == 1 and row.peer not in ("floor", "ourselves")
     return {
         "theirs": statistics.median(times[0]) / share,
         "ours": statistics.median(times[1]),
         "extrapolated": share < 1,
-        "difference": None if share < 1 or row.peer in ("floor", "ourselves") else difference(found, expected),
+        "difference": difference(answers[1], answers[0]) if comparable else None,
     }
 
 
@@ -475,35 +504,35 @@ def difference(found: Answer, expected: Answer) -> str | None:
     return ", ".join(parts) or None
 
 
+# On Linux a new process begins with the peak of the one that started it, this large one. So a small one starts it.
+LAUNCHER = """
+import resource, subprocess, sys
+print(subprocess.run(sys.argv[1:], check=True, capture_output=True, text=True).stdout.strip())
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6)
+"""
+
+
 def peak_memory(row: Row, side: str, setting: Setting) -> float | None:
-    """Megabytes at the peak of a process that does one side of the work once."""
-    options = ["--device", setting.device, "--side", side, *["--quick"] * setting.quick]
-    command = [sys.executable, __file__, *options, f"={row.name}"]
-    finished = subprocess.run(command, capture_output=True, text=True)
+    """Megabytes at the peak of a process that does one side of the work once; None where that cannot be told."""
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return None
+    work = getattr(row, side)(setting) if row.name == "process" else None
+    options = ["--device", setting.device, "--side", side, *["--quick"] * setting.quick, f"={row.name}"]
+    command = work.command if work else [sys.executable, "-W", "ignore", __file__, *options]
+    finished = subprocess.run([sys.executable, "-c", LAUNCHER, *command], capture_output=True, text=True)
     if finished.returncode:
         return None
-    return json.loads(finished.stdout.splitlines()[-1])
+    said, peak = finished.stdout.splitlines()[-2:]
+    return float(said) if setting.device.startswith("cuda") and not work else float(peak)
 
 
 def run_side(row: Row, side: str, setting: Setting) -> None:
-    """One side once, and this process's peak memory on stdout. A whole process's is that of the child."""
+    """One side once; on a GPU the peak of its memory goes to stdout."""
     if side == "theirs" and setting.quick and row.part:
         row.part(setting, 1 / 32)()
     else:
         getattr(row, side)(setting)()
-    print(json.dumps(peak_here(setting.device, children=row.name == "process")))
-
-
-def peak_here(device: str, children: bool) -> float | None:
-    if device.startswith("cuda") and not children:
-        return torch.cuda.max_memory_allocated() / 1e6
-    if importlib.util.find_spec("resource") is None:  # Windows
-        return None
-    import resource
-
-    whose = resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(whose).ru_maxrss * unit / 1e6
+    print(torch.cuda.max_memory_allocated() / 1e6 if setting.device.startswith("cuda") else "done")
 
 
 # The table
@@ -568,7 +597,7 @@ def main() -> None:
     parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    setting, rows = Setting(args.device, args.quick), chosen_rows(args.rows)
+    setting, rows = Setting(args.device, args.quick, alone=bool(args.side)), chosen_rows(args.rows)
     if args.side:
         run_side(rows[0], args.side, setting)
         return
