@@ -1220,7 +1220,10 @@ def choose_targets(logits: Tensor, targets: Sequence[int] | Tensor | int | None)
     if targets is None:
         return logits.detach().argmax(1)
     classes = logits.shape[1]
-    chosen = torch.as_tensor(targets, dtype=torch.int64, device=logits.device)
+    chosen = torch.as_tensor(targets, device=logits.device)
+    if chosen.numel() and (chosen.is_floating_point() or chosen.dtype == torch.bool):
+        raise CallError(f"target classes are indices, not {chosen.dtype}")
+    chosen = chosen.long()
     if chosen.ndim and chosen.shape != logits.shape[:1]:
         raise CallError(f"{_shape(chosen)} target classes do not go with {len(logits)} inputs: give one for each")
     chosen = chosen.expand(len(logits))
@@ -1382,15 +1385,23 @@ class Suffix:
             module.forward = partial(self._recall, output)
         self._layer.forward = partial(self._replace, self._layer.forward)
         try:
-            unchanged = self(self.output.repeat(2, *[1] * (self.output.ndim - 1)))
-            self._expand = len(unchanged) != 2 or not torch.allclose(unchanged, self.logits, 1e-3, 1e-3)
-        except RuntimeError:  # two copies and one of something else do not go together
-            self._expand = True
+            self._expand = not self._repeats(self.output)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         for module in [*self._before, self._layer]:
             del module.forward
+
+    def _repeats(self, output: Tensor) -> bool:
+        """Whether two copies of the unchanged output give the unchanged logits twice, with one copy of all the rest."""
+        try:
+            logits = self(output.repeat(2, *[1] * (output.ndim - 1)))
+        except RuntimeError:  # two of one thing and one of another do not go together
+            return False
+        return len(logits) == 2 and torch.allclose(logits, self.logits, 1e-3, 1e-3)
 
     def _replace(self, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         self._runs_left -= 1  # of a layer that runs more than once, the last run counts
