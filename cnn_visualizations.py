@@ -25,6 +25,7 @@ import difflib
 import functools
 import glob
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -166,6 +167,42 @@ def _file(text: str) -> Path:
     return path
 
 
+def read_class_names(path: Path) -> list[str]:
+    """Class names from a file: one a line, or JSON: a list, {"0": "cat"}, {"cat": 0} or {"0": ["n02123045", "tabby"]}.
+
+    Raises:
+        CallError: not readable as any of these.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if text.lstrip()[:1] in ("[", "{"):
+            return _ordered_names(json.loads(text))
+    except (OSError, ValueError, TypeError) as error:
+        raise CallError(
+            f"{path} is not a list of class names in UTF-8, one a line or as JSON: {first_line(error)}"
+        ) from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _ordered_names(classes: Any) -> list[str]:
+    """Class names in the order of their indices, from any of the forms that people save. Raises ValueError."""
+    if isinstance(classes, Mapping):
+        pairs = [(v, k) if isinstance(v, int) else (int(k), v) for k, v in classes.items()]
+        if sorted(index for index, _ in pairs) != list(range(len(pairs))):
+            raise ValueError("the indices are not 0, 1, 2 ...")
+        classes = [name for _, name in sorted(pairs)]
+    if not isinstance(classes, (list, tuple)):
+        raise ValueError("neither a list nor a dict")
+    return [str(name[-1] if isinstance(name, (list, tuple)) and name else name) for name in classes]
+
+
+def _class_names(text: str) -> list[str]:
+    try:
+        return read_class_names(_file(text))
+    except CallError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, but an error is one line."""
 
@@ -222,7 +259,7 @@ def _parser() -> _Parser:
     add("arch", type=_architecture, metavar="NAME")
     add("ckpt", type=_file, metavar="FILE")
     add("num-classes", type=_between(1, 1_000_000), metavar="N")
-    add("class-names", type=_file, metavar="FILE")
+    add("class-names", type=_class_names, metavar="FILE")
     add("device", type=_device, metavar="NAME")
 
     add = group("what the network sees")
@@ -339,6 +376,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         parser.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], options)} (see --help)")
+    if args.num_classes and args.class_names and args.num_classes != len(args.class_names):
+        parser.error(f"--num-classes {args.num_classes}, but --class-names has {len(args.class_names)} names")
     args.photos = find_photos(args.images, sys.stdin if "-" in args.images else ())
     if not args.photos:
         parser.error(f"no photos in {', '.join(args.images)} (looked for {' '.join(SUFFIXES)})")
@@ -364,7 +403,6 @@ import copy
 import importlib
 import io
 import itertools
-import json
 import logging
 import math
 import operator
@@ -972,35 +1010,6 @@ def _preset(arch: str, size: int | None, entries: Mapping[str, Any]) -> Any:
                 raise CallError(f"the checkpoint's entry {entry} is not three numbers, one for each colour")
             setattr(preset, entry, values)
     return preset
-
-
-def read_class_names(path: Path) -> list[str]:
-    """Class names from a file: one a line, or JSON: a list, {"0": "cat"}, {"cat": 0} or {"0": ["n02123045", "tabby"]}.
-
-    Raises:
-        CallError: not readable as any of these.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if text.lstrip()[:1] in ("[", "{"):
-            return _ordered_names(json.loads(text))
-    except (OSError, ValueError, TypeError) as error:
-        raise CallError(
-            f"{path} is not a list of class names in UTF-8, one a line or as JSON: {first_line(error)}"
-        ) from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _ordered_names(classes: Any) -> list[str]:
-    """Class names in the order of their indices, from any of the forms that people save. Raises ValueError."""
-    if isinstance(classes, Mapping):
-        pairs = [(v, k) if isinstance(v, int) else (int(k), v) for k, v in classes.items()]
-        if sorted(index for index, _ in pairs) != list(range(len(pairs))):
-            raise ValueError("the indices are not 0, 1, 2 ...")
-        classes = [name for _, name in sorted(pairs)]
-    if not isinstance(classes, (list, tuple)):
-        raise ValueError("neither a list nor a dict")
-    return [str(name[-1] if isinstance(name, (list, tuple)) and name else name) for name in classes]
 
 
 def name_classes(given: Sequence[str] | None, checkpoint: Checkpoint, count: int) -> tuple[str, ...]:
@@ -1979,13 +1988,12 @@ def plan(args: argparse.Namespace, share: Share, results: Results) -> tuple[list
 def load(args: argparse.Namespace, share: Share) -> tuple[Classifier, Explainer, int | None]:
     """The network, its explainer and the class to explain, as the command line asks for them. Raises CallError."""
     device = find_device(args.device, share.local_rank if share.world > 1 else None)
-    names = None if args.class_names is None else read_class_names(args.class_names)
     classifier = load_classifier(
         args.arch,
         args.ckpt,
         args.num_classes,
         device,
-        class_names=names,
+        class_names=args.class_names,
         input_size=args.input_size,
         resize=args.resize,
     )

@@ -96,7 +96,7 @@ def test_the_examples_in_help_are_calls_that_the_program_accepts(without_torch, 
         for word in words:
             if "." in word:
                 (tmp_path / word).parent.mkdir(parents=True, exist_ok=True)
-                (tmp_path / word).write_bytes(DOG.read_bytes())
+                (tmp_path / word).write_bytes(b"cat\ndog" if word.endswith(".txt") else DOG.read_bytes())
         assert program_file.parse_args(words).photos
     assert len(calls) == 3
 
@@ -128,23 +128,38 @@ def test_a_wrong_call_is_one_line_and_needs_no_torch(without_torch, args, said):
     assert said in finished(without_torch(DOG, *args))
 
 
+def test_class_names_that_cannot_be_read_are_told_at_once(without_torch, tmp_path):
+    (tmp_path / "names.txt").write_bytes(b"\xff\xfe\x00")
+    assert "names.txt is not a list of class names" in finished(
+        without_torch("--class-names", tmp_path / "names.txt", DOG)
+    )
+
+
+def test_class_names_and_their_number_must_agree(without_torch, tmp_path):
+    (tmp_path / "names.json").write_text('["cat", "dog"]')
+    error = finished(without_torch("--class-names", tmp_path / "names.json", "--num-classes", 3, DOG))
+    assert "3" in error and "2 names" in error
+
+
 def test_no_photo_is_a_wrong_call(without_torch):
     assert "IMAGE" in finished(without_torch("--ckpt", CKPT))
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
-    [(None, "not there"), (b"", "empty"), (b"Dear diary, today\n", "not a picture"), ("folder", "folder")],
+    ("content", "said"), [(None, "not there"), (b"", "empty"), (b"Dear diary, today\n", "not a picture")]
 )
 def test_a_photo_that_cannot_be_one_is_one_line_and_needs_no_torch(without_torch, tmp_path, content, said):
     photo = tmp_path / "holiday.jpg"
-    if content == "folder":
-        photo.mkdir()
-    elif content is not None:
+    if content is not None:
         photo.write_bytes(content)
     error = finished(without_torch(photo, "--ckpt", CKPT, "--output", tmp_path / "out"), expected=1)
     assert said in error
     assert str(photo) in error
+
+
+def test_a_folder_without_photos_is_a_wrong_call(without_torch, tmp_path):
+    (tmp_path / "notes.txt").write_text("no photo")
+    assert f"no photos in {tmp_path}" in finished(without_torch(tmp_path, "--output", tmp_path / "out"))
 
 
 def test_each_of_several_hopeless_photos_gets_its_line(without_torch, tmp_path):

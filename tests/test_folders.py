@@ -433,7 +433,7 @@ def test_a_slow_disk_holds_the_reading_back(main, tmp_path, monkeypatch):
     monkeypatch.setattr(program_file, "write_jpeg", writing)
     assert main("--batch-size", 2, "--outputs", "cam", tmp_path / "album")[0] == 0
     assert held == [0]
-    assert max(most) <= 6 * 2 + 2 * (os.cpu_count() or 1)  # what is read ahead, in the network, and being written
+    assert max(most) <= 6 * 2  # what is read ahead, in the network, and being written
 
 
 def test_a_photo_that_vanishes_on_the_way_is_one_line(main, album, tmp_path, monkeypatch):
@@ -670,7 +670,7 @@ def test_killed_three_times_and_resumed_it_ends_like_a_run_that_was_never_stoppe
         process.kill()
         process.communicate()
         whole = [name for name in tree(output) if not name.endswith(".part")]
-        assert all(pixels(output / name).shape[2] == 3 for name in whole)
+        assert all(pixels(output / name).shape[2] == 3 for name in whole)  # each can be decoded
         hits += process.returncode == -signal.SIGKILL and 0 < len(whole) < 57 * 3
     assert hits > 0
     options = ["--input-size", 65, "--batch-size", 2]
@@ -702,7 +702,7 @@ def test_control_c_finishes_what_is_being_written_and_exits_with_130(crowd, tmp_
     assert stderr.splitlines()[-1].startswith(f"{len(done)} done, 0 skipped, {failed} failed in ")
     assert len(stdout.splitlines()) == len(done)
     assert len(tree(output)) == 3 * len(done)
-    assert all(pixels(output / name).std() > 0 for name in tree(output))
+    assert all(pixels(output / name).shape[2] == 3 for name in tree(output))  # each can be decoded
 
 
 @posix
@@ -776,7 +776,7 @@ def test_done_again_by_another_number_of_processes_leaves_no_doubles(share, albu
 
 @posix
 def test_under_torchrun_a_process_with_broken_photos_does_not_end_the_others(main, tmp_path):
-    album, options = tmp_path / "album", ["--outputs", "cam", "--batch-size", 1, "--input-size", 161]
+    album, options = tmp_path / "album", ["--outputs", "cam", "--batch-size", 1, "--input-size", 321]
     for number in range(60):
         photo = paint(album / f"{number:02}.jpg", number, (400, 300))
         if number % 3 == 0:  # all that the first process gets; it is done in no time
