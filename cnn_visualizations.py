@@ -400,7 +400,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 ARGS = parse_args() if __name__ == "__main__" else None
 
 import copy
-import importlib
 import io
 import itertools
 import logging
@@ -685,13 +684,7 @@ def _load_safely(path: Path) -> Any:
         except (SafetensorError, OSError, ValueError) as error:
             raise CallError(f"{path} is not a whole safetensors file: {first_line(error)}") from error
     try:
-        # The options of torchvision's training script and NumPy's numbers stand in many checkpoints; all plain data.
-        numpy_core = importlib.import_module(
-            "numpy._core.multiarray" if np.__version__ >= "2" else "numpy.core.multiarray"
-        )
-        plain = [argparse.Namespace, numpy_core.scalar, numpy_core._reconstruct, np.ndarray, np.dtype]
-        plain += {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
-        with torch.serialization.safe_globals(plain):
+        with torch.serialization.safe_globals(_plain_data()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         message = str(error)
@@ -705,6 +698,14 @@ def _load_safely(path: Path) -> Any:
         if isinstance(error, PermissionError):
             raise CallError(f"{path} cannot be read: permission denied") from error
         raise CallError(f"{path} is not a checkpoint that torch can read, or not a whole one") from error
+
+
+def _plain_data() -> list[Any]:
+    """What stands in many checkpoints beside the weights: options of training scripts, what NumPy computed."""
+    # Pickles name NumPy's two builders after its module, which is called otherwise since NumPy 2.
+    builders = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
+    named = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in builders for core in ("core", "_core")]
+    return [argparse.Namespace, np.ndarray, np.dtype, *named, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
 
 
 def _find_state(content: Any, depth: int = 0) -> Mapping[str, Any]:

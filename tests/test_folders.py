@@ -774,25 +774,54 @@ def test_done_again_by_another_number_of_processes_leaves_no_doubles(share, albu
     assert sorted(record["image"] for record in records(tmp_path / "out")) == sorted(str(Path(p)) for p in found(album))
 
 
+def torchrun(processes, *words):
+    """torch's own launcher; gives the finished process."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [str(word) for word in [*launcher, *words]]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300)
+
+
 @posix
-def test_under_torchrun_a_process_with_broken_photos_does_not_end_the_others(main, tmp_path):
-    album, options = tmp_path / "album", ["--outputs", "cam", "--batch-size", 1, "--input-size", 321]
-    for number in range(60):
-        photo = paint(album / f"{number:02}.jpg", number, (400, 300))
-        if number % 3 == 0:  # all that the first process gets; it is done in no time
-            break_off(photo)
-    main(*options, album, ckpt=CKPT, size=None, output=tmp_path / "alone")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    words = [*torchrun, PROGRAM, "--ckpt", CKPT, "--device", "cpu", *options, "--output", tmp_path / "out", album]
-    environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [str(word) for word in words], capture_output=True, encoding="utf-8", env=environment, timeout=300
-    )
-    assert len(tree(tmp_path / "out")) == 40, process.stderr
+def test_the_union_of_three_processes_of_torchrun_is_a_single_run(main, tiny, album, tmp_path):
+    for number in range(12):
+        paint(album / f"{number:02}.jpg", number)
+    options = ["--ckpt", tiny[0], "--device", "cpu", "--input-size", 64, "--batch-size", 2]
+    process = torchrun(3, PROGRAM, *options, "--output", tmp_path / "out", album)
+    assert process.returncode == 0, process.stderr
+    main("--batch-size", 2, album, output=tmp_path / "alone")
     assert_same_outcome(tmp_path / "out", tmp_path / "alone")
     assert sorted(path.name for path in (tmp_path / "out").glob("*.jsonl")) == [f"results.{n}.jsonl" for n in range(3)]
-    for rank, counts in enumerate(["0 done, 0 skipped, 20 failed", "20 done, 0 skipped, 0 failed", "20 done"]):
-        assert any(line.startswith(counts) and f"process {rank} of 3" in line for line in process.stderr.splitlines())
+    assert len(process.stdout.splitlines()) == 18
+    for rank in range(3):
+        assert f"6 done, 0 skipped, 0 failed by process {rank} of 3 in " in process.stderr
+
+
+UNEVEN = f"""
+import os, sys, time
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+import cnn_visualizations as program
+explain = program.Explainer.__call__
+def slowly(*args):
+    time.sleep(0.5)
+    return explain(*args)
+program.Explainer.__call__ = slowly
+sys.exit(program.main(program.parse_args()))
+"""
+
+
+@posix
+def test_under_torchrun_a_process_with_broken_photos_does_not_end_the_others(tiny, tmp_path):
+    for number in range(24):
+        photo = paint(tmp_path / "album" / f"{number:02}.jpg", number)
+        if number % 2 == 0:  # all that the first process gets; it is done long before the other
+            break_off(photo)
+    (tmp_path / "slow.py").write_text(UNEVEN, encoding="utf-8")
+    words = ["--ckpt", tiny[0], "--device", "cpu", "--input-size", 64, "--batch-size", 1, "--outputs", "cam"]
+    process = torchrun(2, tmp_path / "slow.py", *words, "--output", tmp_path / "out", tmp_path / "album")
+    assert len(tree(tmp_path / "out")) == 12, process.stderr
+    assert "0 done, 0 skipped, 12 failed by process 0 of 2" in process.stderr
+    assert "12 done, 0 skipped, 0 failed by process 1 of 2" in process.stderr
 
 
 # Scale
