@@ -1214,15 +1214,12 @@ def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
 
 
 def as_logits(answer: Any) -> Tensor:
-    """What a network returns, as logits (N, classes). Raises ValueError where they are not finite."""
+    """What a network returns, as logits (N, classes)."""
     if isinstance(answer, Mapping):  # as torchvision's segmentation networks and transformers' give it
         answer = answer["logits"] if "logits" in answer else answer["out"]
     elif not isinstance(answer, Tensor):  # an auxiliary head comes second
         answer = answer.logits if hasattr(answer, "logits") else answer[0]
-    logits = answer[:, None] if answer.ndim == 1 else answer.flatten(1)
-    if not torch.isfinite(logits).all():
-        raise ValueError("the network's answer is not a number (NaN or infinite); its weights are probably broken")
-    return logits
+    return answer[:, None] if answer.ndim == 1 else answer.flatten(1)
 
 
 def choose_targets(logits: Tensor, targets: Sequence[int] | Tensor | int | None) -> Tensor:
@@ -1447,7 +1444,7 @@ def ablation_weights(
     with suffix:
         for channels in progress(alive.split(copies)):
             changed = channels_first.repeat(len(channels), *[1] * (channels_first.ndim - 1))
-            changed[torch.arange(len(channels)), channels] = 0
+            changed[torch.arange(len(channels), device=channels.device), channels] = 0
             ablated[channels] = suffix(changed.movedim(1, axis))[:, target]
     return (score - ablated) / torch.where(score == 0, 1, score)
 
@@ -1469,7 +1466,7 @@ def score_weights(
         masks = nn.functional.interpolate(small, inputs.shape[2:], mode="bilinear", align_corners=True)
         low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
         masked = inputs * ((masks - low) / (high - low + 1e-8))
-        scores[channels] = as_logits(network(masked.contiguous(memory_format=torch.channels_last)))[:, target]
+        scores[channels] = as_logits(network(masked.contiguous(memory_format=memory_format(masked.device))))[:, target]
     return scores.softmax(0)
 
 
@@ -1478,20 +1475,26 @@ def exact_convolutions() -> contextlib.AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Channels last on the CPU, where it pays; on a GPU it is for half precision and TF32, which are not used here."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+
+
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy that needs no gradients for its weights, in float32, eval mode and channels-last memory."""
+    """A copy that needs no gradients for its weights, in float32, in eval mode and in the memory format that pays."""
     # Tensors that hang on a graph cannot be copied: what a module keeps of its last run, an old weight_norm's weight.
     kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
     memo = {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf}
     network = copy.deepcopy(model, memo).eval().requires_grad_(False).float()
-    return network.to(memory_format=torch.channels_last)
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    return network.to(memory_format=memory_format(device))
 
 
 class Explainer:
     """Explains the answers of any `nn.Module` classifier.
 
-    The model itself is never touched: everything runs on a frozen float32 copy, in channels-last memory and with its
-    batch norms folded into the convolutions. After training on, make a new explainer.
+    The model itself is never touched: everything runs on a frozen float32 copy, with its batch norms folded into the
+    convolutions, on the CPU in channels-last memory. After training on, make a new explainer.
 
     Args:
         model: takes (N, 3, H, W), gives logits (N, classes); or (N, 1) or (N,) for a single sigmoid output, of which
@@ -1546,7 +1549,7 @@ class Explainer:
         device = next((p.device for p in self._network.parameters()), inputs.device)
         # Whatever mode the caller is in, this needs a graph, and leaves the caller's settings alone.
         with torch.inference_mode(False), torch.enable_grad(), exact_convolutions():
-            inputs = inputs.detach().to(device, torch.float32).clone(memory_format=torch.channels_last)
+            inputs = inputs.detach().to(device, torch.float32).clone(memory_format=memory_format(device))
             if not self._tuned:
                 self._tune(inputs[:1])
             return self._explain(inputs, targets)
@@ -1564,6 +1567,8 @@ class Explainer:
         inputs.requires_grad_(self.guided)
         with tap(self._network, self.target_layers, with_gradients) as outputs:
             logits = as_logits(self._network(inputs))
+        if not torch.isfinite(logits).all():
+            raise ValueError("the network's answer is not a number (NaN or infinite); its weights are probably broken")
         for layer in self.target_layers:
             if layer not in outputs:
                 raise CallError(f"layer '{layer}' takes no part in the network's answer; choose another one")
