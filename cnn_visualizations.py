@@ -28,6 +28,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -235,7 +236,7 @@ HELP = {
     "outputs": "Which pictures, comma-separated: cam, gb, cam_gb (default: all three). cam alone is the fastest.",
     "output-size": "Long side of the pictures. Left out: that of the photo's part that the network saw, at most 1024.",
     "skip-existing": "Go on where an earlier run stopped: leave out the photos whose pictures are all there and that "
-    "stand in results.jsonl.",
+    "stand in results.jsonl. The other options must be the same as then.",
 }
 
 
@@ -329,7 +330,7 @@ def find_photos(inputs: Sequence[str], stdin: Iterable[str] = ()) -> list[tuple[
         if name == "-":
             found.update((str(Path(line.rstrip("\r\n"))), "") for line in stdin if line.strip())
         elif os.path.isdir(name):
-            found.update(_walk(name, common))
+            found.update(_walk(os.path.normpath(name), common))
         elif glob.has_magic(name) and not os.path.lexists(name):  # a shell that leaves patterns to the program
             matches = sorted(m for m in glob.glob(name, recursive=True) if os.path.isfile(m) and not is_ours(m))
             found.update((match, "") for match in matches or [name])
@@ -352,11 +353,11 @@ def _walk(top: str, common: str) -> Iterator[tuple[str, str]]:
 
 def check_writable(folder: Path) -> None:
     """Makes the folder and a file in it, and removes the file again. Raises CallError where that fails."""
-    probe = folder / f".{os.getpid()}.part"
+    probe = folder / ".check.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise CallError(f"--output {folder}: cannot write there: {error.strerror or error}") from error
 
@@ -397,9 +398,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-ARGS = parse_args() if __name__ == "__main__" else None
+if __name__ == "__main__":
+    ARGS = parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
 
 import copy
+import errno
 import io
 import itertools
 import logging
@@ -1721,13 +1725,16 @@ def find_places(
     program did not write. `photos` are paths with their folders below `output`.
     """
     taken = {_file_key(path) for path, _ in photos}
+    numbers: Counter[int] = Counter()  # how many were tried for a name, so that a thousand equal ones take no million
     for path, folder in photos:
         own = os.path.normpath(os.path.join(output, folder, Path(path).stem))
-        for place in itertools.chain([own], (f"{own}_{number}" for number in itertools.count(2))):
+        for number in itertools.count(numbers[_file_key(own)] + 1):
+            place = own if number == 1 else f"{own}_{number}"
             files = picture_files(place, method, outputs).values()
             keys = {_file_key(file) for file in files}
             if taken.isdisjoint(keys) and all(is_ours(file) or not os.path.lexists(file) for file in files):
                 break
+        numbers[_file_key(own)] = number
         taken |= keys
         yield path, place
 
@@ -1864,13 +1871,19 @@ def explain_batch(
                 note_once("the memory does not suffice for so many photos at once; going on with smaller batches")
                 batch_size, batch = len(now) // 2, [*now, *batch]
                 continue
+            if len(now) > 1:  # it may be one of them only
+                for photo in now:
+                    yield from explain_batch([photo], explainer, target, 1)
+                continue
             size = " x ".join(map(str, now[0].inputs.shape[1:]))
-            for photo in now:
-                yield Failed(photo.path, f"{photo.path}: the network failed at {size}: {first_line(error)}")
+            yield Failed(now[0].path, f"{now[0].path}: the network failed at {size}: {first_line(error)}")
         else:
             for index, photo in enumerate(now):
                 yield photo, explanation.only(index)
     return batch_size
+
+
+Key = tuple[str, str]  # image, method
 
 
 class Results:
@@ -1881,29 +1894,44 @@ class Results:
     """
 
     def __init__(self, folder: Path, share: Share) -> None:
-        self._own = folder / ("results.jsonl" if share.world == 1 else f"results.{share.rank}.jsonl")
-        self._all = sorted({self._own, *folder.glob("results*.jsonl")})
+        names = [f"results.{rank}.jsonl" for rank in range(share.world)] if share.world > 1 else ["results.jsonl"]
+        self._of_rank = [folder / name for name in names]
+        self._own = self._of_rank[share.rank]
+        self._all = sorted({*self._of_rank, *folder.glob("results*.jsonl")})
         # Files that an earlier run with other processes has left belong to the first process of this one.
-        others = {folder / f"results.{rank}.jsonl" for rank in range(share.world)} if share.world > 1 else set()
-        self._writable = [path for path in self._all if path == self._own or (share.rank == 0 and path not in others)]
+        left = [path for path in self._all if path not in self._of_rank and share.rank == 0]
+        self._writable = [self._own, *left]
         self._lock = threading.Lock()
 
-    def finished(self) -> set[tuple[str, str]]:
-        """The (image, method) of every photo that an earlier run has finished."""
-        records = (record for path in self._all for _, record in whole_lines(path))
-        return {(record["image"], record["method"]) for record in records if "error" not in record}
+    def finished(self) -> dict[Key, dict[Path, int]]:
+        """The photos that an earlier run has finished: in which results files, with a hash of their pictures' names."""
+        found: dict[Key, dict[Path, int]] = {}
+        for path in self._all:
+            for _, record in whole_lines(path):
+                if "error" not in record:
+                    key = record["image"], record["method"]
+                    found.setdefault(key, {})[path] = hash(tuple(record.get("files", ())))
+        return found
 
-    def forget(self, photos: set[tuple[str, str]]) -> None:
-        """Drops the lines of these (image, method). Raises OSError."""
+    def file_of(self, rank: int) -> Path:
+        """The results file of a process."""
+        return self._of_rank[rank]
+
+    def forget(self, again: set[Key], elsewhere: Mapping[Key, Path]) -> None:
+        """Drops the lines of photos that are done again, and those that stand in another file too. Raises OSError."""
         for path in filter(Path.exists, self._writable):
-            kept = [line for line, record in whole_lines(path) if (record["image"], record["method"]) not in photos]
+            lines = ((line, (record["image"], record["method"])) for line, record in whole_lines(path))
+            kept = [line for line, key in lines if key not in again and elsewhere.get(key, path) == path]
             write_file(path, b"".join(kept))
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a line in one piece. Raises OSError."""
-        line = json.dumps(record, ensure_ascii=False) + "\n"
+        """Adds a line, all of it or none. Raises OSError."""
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         with self._lock, self._own.open("ab", buffering=0) as file:
-            file.write(line.encode("utf-8", "backslashreplace"))
+            end = file.tell()
+            if file.write(line) < len(line):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -1972,20 +2000,24 @@ def save(
 
 def plan(args: argparse.Namespace, share: Share, results: Results) -> tuple[list[tuple[str, str]], int]:
     """What this process has to do, (photo, place of its pictures), and how many of its photos are done already."""
-    finished = results.finished() if args.skip_existing else set()
-    todo, again, skipped = [], set(), 0
+    finished = results.finished() if args.skip_existing else {}
+    todo, again, elsewhere, skipped = [], set(), {}, 0
     for index, (path, place) in enumerate(find_places(args.photos, args.output, args.method, args.outputs)):
+        key, rank = (path, args.method), index % share.world
         files = picture_files(place, args.method, args.outputs).values()
-        done = (path, args.method) in finished and all(file.is_file() for file in files)
+        recorded = finished.get(key, {})
+        done = hash(tuple(map(str, files))) in recorded.values() and all(file.is_file() for file in files)
         if not done:
-            again.add((path, args.method))
-        if index % share.world == share.rank:
+            again.add(key)
+        elif results.file_of(rank) in recorded:
+            elsewhere[key] = results.file_of(rank)
+        if rank == share.rank:
             skipped += done
             todo += [] if done else [(path, place)]
     try:
         for folder in {os.path.dirname(place) or "." for _, place in todo}:
             os.makedirs(folder, exist_ok=True)
-        results.forget(again)
+        results.forget(again, elsewhere)
     except OSError as error:
         raise CallError(f"--output {args.output}: cannot write there: {error.strerror or error}") from error
     return todo, skipped
@@ -2020,27 +2052,27 @@ def run(args: argparse.Namespace) -> int:
     results = Results(args.output, share)
     todo, tally["skipped"] = plan(args, share, results)
     interrupted = False
-    if todo:
-        classifier, explainer, target = load(args, share)
-        names = classifier.class_names
-        photos = ahead(partial(prepare, classifier=classifier, output_size=args.output_size), todo, 2 * args.batch_size)
-        outcomes = explain_photos(photos, explainer, target, args.batch_size)
-        with tqdm(total=len(todo), unit="photo", disable=None) as bar, ThreadPoolExecutor(THREADS) as writers:
-            writing: deque[Future[Failed | str]] = deque()
-            try:
-                for outcome in outcomes:
-                    writing.append(writers.submit(save, outcome, names, explainer, results, args.outputs))
-                    while len(writing) > 2 * args.batch_size or (writing and writing[0].done()):
-                        report(writing.popleft().result(), tally, bar)
-            except KeyboardInterrupt:
-                interrupted = True
-            while writing:  # after Ctrl-C too: what is being written is finished
-                report(writing.popleft().result(), tally, bar)
+    with tqdm(total=len(todo), unit="photo", disable=None) as bar, ThreadPoolExecutor(THREADS) as writers:
+        writing: deque[Future[Failed | str]] = deque()
+        try:
+            classifier, explainer, target = load(args, share) if todo else (None, None, None)
+            prepared = ahead(
+                partial(prepare, classifier=classifier, output_size=args.output_size), todo, 2 * args.batch_size
+            )
+            for outcome in explain_photos(prepared, explainer, target, args.batch_size):
+                writing.append(writers.submit(save, outcome, classifier.class_names, explainer, results, args.outputs))
+                while len(writing) > 2 * args.batch_size or (writing and writing[0].done()):
+                    report(writing.popleft().result(), tally, bar)
+        except KeyboardInterrupt:
+            interrupted = True
+        while writing:  # after Ctrl-C too: what is being written is finished
+            report(writing.popleft().result(), tally, bar)
     if interrupted or len(todo) + tally["skipped"] > 1:
         of_processes = f" by process {share.rank} of {share.world}" if share.world > 1 else ""
         counts = f"{tally['done']} done, {tally['skipped']} skipped, {tally['failed']} failed"
         say(f"{counts}{of_processes} in {time.monotonic() - began:.1f} s", sys.stderr)
-    return 130 if interrupted else int(tally["failed"] > 0)
+    # torchrun stops all processes as soon as one does not return 0, so there a broken photo is told by its line only
+    return 130 if interrupted else int(tally["failed"] > 0 and share.world == 1)
 
 
 def report(outcome: Failed | str, tally: Counter[str], bar: Any) -> None:
@@ -2083,5 +2115,6 @@ def silence_libraries() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     silence_libraries()
     sys.exit(main(ARGS))
