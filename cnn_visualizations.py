@@ -1661,7 +1661,7 @@ def affordable_batch(network: nn.Module, inputs: Tensor) -> int:
 Picture = NDArray[np.uint8]  # RGB, (h, w, 3)
 
 DEFAULT_LONG_SIDE = 1024  # pixels
-JPEG_QUALITY = 95
+JPEG_QUALITY = 98  # a difference in the last bit of a float then shows as two levels at most
 
 
 def seen_picture(photo: Photo, box: tuple[float, float, float, float], long_side: int | None = None) -> Picture:
