@@ -1507,7 +1507,7 @@ class Explainer:
         target_layers: dotted names of layers (or the modules) whose maps are averaged; None: found on the first call,
             the last layer that gives a spatial map on which the score depends.
         guided: whether guided backpropagation is wanted too.
-        batch_size: how many inputs Score-CAM runs at once; None: 8 on the CPU, on a GPU what half of its
+        batch_size: how many inputs Score-CAM runs at once; None: 6 on the CPU, on a GPU what half of its
             free memory takes.
         progress: wraps the passes of Score-CAM and Ablation-CAM, such as tqdm.
 
@@ -1634,7 +1634,7 @@ class Explainer:
         if method == "ablationcam":
             return ablation_weights(self._network, layer, inputs, target, self.progress)
         if self.batch_size is None:
-            self.batch_size = 8 if inputs.device.type != "cuda" else affordable_batch(self._network, inputs)
+            self.batch_size = 6 if inputs.device.type != "cuda" else affordable_batch(self._network, inputs)
         return score_weights(self._network, activations, inputs, target, self.batch_size, self.progress)
 
 
