@@ -1683,9 +1683,17 @@ def seen_picture(photo: Photo, box: tuple[float, float, float, float], long_side
 
 def draw_cam(picture: Picture, cam: Floats) -> Picture:
     """The map (H, W) in [0, 1] as colours from blue (0) to red (1), laid half and half over the picture."""
-    enlarged = cv2.resize(cam, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    heat = cv2.applyColorMap(np.uint8(255 * enlarged.clip(0, 1) + 0.5), cv2.COLORMAP_JET)
-    return cv2.addWeighted(picture, 0.5, cv2.cvtColor(heat, cv2.COLOR_BGR2RGB), 0.5, 0)
+    places = 255 * cv2.resize(cam, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR).clip(0, 1)
+    # Between two of the 256 colours is interpolated: no steps are seen, nor does a last bit become a step.
+    heat = cv2.remap(_jet(), places, np.zeros_like(places), cv2.INTER_LINEAR)
+    return np.uint8(0.5 * picture + 0.5 * heat + 0.5)
+
+
+@functools.cache
+def _jet() -> Floats:
+    """OpenCV's colormap JET as RGB, float32 (1, 256, 3)."""
+    colours = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[None], cv2.COLORMAP_JET)
+    return cv2.cvtColor(colours, cv2.COLOR_BGR2RGB).astype(np.float32)
 
 
 def draw_gradients(gradients: Floats, width: int, height: int) -> Picture:

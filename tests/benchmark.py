@@ -147,7 +147,8 @@ def grad_cam(setting: Setting, arch: str, method: str = "gradcam", guided: bool 
         with kind(model=model, target_layers=[model.get_submodule(layer)]) as cam:
             answer = {"cam": cam(input_tensor=inputs.clone(), targets=[ClassifierOutputTarget(target)])}
         if guided:
-            gradients = pytorch_grad_cam.GuidedBackpropReLUModel(model=model)(inputs.clone(), target_category=target)
+            guide = pytorch_grad_cam.GuidedBackpropReLUModel(model=model, device=setting.device)
+            gradients = guide(inputs.clone(), target_category=target)
             answer["guided"] = gradients.transpose(2, 0, 1)[None]
         return answer
 
@@ -291,7 +292,7 @@ inputs = normalise(picture)[None]
 target = int(model(inputs).argmax())
 with GradCAM(model=model, target_layers=[model.layer4]) as cam:
     heat = cam(input_tensor=inputs, targets=[ClassifierOutputTarget(target)])[0]
-gradients = GuidedBackpropReLUModel(model=model)(inputs, target_category=target)
+gradients = GuidedBackpropReLUModel(model=model, device="cpu")(inputs, target_category=target)
 shown = show_cam_on_image(np.float32(picture) / 255, heat, use_rgb=True)
 cv2.imwrite(f"{out}/cam.jpg", cv2.cvtColor(shown, cv2.COLOR_RGB2BGR))
 cv2.imwrite(f"{out}/gb.jpg", deprocess_image(gradients))

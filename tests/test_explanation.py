@@ -482,7 +482,7 @@ def test_the_demo_equals_grad_cam(husky, method):
 @pytest.mark.parametrize("arch", ["resnet18", "vgg11"])
 def test_guided_gradients_equal_grad_cam_where_every_activation_is_a_relu_module(arch):
     model, inputs = network(arch), photos(1)
-    theirs = GuidedBackpropReLUModel(copy.deepcopy(model))(inputs.clone(), 3).transpose(2, 0, 1)
+    theirs = GuidedBackpropReLUModel(copy.deepcopy(model), device="cpu")(inputs.clone(), 3).transpose(2, 0, 1)
     assert_close(Explainer(model)(inputs, 3).guided[0], theirs, 1e-5)
 
 
