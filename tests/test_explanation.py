@@ -476,6 +476,16 @@ def test_the_demo_equals_grad_cam(husky, method):
     assert_same_maps(ours.cams[method], grad_cams(method, model, ["features"], inputs, ours.targets))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_demo_equals_grad_cam_to_the_fifth_digit_where_nothing_is_folded(husky, method, monkeypatch):
+    monkeypatch.setattr("cnn_visualizations.fold_batch_norms", lambda *args, **kwargs: None)
+    model, inputs = husky
+    inputs = F.interpolate(inputs, (97, 97), mode="bilinear")
+    ours = Explainer(model, [method], guided=False)(inputs)
+    theirs = grad_cams(method, model, ["features"], inputs, ours.targets)
+    assert_same_maps(ours.cams[method], theirs, 1e-5)
+
+
 # --- guided backpropagation ------------------------------------------------------------------------------------------
 
 
