@@ -483,7 +483,8 @@ def test_the_demo_equals_grad_cam_to_the_fifth_digit_where_nothing_is_folded(hus
     inputs = F.interpolate(inputs, (97, 97), mode="bilinear")
     ours = Explainer(model, [method], guided=False)(inputs)
     theirs = grad_cams(method, model, ["features"], inputs, ours.targets)
-    assert_same_maps(ours.cams[method], theirs, 1e-5)
+    # Ablation-CAM lives on small differences between large scores, of which float32 has fewer digits.
+    assert_same_maps(ours.cams[method], theirs, 1e-4 if method == "ablationcam" else 1e-5)
 
 
 # --- guided backpropagation ------------------------------------------------------------------------------------------
