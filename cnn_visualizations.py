@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import functools
 import glob
@@ -135,7 +136,20 @@ def _outputs(text: str) -> list[str]:
 def _device(text: str) -> str:
     if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"unknown device '{text}' (known: cpu, cuda, cuda:1, mps, xpu)")
+    if text.startswith("cuda") and not has_gpu_driver():
+        raise argparse.ArgumentTypeError(f"device {text} is not there: no GPU driver is installed; leave --device out")
+    if text.startswith("mps") and sys.platform != "darwin":
+        raise argparse.ArgumentTypeError(f"device {text} is not there: it is the GPU of a Mac; leave --device out")
     return text
+
+
+def has_gpu_driver() -> bool:
+    """Whether the driver is installed that torch asks for CUDA GPUs. How many GPUs it has, only torch can tell."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return os.path.exists("/dev/kfd")  # AMD's; torch calls those GPUs cuda as well
+    return True
 
 
 def _architecture(text: str) -> str:
@@ -419,19 +433,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
-import cv2
 import numpy as np
-import torch
-import torchvision
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torchvision.models import get_model_builder, get_model_weights, list_models
-from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2  Images. Paths become decoded photos; whatever is in the file, memory stays bounded and the answer is one line.
+#    Still without torch: a single photo that cannot be decoded is answered at once, too.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_PIXELS = 250_000_000  # above every camera's largest photo; a few kilobytes of hostile PNG can claim to be more
@@ -493,6 +501,38 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")  # a palette may hold transparency, which only this conversion reads
     return image.convert("RGB")
 
+
+def quiet_libraries() -> None:
+    """No warnings, which the person cannot act on, and no limit of Pillow's: read_photo has one, an error line."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
+    Image.MAX_IMAGE_PIXELS = None
+
+
+def own_stderr() -> None:
+    """From here on stderr is ours alone: what C libraries print of a broken file goes nowhere (libtiff does)."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    own_stderr()
+    if len(ARGS.photos) == 1:
+        try:
+            read_photo(Path(ARGS.photos[0][0]))
+        except PhotoError as error:
+            say(f"error: {error}", sys.stderr)
+            sys.exit(1)
+
+import cv2
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torchvision.models import get_model_builder, get_model_weights, list_models
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3  Model. Names and files become a classifier that knows its preprocessing and its classes.
@@ -2097,9 +2137,7 @@ def report(outcome: Failed | str, tally: Counter[str], bar: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the program. Returns the exit status: 0 done, 1 a photo failed, 2 a wrong call, 130 stopped by Ctrl-C."""
-    warnings.filterwarnings("ignore")  # the libraries' warnings are nothing that the person can act on
-    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
-    Image.MAX_IMAGE_PIXELS = None  # read_photo has a limit of its own, which is an error line
+    quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end the run
     try:
@@ -2115,14 +2153,6 @@ def main(args: argparse.Namespace) -> int:
         return 130
 
 
-def silence_libraries() -> None:
-    """From here on stderr is ours alone: what C libraries print of a broken file goes nowhere (libtiff does)."""
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    silence_libraries()
     sys.exit(main(ARGS))

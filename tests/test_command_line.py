@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,21 @@ METHODS = ["gradcam", "scorecam", "gradcam++", "ablationcam", "xgradcam", "eigen
 
 
 @pytest.fixture
-def without_torch(program, tmp_path):
+def without_libraries(program, tmp_path):
     """Runs the program where importing torch, numpy, OpenCV or Pillow ends in a traceback."""
+    return trapped(program, tmp_path, ("torch", "numpy", "cv2", "PIL"))
+
+
+@pytest.fixture
+def without_torch(program, tmp_path):
+    """Runs the program where importing torch or OpenCV ends in a traceback."""
+    return trapped(program, tmp_path, ("torch", "cv2"))
+
+
+def trapped(program, tmp_path, libraries):
     traps = tmp_path / "traps"
     traps.mkdir()
-    for library in ("torch", "numpy", "cv2", "PIL"):
+    for library in libraries:
         (traps / f"{library}.py").write_text("raise RuntimeError('a heavy import')\n", encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(traps), "PYTHONUTF8": "1", "COLUMNS": "400"}
 
@@ -73,22 +84,22 @@ def finished(process, expected=2):
     return one_error(process.returncode, process.stdout, process.stderr, expected)
 
 
-def test_the_trap_catches_a_heavy_import(without_torch, tmp_path):
-    process = without_torch(DOG, "--ckpt", CKPT, "--output", tmp_path / "out")
+def test_the_trap_catches_a_heavy_import(without_libraries, tmp_path):
+    process = without_libraries(DOG, "--ckpt", CKPT, "--output", tmp_path / "out")
     assert "a heavy import" in process.stderr
     assert process.returncode == 1
 
 
-def test_help_needs_no_torch_and_ends_with_three_examples(without_torch):
-    process = without_torch("--help")
+def test_help_needs_no_torch_and_ends_with_three_examples(without_libraries):
+    process = without_libraries("--help")
     assert (process.returncode, process.stderr) == (0, "")
     examples = process.stdout.partition("examples:")[2]
     assert len(re.findall(r"^ +python cnn_visualizations\.py .*(?:\\\n.*)*\.jpg$", examples, re.MULTILINE)) == 3
     assert process.stdout.rstrip().endswith(".jpg")
 
 
-def test_the_examples_in_help_are_calls_that_the_program_accepts(without_torch, tmp_path, monkeypatch):
-    examples = without_torch("--help").stdout.partition("examples:")[2].replace("\\\n", " ")
+def test_the_examples_in_help_are_calls_that_the_program_accepts(without_libraries, tmp_path, monkeypatch):
+    examples = without_libraries("--help").stdout.partition("examples:")[2].replace("\\\n", " ")
     calls = re.findall(r"^ +python cnn_visualizations\.py (.*)$", examples, re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     for call in calls:
@@ -101,8 +112,8 @@ def test_the_examples_in_help_are_calls_that_the_program_accepts(without_torch, 
     assert len(calls) == 3
 
 
-def test_every_option_has_a_help_sentence(without_torch):
-    text = without_torch("--help").stdout.partition("positional arguments:")[2].partition("examples:")[0]
+def test_every_option_has_a_help_sentence(without_libraries):
+    text = without_libraries("--help").stdout.partition("positional arguments:")[2].partition("examples:")[0]
     entries = re.findall(r"^  (IMAGE|--[\w-]+)(?: [A-Z]+| \{.*?\})?\s{2,}(\S.*(?:\n {10,}\S.*)*)", text, re.MULTILINE)
     sentences = dict(entries)
     assert set(sentences) == {"IMAGE", *OPTIONS}
@@ -124,47 +135,47 @@ def test_every_option_has_a_help_sentence(without_torch):
         (["--output", str(DOG / "out")], "dog.jpg"),
     ],
 )
-def test_a_wrong_call_is_one_line_and_needs_no_torch(without_torch, args, said):
-    assert said in finished(without_torch(DOG, *args))
+def test_a_wrong_call_is_one_line_and_needs_no_torch(without_libraries, args, said):
+    assert said in finished(without_libraries(DOG, *args))
 
 
-def test_class_names_that_cannot_be_read_are_told_at_once(without_torch, tmp_path):
+def test_class_names_that_cannot_be_read_are_told_at_once(without_libraries, tmp_path):
     (tmp_path / "names.txt").write_bytes(b"\xff\xfe\x00")
     assert "names.txt is not a list of class names" in finished(
-        without_torch("--class-names", tmp_path / "names.txt", DOG)
+        without_libraries("--class-names", tmp_path / "names.txt", DOG)
     )
 
 
-def test_class_names_and_their_number_must_agree(without_torch, tmp_path):
+def test_class_names_and_their_number_must_agree(without_libraries, tmp_path):
     (tmp_path / "names.json").write_text('["cat", "dog"]')
-    error = finished(without_torch("--class-names", tmp_path / "names.json", "--num-classes", 3, DOG))
+    error = finished(without_libraries("--class-names", tmp_path / "names.json", "--num-classes", 3, DOG))
     assert "3" in error and "2 names" in error
 
 
-def test_no_photo_is_a_wrong_call(without_torch):
-    assert "IMAGE" in finished(without_torch("--ckpt", CKPT))
+def test_no_photo_is_a_wrong_call(without_libraries):
+    assert "IMAGE" in finished(without_libraries("--ckpt", CKPT))
 
 
 @pytest.mark.parametrize(
     ("content", "said"), [(None, "not there"), (b"", "empty"), (b"Dear diary, today\n", "not a picture")]
 )
-def test_a_photo_that_cannot_be_one_is_one_line_and_needs_no_torch(without_torch, tmp_path, content, said):
+def test_a_photo_that_cannot_be_one_is_one_line_and_needs_no_torch(without_libraries, tmp_path, content, said):
     photo = tmp_path / "holiday.jpg"
     if content is not None:
         photo.write_bytes(content)
-    error = finished(without_torch(photo, "--ckpt", CKPT, "--output", tmp_path / "out"), expected=1)
+    error = finished(without_libraries(photo, "--ckpt", CKPT, "--output", tmp_path / "out"), expected=1)
     assert said in error
     assert str(photo) in error
 
 
-def test_a_folder_without_photos_is_a_wrong_call(without_torch, tmp_path):
+def test_a_folder_without_photos_is_a_wrong_call(without_libraries, tmp_path):
     (tmp_path / "notes.txt").write_text("no photo")
-    assert f"no photos in {tmp_path}" in finished(without_torch(tmp_path, "--output", tmp_path / "out"))
+    assert f"no photos in {tmp_path}" in finished(without_libraries(tmp_path, "--output", tmp_path / "out"))
 
 
-def test_each_of_several_hopeless_photos_gets_its_line(without_torch, tmp_path):
+def test_each_of_several_hopeless_photos_gets_its_line(without_libraries, tmp_path):
     photos = [tmp_path / f"{number}.jpg" for number in range(3)]
-    process = without_torch(*photos, "--output", tmp_path / "out")
+    process = without_libraries(*photos, "--output", tmp_path / "out")
     assert process.returncode == 1
     assert [line.partition(" is ")[0] for line in process.stderr.splitlines()] == [f"error: {p}" for p in photos]
 
@@ -210,7 +221,9 @@ def test_outputs_are_a_comma_separated_list(parsed, text, outputs):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1", "mps"])
-def test_devices_are_taken_by_name(parsed, device):
+def test_devices_are_taken_by_name(parsed, monkeypatch, device):
+    monkeypatch.setattr(program_file, "has_gpu_driver", lambda: True)
+    monkeypatch.setattr(sys, "platform", "darwin")
     assert parsed("--device", device).device == device
 
 
@@ -236,6 +249,35 @@ def test_a_value_that_cannot_be_is_one_line_that_names_it(refused, option, value
     error = refused(option, value)
     assert option in error
     assert value.rpartition(",")[2] in error
+
+
+def test_a_gpu_without_a_driver_is_told_at_once(refused, monkeypatch):
+    monkeypatch.setattr(program_file, "has_gpu_driver", lambda: False)
+    assert "cuda:1 is not there" in refused("--device", "cuda:1")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="it may be there")
+def test_a_macs_gpu_elsewhere_is_told_at_once(refused):
+    assert "mps is not there" in refused("--device", "mps")
+
+
+@pytest.mark.skipif(sys.platform == "win32" or Path("/dev/kfd").exists(), reason="needs a system without AMD's driver")
+@pytest.mark.parametrize("there", [True, False])
+def test_the_gpu_driver_is_looked_for_by_its_library(monkeypatch, there):
+    def load(name):
+        assert name == "libcuda.so.1"
+        if not there:
+            raise OSError("cannot open shared object file")
+
+    monkeypatch.setattr(program_file.ctypes, "CDLL", load)
+    assert program_file.has_gpu_driver() is there
+
+
+def test_a_single_photo_that_cannot_be_decoded_is_told_before_torch_is_imported(without_torch, tmp_path):
+    half = tmp_path / "half.jpg"
+    half.write_bytes(DOG.read_bytes()[:20000])
+    process = without_torch("--ckpt", CKPT, "--output", tmp_path / "out", half)
+    assert "cannot be decoded" in one_error(process.returncode, process.stdout, process.stderr, expected=1)
 
 
 def test_an_abbreviated_option_is_refused_with_the_whole_one(refused):
