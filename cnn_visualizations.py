@@ -7,8 +7,9 @@ The file is read from top to bottom; a room uses only the rooms above it:
     2 Images         paths -> decoded photos
     3 Model          architecture + checkpoint -> a classifier with its own preprocessing
     4 Explanation    inputs -> class activation maps and guided gradients
-    5 Pictures       arrays -> JPEG files
-    6 Run            all of it joined
+    5 Trust          maps -> numbers that say how much they are worth
+    6 Pictures       arrays -> picture files
+    7 Run            all of it joined
 
 From Python:
 
@@ -26,6 +27,7 @@ import difflib
 import functools
 import glob
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -40,16 +42,26 @@ from typing import Any, NoReturn, TextIO
 # ---------------------------------------------------------------------------------------------------------------------
 
 METHODS = ("gradcam", "scorecam", "gradcam++", "ablationcam", "xgradcam", "eigencam", "eigengradcam")
+MORE_METHODS = (
+    *("hirescam", "layercam", "gradcamelementwise", "fullgrad", "fem", "kpcacam"),
+    *("shapleycam", "finercam", "segeigencam", "randomcam", "refinecam"),
+)
 OUTPUTS = ("cam", "gb", "cam_gb")
+COLORMAPS = (  # OpenCV's, in its order
+    *("autumn", "bone", "jet", "winter", "rainbow", "ocean", "summer", "spring", "cool", "hsv", "pink", "hot"),
+    *("parula", "magma", "inferno", "plasma", "viridis", "cividis", "twilight", "twilight_shifted", "turbo"),
+    "deepgreen",
+)
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 EXAMPLES = """\
 examples:
   your own fine-tuned network, one photo:
     python cnn_visualizations.py --arch resnet50 --ckpt best.pth --num-classes 2 --output out 33.jpg
 
-  another method and layer, the classes by name, why it is *not* a cat:
-    python cnn_visualizations.py --ckpt best.pth --class-names names.txt --target-class cat \\
-        --method scorecam --target-layer layer3 33.jpg 34.jpg
+  why it is a dog and *not* a cat, by two methods, on one sheet, and how far to trust that:
+    python cnn_visualizations.py --ckpt best.pth --class-names names.txt --target-class dog --target-class cat \\
+        --method gradcam,scorecam --sheet --metrics 33.jpg 34.jpg
 
   the demo that comes with the program (no download):
     python cnn_visualizations.py --ckpt tests/data/dogs_mobilenet_v2.pth pics/dog.jpg
@@ -122,11 +134,10 @@ def _names_from(known: Sequence[str], kind: str, text: str) -> list[str]:
     return names
 
 
-def _method(text: str) -> str:
-    names = _names_from(METHODS, "method", text)
-    if len(names) > 1:
-        raise argparse.ArgumentTypeError(f"one method at a time, not '{text}'")
-    return names[0]
+def _methods(text: str) -> list[str]:
+    if text.strip().lower() == "all":
+        return list(METHODS)
+    return _names_from((*METHODS, *MORE_METHODS), "method", text)
 
 
 def _outputs(text: str) -> list[str]:
@@ -153,6 +164,12 @@ def has_gpu_driver() -> bool:
 
 
 def _architecture(text: str) -> str:
+    file, _, function = text.rpartition(":")
+    if file.endswith(".py"):
+        _file(file)
+        if not function.isidentifier():
+            raise argparse.ArgumentTypeError(f"'{text}' names no function; pass --arch file.py:function")
+        return text
     known = architecture_names()
     if known and text not in known:
         raise argparse.ArgumentTypeError(
@@ -171,6 +188,23 @@ def _between(low: int, high: int) -> Any:
         return int(text)
 
     return number
+
+
+def _share(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    if not re.fullmatch(r"\d*\.?\d+|\d+\.", text) or not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
+    return float(text)
+
+
+def _one_of(known: Iterable[str], kind: str) -> Any:
+    """An argparse type: one of the known names."""
+
+    def name(text: str) -> str:
+        (found,) = _names_from(tuple(known), kind, text.replace(",", " "))
+        return found
+
+    return name
 
 
 def _file(text: str) -> Path:
@@ -242,15 +276,28 @@ HELP = {
     "resize": "crop: shorten the photo to a square as torchvision's preset does (the default). squash: show the whole "
     "photo, aspect not kept.",
     "batch-size": "How many photos go through the network at once (default: 8). Less needs less memory.",
-    "method": f"How the heatmap is made: {', '.join(METHODS)} (default: gradcam).",
-    "target-layer": "The layer that is looked at, by its dotted name, such as layer4 or features.17. Left out: the "
-    "last one that gives a spatial map.",
-    "target-class": "The class that is explained, by name or index. Left out: the likeliest one for each photo.",
+    "method": f"How the heatmap is made: {', '.join(METHODS)} (default: gradcam). Several with commas between them, or "
+    f"all for these seven. Also: {', '.join(MORE_METHODS)}.",
+    "target-layer": "The layer that is looked at, by its dotted name, such as layer4 or features.17. May be given "
+    "several times; their maps are averaged. Left out: the last one that gives a spatial map.",
+    "target-class": "The class that is explained, by name or index. May be given several times. Left out: the "
+    "likeliest one for each photo.",
+    "top-k": "Explain the N likeliest classes of each photo.",
+    "aug-smooth": "Average the maps over six variants of the photo, mirrored and brightened: smoother, but slow.",
+    "eigen-smooth": "Keep only the first principal component of what the channels contribute: less noise.",
+    "metrics": "Measure how far each map can be trusted: average drop and increase in confidence, deletion, insertion, "
+    "ROAD.",
     "output": "Where the pictures and results.jsonl go (default: out). It is made if need be.",
     "outputs": "Which pictures, comma-separated: cam, gb, cam_gb (default: all three). cam alone is the fastest.",
     "output-size": "Long side of the pictures. Left out: that of the photo's part that the network saw, at most 1024.",
-    "skip-existing": "Go on where an earlier run stopped: leave out the photos whose pictures are all there and that "
-    "stand in results.jsonl. The other options must be the same as then.",
+    "sheet": "Write one picture more, with a row for each method and class.",
+    "save-arrays": "Write the maps, gradients and logits as numbers, too (NumPy's .npz).",
+    "colormap": "The heatmap's colours, by OpenCV's names: jet, turbo, viridis ... (default: jet).",
+    "alpha": "How strong the heat lies over the photo, from 0 to 1 (default: 0.5).",
+    "format": "jpg, png or webp (default: jpg).",
+    "quality": "Of jpg and webp, from 1 to 100 (default: 98).",
+    "skip-existing": "Go on where an earlier run stopped: leave out the photos that stand in results.jsonl with the "
+    "same options and whose files are all there.",
 }
 
 
@@ -283,14 +330,24 @@ def _parser() -> _Parser:
     add("batch-size", type=_between(1, 4096), default=8, metavar="N")
 
     add = group("the explanation")
-    add("method", type=_method, default="gradcam", metavar="NAME")
-    add("target-layer", metavar="NAME")
-    add("target-class", metavar="CLASS")
+    add("method", type=_methods, default=["gradcam"], metavar="LIST", dest="methods")
+    add("target-layer", action="append", metavar="NAME", dest="target_layers")
+    add("target-class", action="append", metavar="CLASS", dest="target_classes")
+    add("top-k", type=_between(1, 1_000_000), metavar="N")
+    add("aug-smooth", action="store_true")
+    add("eigen-smooth", action="store_true")
+    add("metrics", action="store_true")
 
     add = group("the pictures")
     add("output", type=Path, default=Path("out"), metavar="FOLDER")
     add("outputs", type=_outputs, default=list(OUTPUTS), metavar="LIST")
     add("output-size", type=_between(16, 8192), metavar="PX")
+    add("sheet", action="store_true")
+    add("save-arrays", action="store_true")
+    add("colormap", type=_one_of(COLORMAPS, "colormap"), default="jet", metavar="NAME")
+    add("alpha", type=_share, default=0.5, metavar="A")
+    add("format", type=_one_of(FORMATS, "format"), default="jpg", metavar="NAME")
+    add("quality", type=_between(1, 100), default=98, metavar="Q")
     add("skip-existing", action="store_true")
     return parser
 
@@ -299,16 +356,18 @@ def _parser() -> _Parser:
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"GIF8")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
-# Stands as a comment near the beginning of every picture that this program writes. So a folder can be given with
-# earlier results in it, and no file that is not ours is ever overwritten.
-MARK = b"made by cnn_visualizations.py"
+# Stands near the beginning or the end of every file that this program writes. So a folder can be given with earlier
+# results in it, and no file that is not ours is ever overwritten.
+MARK = "made by cnn_visualizations.py"
 
 
 def is_ours(path: str | Path) -> bool:
-    """Whether a file is a picture that this program wrote."""
+    """Whether a file was written by this program."""
     try:
         with Path(path).open("rb") as file:
-            return MARK in file.read(100)
+            start = file.read(300)
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 300))
+            return MARK.encode() in start + file.read()
     except (OSError, ValueError):
         return False
 
@@ -393,6 +452,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], options)} (see --help)")
     if args.num_classes and args.class_names and args.num_classes != len(args.class_names):
         parser.error(f"--num-classes {args.num_classes}, but --class-names has {len(args.class_names)} names")
+    if args.top_k and args.target_classes:
+        parser.error("--top-k and --target-class exclude each other: pass one of the two")
     args.photos = find_photos(args.images, sys.stdin if "-" in args.images else ())
     if not args.photos:
         parser.error(f"no photos in {', '.join(args.images)} (looked for {' '.join(SUFFIXES)})")
@@ -418,6 +479,7 @@ if __name__ == "__main__":
 
 import copy
 import errno
+import hashlib
 import io
 import itertools
 import logging
@@ -430,12 +492,12 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2  Images. Paths become decoded photos; whatever is in the file, memory stays bounded and the answer is one line.
@@ -445,7 +507,7 @@ from PIL import Image, ImageOps
 MAX_PIXELS = 250_000_000  # above every camera's largest photo; a few kilobytes of hostile PNG can claim to be more
 GIANT = 50_000_000  # pixels; above that, one photo is decoded at a time
 MIN_SIDE = 8  # pixels; below that there is nothing to point at
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+DECODERS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 
 _one_giant = threading.Lock()
@@ -476,7 +538,7 @@ def read_photo(path: Path) -> Photo:
     if fault:
         raise PhotoError(f"{path} {fault}")
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=DECODERS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise PhotoError(f"{path} has {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} megapixels")
@@ -621,8 +683,9 @@ def load_classifier(
     """Builds a torchvision classifier and fills it with the weights of a checkpoint.
 
     Args:
-        arch: a name from `torchvision.models.list_models`; None: the checkpoint's own `arch` entry, else the one
-            architecture that has the checkpoint's number of parameters; without a checkpoint, resnet50.
+        arch: a name from `torchvision.models.list_models`, or "file.py:function" for a network of your own; None: the
+            checkpoint's own `arch` entry, else the one architecture that has the checkpoint's number of parameters;
+            without a checkpoint, resnet50.
         ckpt: the weights; None: torchvision's ImageNet weights, from its cache or the network.
         num_classes: None: the checkpoint's. Given, it must agree with the checkpoint.
         device: None: the CUDA GPU if there is one, else the CPU.
@@ -634,18 +697,23 @@ def load_classifier(
         CallError: whatever does not fit, in one line.
     """
     target = find_device(device)
-    if arch is not None and arch not in list_models(module=torchvision.models):
+    own = arch is not None and ".py:" in arch
+    if arch is not None and not own and arch not in list_models(module=torchvision.models):
         raise CallError(f"unknown architecture '{arch}'{closest(arch, architecture_names())}")
     if ckpt is None:
         arch = arch or "resnet50"
-        checkpoint = download_weights(arch)
+        checkpoint = Checkpoint("the network", {}) if own else download_weights(arch)
     else:
         checkpoint = read_checkpoint(Path(ckpt))
         arch = arch or find_architecture(checkpoint)
-    model, preset = build_model(arch, checkpoint, num_classes, input_size)
+    build = build_own_model if own else build_model
+    model, preset = build(arch, checkpoint, num_classes, input_size)
     if resize == "squash":
         preset.resize_size = [preset.crop_size[0]] * 2
-    names = name_classes(class_names, checkpoint, _head(model)[1].weight.shape[0])
+    count = count_outputs(model, preset.crop_size[0]) if own else _head(model)[1].weight.shape[0]
+    if num_classes not in (None, count):
+        raise CallError(f"--num-classes {num_classes}, but the network of {arch} has {count} classes")
+    names = name_classes(class_names, checkpoint, count)
     return Classifier(model.to(target), arch, names, preset, target, squash=resize == "squash")
 
 
@@ -951,6 +1019,63 @@ def build_model(
     return model.eval(), _preset(arch, fixed or size, checkpoint.entries)
 
 
+def build_own_model(
+    arch: str, checkpoint: Checkpoint, num_classes: int | None = None, input_size: int | None = None
+) -> tuple[nn.Module, Any]:
+    """The network that the function in `arch`, "file.py:function", returns, like `build_model`.
+
+    The function is called with `num_classes` if it takes it and the number is known. The file is the person's own
+    code and is run; the checkpoint is not. Inputs are prepared as for torchvision's resnet50 unless the checkpoint's
+    entries say otherwise.
+
+    Raises:
+        CallError: there is no such function, it fails, or the checkpoint does not fit its network.
+    """
+    file, _, function = arch.rpartition(":")
+    state = dict(checkpoint.state)
+    head = _head_weight(state, checkpoint.beside)
+    classes = num_classes or (state[head].shape[0] if head else None)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(file)))  # its neighbours can be imported
+    try:
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look there
+        spec.loader.exec_module(module)
+        build = getattr(module, function)
+        takes_number = classes is not None and "num_classes" in inspect.signature(build).parameters
+        model = build(num_classes=classes) if takes_number else build()
+    except Exception as error:
+        raise CallError(f"--arch {arch}: {type(error).__name__}: {first_line(error)}") from error
+    finally:
+        del sys.path[0]
+    if not isinstance(model, nn.Module):
+        raise CallError(f"--arch {arch} returned a {type(model).__name__}, not a torch.nn.Module")
+    if state:
+        _load(model, arch, state, checkpoint)
+    size = input_size or _side(checkpoint.entries.get("input_size"), checkpoint.name)
+    return model.eval(), _preset("resnet50", size, checkpoint.entries)
+
+
+def as_logits(answer: Any) -> Tensor:
+    """What a network returns, as logits (N, classes)."""
+    if isinstance(answer, Mapping):  # as torchvision's segmentation networks and transformers' give it
+        answer = answer["logits"] if "logits" in answer else answer["out"]
+    elif not isinstance(answer, Tensor):  # an auxiliary head comes second
+        answer = answer.logits if hasattr(answer, "logits") else answer[0]
+    return answer[:, None] if answer.ndim == 1 else answer.flatten(1)
+
+
+def count_outputs(model: nn.Module, side: int) -> int:
+    """How many classes a network tells apart, found out by asking it. Raises CallError if it does not answer."""
+    try:
+        with torch.inference_mode():
+            return as_logits(model(torch.zeros(1, 3, side, side))).shape[1]
+    except Exception as error:
+        raise CallError(
+            f"the network fails at an input of 3 x {side} x {side} ({first_line(error)}); pass another --input-size"
+        ) from error
+
+
 def _fit_head(model: nn.Module, state: State, beside: Iterable[str]) -> None:
     """Gives the network the head that the checkpoint has, where that is a single Linear layer in another place.
 
@@ -1127,6 +1252,8 @@ class Explanation:
             None if they were not asked for. In a network without activations they are the plain gradients.
         logits: float32 (N, classes).
         targets: int64 (N,), the class that was explained.
+
+    Where K classes were asked for each input, `cams`, `guided` and `targets` have K as their second axis: (N, K, ...).
     """
 
     cams: dict[str, Floats]
@@ -1142,46 +1269,153 @@ class Explanation:
         return Explanation(cams, guided, self.logits[i], self.targets[i])
 
 
-def gradcam_weights(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Grad-CAM (Selvaraju et al., ICCV 2017, arXiv:1610.02391): the mean gradient of each channel."""
-    return gradients.mean((2, 3))
+# How each method weighs what the channels say. `activations` are (..., C, h, w), `gradients` those of the class score
+# with respect to them; the answer is each channel's contribution to the map, of the shape of the two.
 
 
-def gradcam_plus_plus_weights(activations: Tensor, gradients: Tensor) -> Tensor:
+def gradcam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """Grad-CAM (Selvaraju et al., ICCV 2017, arXiv:1610.02391): weighed by the mean gradient of the channel."""
+    return activations * gradients.mean((-2, -1), keepdim=True)
+
+
+def gradcam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
     """Grad-CAM++ (Chattopadhyay et al., WACV 2018, arXiv:1710.11063, equation 19): positive gradients, weighted."""
     squared = gradients**2
-    alphas = squared / (2 * squared + activations.sum((2, 3), keepdim=True) * squared * gradients + 1e-6)
-    return (gradients.clamp(min=0) * torch.where(gradients != 0, alphas, 0)).sum((2, 3))
+    alphas = squared / (2 * squared + activations.sum((-2, -1), keepdim=True) * squared * gradients + 1e-6)
+    weights = (gradients.clamp(min=0) * torch.where(gradients != 0, alphas, 0)).sum((-2, -1), keepdim=True)
+    return activations * weights
 
 
-def xgradcam_weights(activations: Tensor, gradients: Tensor) -> Tensor:
+def xgradcam(activations: Tensor, gradients: Tensor) -> Tensor:
     """XGrad-CAM (Fu et al., BMVC 2020, arXiv:2008.02312): the mean gradient, weighted by the activations."""
-    return (gradients * activations / (activations.sum((2, 3), keepdim=True) + 1e-7)).sum((2, 3))
+    shares = activations / (activations.sum((-2, -1), keepdim=True) + 1e-7)
+    return activations * (gradients * shares).sum((-2, -1), keepdim=True)
 
 
-def principal_component(activations: Tensor) -> Tensor:
+def hirescam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """HiResCAM (Draelos and Carin, 2020, arXiv:2011.08891): each place by its own gradient."""
+    return activations * gradients
+
+
+def gradcam_elementwise(activations: Tensor, gradients: Tensor) -> Tensor:
+    """The same without what speaks against the class, a variant that the grad-cam package has."""
+    return (activations * gradients).clamp(min=0)
+
+
+def layercam(activations: Tensor, gradients: Tensor) -> Tensor:
+    """LayerCAM (Jiang et al., IEEE TIP 2021, doi:10.1109/TIP.2021.3089943): each place by its positive gradient."""
+    return activations * gradients.clamp(min=0)
+
+
+def absolute_gradients(activations: Tensor, gradients: Tensor) -> Tensor:
+    """As Seg-Eigen-CAM weighs (Chung and Ying, Applied Sciences 2025, doi:10.3390/app15137562, equation 10)."""
+    return activations * gradients.abs()
+
+
+def unweighted(activations: Tensor, gradients: Tensor | None) -> Tensor:
+    """The activations as they are: no class is asked for."""
+    return activations
+
+
+def fem(activations: Tensor, gradients: Tensor | None) -> Tensor:
+    """FEM (Fuad et al., IPTA 2020): by the share of a channel's places that are two standard deviations up."""
+    mean, deviation = activations.mean((-2, -1), keepdim=True), activations.std((-2, -1), correction=0, keepdim=True)
+    return activations * (activations > mean + 2 * deviation).to(activations).mean((-2, -1), keepdim=True)
+
+
+def random_weights(activations: Tensor, gradients: Tensor | None) -> Tensor:
+    """Channels by chance, from -1 to 1, always the same: what a map is worth that knows nothing (as in grad-cam).
+
+    All of them change sign where the map would be mostly negative, and so be cut off.
+    """
+    drawn = torch.rand(activations.shape[-3], generator=torch.Generator().manual_seed(0)) * 2 - 1
+    contributions = activations * drawn.to(activations)[:, None, None]
+    return contributions * torch.where(contributions.sum((-3, -2, -1), keepdim=True) < 0, -1.0, 1.0)
+
+
+# How the contributions (..., C, h, w) become a map (..., h, w).
+
+
+def total(contributions: Tensor) -> Tensor:
+    """The sum over the channels."""
+    return contributions.sum(-3)
+
+
+def principal_component(contributions: Tensor) -> Tensor:
     """Eigen-CAM (Muhammad and Yeasin, IJCNN 2020, arXiv:2008.00299): the projection on the first principal component.
 
-    (N, C, h, w) -> (N, h, w). The sign of a singular vector is arbitrary; it is NumPy's, as in the grad-cam package,
-    which is also why this is computed on the CPU.
+    The sign of a singular vector is arbitrary; it is NumPy's, as in the grad-cam package, which is also why this is
+    computed on the CPU.
     """
-    columns = activations.detach().flatten(2).transpose(1, 2).cpu().numpy()
-    columns = columns - columns.mean(1, keepdims=True)
-    projections = [column @ np.linalg.svd(column, full_matrices=False)[2][0] for column in columns]
-    return torch.from_numpy(np.stack(projections)).to(activations).view(len(columns), *activations.shape[2:])
+
+    def projection(columns: Floats) -> Floats:
+        return columns @ np.linalg.svd(columns, full_matrices=False)[2][0]
+
+    shape = contributions.shape
+    columns = contributions.detach().reshape(-1, shape[-3], shape[-2] * shape[-1]).transpose(1, 2).cpu().numpy()
+    projections = [projection(each - each.mean(0)) for each in columns]
+    return torch.from_numpy(np.stack(projections)).to(contributions).view(*shape[:-3], *shape[-2:])
 
 
-CHANNEL_WEIGHTS = {"gradcam": gradcam_weights, "gradcam++": gradcam_plus_plus_weights, "xgradcam": xgradcam_weights}
-NEED_GRADIENTS = {*CHANNEL_WEIGHTS, "eigengradcam"}
+def signed_component(contributions: Tensor) -> Tensor:
+    """The same, its sign so that the strongest place is positive (Chung and Ying 2025, equation 13)."""
+    maps = principal_component(contributions)
+    flipped = maps.amin((-2, -1), keepdim=True).abs() > maps.amax((-2, -1), keepdim=True).abs()
+    return torch.where(flipped, -maps, maps)
+
+
+def kernel_component(contributions: Tensor) -> Tensor:
+    """KPCA-CAM (Karmani et al., 2024, arXiv:2410.00267): the first component of a kernel PCA, by grad-cam."""
+    from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection_kernel
+
+    shape = contributions.shape
+    maps = get_2d_projection_kernel(contributions.detach().reshape(-1, *shape[-3:]).cpu().numpy())
+    return torch.from_numpy(maps).to(contributions).view(*shape[:-3], *shape[-2:])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method makes its map of a layer.
+
+    Attributes:
+        weigh: activations and gradients -> contributions of the channels.
+        join: contributions -> map.
+        gradients: whether `weigh` looks at the gradients. If not, the map is the same for every class.
+        product: whether the maps of several layers are multiplied; else they are averaged.
+    """
+
+    weigh: Callable[[Tensor, Any], Tensor]
+    join: Callable[[Tensor], Tensor] = total
+    gradients: bool = True
+    product: bool = False
+
+
+RECIPES = {
+    "gradcam": Recipe(gradcam),
+    "gradcam++": Recipe(gradcam_plus_plus),
+    "xgradcam": Recipe(xgradcam),
+    "eigencam": Recipe(unweighted, principal_component, gradients=False),
+    "eigengradcam": Recipe(hirescam, principal_component),
+    "hirescam": Recipe(hirescam),
+    "layercam": Recipe(layercam),
+    "gradcamelementwise": Recipe(gradcam_elementwise),
+    "fem": Recipe(fem, gradients=False),
+    "kpcacam": Recipe(unweighted, kernel_component, gradients=False),
+    "segeigencam": Recipe(absolute_gradients, signed_component),
+    "randomcam": Recipe(random_weights, gradients=False),
+    "refinecam": Recipe(gradcam_plus_plus, product=True),  # arXiv:2605.14641
+}
+BY_PASSES = ("scorecam", "ablationcam")  # these ask the network again, channel by channel
+BY_GRAD_CAM = {"fullgrad": "FullGrad", "shapleycam": "ShapleyCAM", "finercam": "FinerCAM"}  # of another score or layer
 
 ABLATION_COPIES = 256  # of the layer's output at once,
 ABLATION_BYTES = 2**25  # but no more of them than fit in here
 
 
 def normalise(maps: Tensor) -> Tensor:
-    """Each map of (N, h, w) stretched to [0, 1]; a map that is the same everywhere becomes 0 (as in grad-cam)."""
-    maps = maps - maps.amin((1, 2), keepdim=True)
-    return maps / (1e-7 + maps.amax((1, 2), keepdim=True))
+    """Each map of (..., h, w) stretched to [0, 1]; one that is the same everywhere becomes 0 (as in grad-cam)."""
+    maps = maps - maps.amin((-2, -1), keepdim=True)
+    return maps / (1e-7 + maps.amax((-2, -1), keepdim=True))
 
 
 def channel_axis(output: Tensor, size: tuple[int, int]) -> int:
@@ -1231,16 +1465,17 @@ def _clamp_incoming(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     return tuple(None if gradient is None else gradient.clamp(min=0) for gradient in gradients)
 
 
-def guided_gradients(score: Tensor, inputs: Tensor) -> Tensor:
-    """Guided backpropagation (Springenberg et al., ICLR 2015 workshop, arXiv:1412.6806).
+def guided_gradients(scores: Sequence[Tensor], inputs: Tensor) -> list[Tensor]:
+    """Guided backpropagation (Springenberg et al., ICLR 2015 workshop, arXiv:1412.6806) of each score to the inputs.
 
     An ordinary backward pass in which every activation function lets only positive gradients in. The activations are
     found in the autograd graph, so modules and functions count alike; the graph is used up.
     """
-    for node in graph_nodes(score.grad_fn):
+    for node in {node for score in scores for node in graph_nodes(score.grad_fn)}:
         if ACTIVATION_NODES.fullmatch(node.name()):
             node.register_prehook(_clamp_incoming)
-    return torch.autograd.grad(score, inputs)[0]
+    last = scores[-1]
+    return [torch.autograd.grad(score, inputs, retain_graph=score is not last)[0] for score in scores]
 
 
 def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
@@ -1257,27 +1492,18 @@ def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
     return name
 
 
-def as_logits(answer: Any) -> Tensor:
-    """What a network returns, as logits (N, classes)."""
-    if isinstance(answer, Mapping):  # as torchvision's segmentation networks and transformers' give it
-        answer = answer["logits"] if "logits" in answer else answer["out"]
-    elif not isinstance(answer, Tensor):  # an auxiliary head comes second
-        answer = answer.logits if hasattr(answer, "logits") else answer[0]
-    return answer[:, None] if answer.ndim == 1 else answer.flatten(1)
-
-
-def choose_targets(logits: Tensor, targets: Sequence[int] | Tensor | int | None) -> Tensor:
-    """The class to explain for each input, int64 (N,). Raises CallError where there is no such class."""
-    if targets is None:
-        return logits.detach().argmax(1)
+def choose_targets(logits: Tensor, targets: Sequence[int] | Tensor | int | None, top: int | None = None) -> Tensor:
+    """The class to explain for each input, int64 (N,), or the K classes, (N, K). Raises CallError for unknown ones."""
     classes = logits.shape[1]
+    if targets is None:
+        return logits.detach().argmax(1) if top is None else logits.detach().topk(min(top, classes)).indices
     chosen = torch.as_tensor(targets, device=logits.device)
     if chosen.numel() and (chosen.is_floating_point() or chosen.dtype == torch.bool):
         raise CallError(f"target classes are indices, not {chosen.dtype}")
     chosen = chosen.long()
-    if chosen.ndim and chosen.shape != logits.shape[:1]:
+    if chosen.ndim > 2 or (chosen.ndim and len(chosen) != len(logits) and not (chosen.ndim == 2 and len(chosen) == 1)):
         raise CallError(f"{_shape(chosen)} target classes do not go with {len(logits)} inputs: give one for each")
-    chosen = chosen.expand(len(logits))
+    chosen = chosen.expand(len(logits), *chosen.shape[1:])
     if not ((chosen >= 0) & (chosen < classes)).all():
         raise CallError(f"class {chosen.tolist()} is out of range: the network has {classes} classes, from 0")
     return chosen
@@ -1472,46 +1698,96 @@ class Suffix:
 
 @torch.inference_mode()
 def ablation_weights(
-    network: nn.Module, layer: str, inputs: Tensor, target: Tensor, progress: Progress = iter
+    network: nn.Module, layer: str, inputs: Tensor, targets: Tensor, progress: Progress = iter
 ) -> Tensor:
     """Ablation-CAM (Desai and Ramaswamy, WACV 2020): the share of the score that is lost when a channel is set to zero.
 
-    For one input (1, 3, H, W); returns (C,). A channel that is zero anyway loses nothing and is not run.
+    For one input (1, 3, H, W) and the classes (K,); returns (K, C). A channel that is zero anyway loses nothing and is
+    not run.
     """
     suffix = Suffix(network, layer, inputs)
     axis = channel_axis(suffix.output, inputs.shape[2:])
     channels_first = suffix.output.movedim(axis, 1)
-    score = suffix.logits[0, target]
-    ablated = score.repeat(channels_first.shape[1])
+    score = suffix.logits[0, targets]
+    ablated = score.repeat(channels_first.shape[1], 1)
     alive = channels_first[0].flatten(1).any(1).nonzero()[:, 0]
     copies = max(1, min(ABLATION_COPIES, ABLATION_BYTES // (suffix.output.numel() * 4)))
     with suffix:
         for channels in progress(alive.split(copies)):
             changed = channels_first.repeat(len(channels), *[1] * (channels_first.ndim - 1))
             changed[torch.arange(len(channels), device=channels.device), channels] = 0
-            ablated[channels] = suffix(changed.movedim(1, axis))[:, target]
-    return (score - ablated) / torch.where(score == 0, 1, score)
+            ablated[channels] = suffix(changed.movedim(1, axis))[:, targets]
+    return ((score - ablated) / torch.where(score == 0, 1, score)).T
 
 
 @torch.inference_mode()
 def score_weights(
-    network: nn.Module, activations: Tensor, inputs: Tensor, target: Tensor, batch_size: int, progress: Progress = iter
+    network: nn.Module, activations: Tensor, inputs: Tensor, targets: Tensor, batch_size: int, progress: Progress = iter
 ) -> Tensor:
     """Score-CAM (Wang et al., CVPR workshops 2020, arXiv:1910.01279): the softmax of the scores of masked inputs.
 
     Each channel of activations (C, h, w), enlarged to the input (1, 3, H, W) and stretched to [0, 1], masks it once.
-    Returns (C,). The mask of a constant channel is zero everywhere, so all of those share one pass.
+    Returns (K, C) for the classes (K,). The mask of a constant channel is zero everywhere, so all of those share one
+    pass.
     """
     flat = activations.flatten(1)
     varied = (flat.amax(1) > flat.amin(1)).nonzero()[:, 0]
-    scores = as_logits(network(torch.zeros_like(inputs)))[0, target].repeat(len(flat))
+    scores = as_logits(network(torch.zeros_like(inputs)))[0, targets].repeat(len(flat), 1)
     for channels in progress(varied.split(batch_size)):
         small = activations[channels][:, None]
         masks = nn.functional.interpolate(small, inputs.shape[2:], mode="bilinear", align_corners=True)
         low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
         masked = inputs * ((masks - low) / (high - low + 1e-8))
-        scores[channels] = as_logits(network(masked.contiguous(memory_format=memory_format(masked.device))))[:, target]
-    return scores.softmax(0)
+        logits = as_logits(network(masked.contiguous(memory_format=memory_format(masked.device))))
+        scores[channels] = logits[:, targets]
+    return scores.softmax(0).T
+
+
+def map_by_grad_cam(
+    method: str, network: nn.Module, layer: str, inputs: Tensor, targets: Tensor, eigen_smooth: bool
+) -> Tensor:
+    """The map (N, H, W) of a method that needs a pass of its own, through grad-cam's class for it.
+
+    FullGrad (Srinivas and Fleuret, NeurIPS 2019, arXiv:1905.00780) looks at every bias instead of a layer, Shapley-CAM
+    (arXiv:2501.06261) needs second derivatives, Finer-CAM (CVPR 2025, arXiv:2501.11309) explains the class against the
+    three most similar ones.
+    """
+    import pytorch_grad_cam
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWeightedTarget
+
+    def finer(target: int, logits: Tensor) -> Any:
+        similar = (logits - logits[target]).abs().argsort(stable=True).tolist()
+        return FinerWeightedTarget(target, [index for index in similar if index != target][:3], alpha=1)
+
+    if method == "finercam":
+        with torch.no_grad():
+            logits = as_logits(network(inputs))
+        wanted = [finer(*pair) for pair in zip(targets.tolist(), logits, strict=True)]
+    else:
+        wanted = [ClassifierOutputTarget(target) for target in targets.tolist()]
+    kind = getattr(pytorch_grad_cam, BY_GRAD_CAM[method])
+    if method == "fullgrad":
+        cam = kind(network, [], None)
+    else:
+        cam = kind(network, [network.get_submodule(layer)], partial(as_map, size=inputs.shape[2:]))
+    kept = getattr(cam, "base_cam", cam).activations_and_grads
+    network.requires_grad_(
+        method == "shapleycam"
+    )  # it cannot tell a constant gradient from none where weights are frozen
+    try:
+        # Behind grad-cam's hooks stands tap's, so that what follows cannot change the activations that grad-cam keeps.
+        with tap(network, [layer]):
+            maps = cam(inputs.detach().clone().requires_grad_(), wanted, eigen_smooth=eigen_smooth)
+    except (ValueError, RuntimeError) as error:
+        if method != "shapleycam" or isinstance(error, torch.OutOfMemoryError):
+            raise
+        # it takes no tokens, and not every operation of a transformer has a second derivative
+        raise CallError(f"{method} does not work on layer '{layer}': {first_line(error)}") from error
+    finally:
+        network.requires_grad_(False)
+        kept.activations, kept.gradients = [], []  # which its own release() fails to detach where they are views
+        kept.release()
+    return torch.from_numpy(np.float32(maps)).to(inputs)
 
 
 def exact_convolutions() -> contextlib.AbstractContextManager[None]:
@@ -1543,10 +1819,12 @@ class Explainer:
     Args:
         model: takes (N, 3, H, W), gives logits (N, classes); or (N, 1) or (N,) for a single sigmoid output, of which
             the positive side is explained. `DataParallel` around it and half precision are fine.
-        methods: names from METHODS; they share one pass.
+        methods: names from METHODS and MORE_METHODS; all but a few share one pass.
         target_layers: dotted names of layers (or the modules) whose maps are averaged; None: found on the first call,
             the last layer that gives a spatial map on which the score depends.
         guided: whether guided backpropagation is wanted too.
+        aug_smooth: average the maps over six variants of the input, mirrored and brightened (ttach, as in grad-cam).
+        eigen_smooth: take the first principal component of the contributions of the channels in place of their sum.
         batch_size: how many inputs Score-CAM runs at once; None: 6 on the CPU, on a GPU what half of its
             free memory takes.
         progress: wraps the passes of Score-CAM and Ablation-CAM, such as tqdm.
@@ -1562,16 +1840,21 @@ class Explainer:
         target_layers: Sequence[str | nn.Module] | None = None,
         *,
         guided: bool = True,
+        aug_smooth: bool = False,
+        eigen_smooth: bool = False,
         batch_size: int | None = None,
         progress: Progress = iter,
     ) -> None:
+        known = (*METHODS, *MORE_METHODS)
         for method in methods:
-            if method not in METHODS:
-                raise CallError(f"unknown method '{method}'{closest(method, METHODS)} (known: {', '.join(METHODS)})")
+            if method not in known:
+                raise CallError(f"unknown method '{method}'{closest(method, known)} (known: {', '.join(known)})")
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         self.methods = tuple(methods)
         self.guided = guided
+        self.aug_smooth = aug_smooth
+        self.eigen_smooth = eigen_smooth
         self.batch_size = batch_size
         self.progress = progress
         self.target_layers = tuple(layer_name(model, layer) for layer in target_layers or ())
@@ -1579,36 +1862,67 @@ class Explainer:
             self._network = frozen_copy(model)
         self._tuned = False
 
-    def __call__(self, inputs: Tensor, targets: Sequence[int] | Tensor | int | None = None) -> Explanation:
+    def __call__(
+        self, inputs: Tensor, targets: Sequence[int] | Tensor | int | None = None, *, top: int | None = None
+    ) -> Explanation:
         """Explains a batch.
 
         Args:
             inputs: (N, 3, H, W), normalised as the model expects it; converted to float32 on the model's device.
-            targets: for each input, or one for all, the class to explain; None: the one with the highest logit.
+            targets: the class to explain: one for all, or (N,) for each input; or K classes, (1, K) or (N, K). None:
+                the one with the highest logit.
+            top: without targets: the K classes with the highest logits, or all if there are fewer.
 
         Raises:
             CallError: a target layer gives no spatial map, or the score does not depend on it; no such class.
             ValueError: the network's answer is not finite.
         """
-        device = next((p.device for p in self._network.parameters()), inputs.device)
         # Whatever mode the caller is in, this needs a graph, and leaves the caller's settings alone.
         with torch.inference_mode(False), torch.enable_grad(), exact_convolutions():
-            inputs = inputs.detach().to(device, torch.float32).clone(memory_format=memory_format(device))
+            inputs = self._own(inputs)
             if not self._tuned:
                 self._tune(inputs[:1])
-            return self._explain(inputs, targets)
+            explanation = self._explain(inputs, targets, top, self.guided)
+            if self.aug_smooth:
+                targets = torch.from_numpy(explanation.targets).to(inputs.device)
+                explanation = replace(explanation, cams=self._smoothed(inputs, targets))
+            return explanation
+
+    def answer(self, inputs: Tensor) -> Tensor:
+        """The network's logits (N, classes) for inputs (N, 3, H, W), on its device."""
+        with torch.inference_mode(), exact_convolutions():
+            return as_logits(self._network(self._own(inputs)))
+
+    def _own(self, inputs: Tensor) -> Tensor:
+        """A copy of the inputs as the network wants them."""
+        device = next((p.device for p in self._network.parameters()), inputs.device)
+        return inputs.detach().to(device, torch.float32).clone(memory_format=memory_format(device))
 
     def _tune(self, inputs: Tensor) -> None:
         """Watches one input pass: finds the target layer where none was named, and folds the batch norms."""
         calls, logits = watch(self._network, inputs)
         if not self.target_layers:
             self.target_layers = (find_target_layer(self._network, calls, logits, inputs.shape[2:]),)
-        fold_batch_norms(self._network, calls, logits, keep=self.target_layers)
+        if "fullgrad" not in self.methods:  # which counts the biases of both, convolution and batch norm
+            fold_batch_norms(self._network, calls, logits, keep=self.target_layers)
         self._tuned = True
 
-    def _explain(self, inputs: Tensor, targets: Sequence[int] | Tensor | int | None) -> Explanation:
-        with_gradients = not NEED_GRADIENTS.isdisjoint(self.methods)
-        inputs.requires_grad_(self.guided)
+    def _smoothed(self, inputs: Tensor, targets: Tensor) -> dict[str, Floats]:
+        """The maps averaged over the variants of the inputs that grad-cam takes."""
+        import ttach
+
+        variants = ttach.Compose([ttach.HorizontalFlip(), ttach.Multiply(factors=[0.9, 1, 1.1])])
+        sums = dict.fromkeys(self.methods, 0.0)
+        for variant in variants:
+            cams = self._explain(self._own(variant.augment_image(inputs)), targets, None, False).cams
+            for method, maps in cams.items():
+                maps = variant.deaugment_mask(torch.from_numpy(maps).view(-1, 1, *maps.shape[-2:])).view(maps.shape)
+                sums[method] = sums[method] + maps.numpy()
+        return {method: maps / np.float32(len(variants)) for method, maps in sums.items()}
+
+    def _explain(self, inputs: Tensor, targets: Any, top: int | None, guided: bool) -> Explanation:
+        with_gradients = any(RECIPES[method].gradients for method in self.methods if method in RECIPES)
+        inputs.requires_grad_(guided)
         with tap(self._network, self.target_layers, with_gradients) as outputs:
             logits = as_logits(self._network(inputs))
         if not torch.isfinite(logits).all():
@@ -1616,66 +1930,101 @@ class Explainer:
         for layer in self.target_layers:
             if layer not in outputs:
                 raise CallError(f"layer '{layer}' takes no part in the network's answer; choose another one")
-        targets = choose_targets(logits, targets)
-        score = logits.gather(1, targets[:, None]).sum()
-        gradients = self._gradients(score, outputs) if with_gradients else {}
-        guided = guided_gradients(score, inputs) if self.guided else None
+        targets = choose_targets(logits, targets, top)
+        classes = targets.view(len(inputs), -1)  # (N, K); K is 1 where the caller thinks of one class
+        scores = [logits.gather(1, column[:, None]).sum() for column in classes.T]
+        gradients = self._gradients(scores, outputs, guided) if with_gradients else {}
+        guided_maps = torch.stack(guided_gradients(scores, inputs), 1) if guided else None
         inputs = inputs.detach()
-        maps: dict[str, list[Tensor]] = {method: [] for method in self.methods}
-        for layer in self.target_layers:
-            activations, gradient = self._maps_of(layer, outputs[layer].detach(), gradients.get(layer), inputs)
-            for method in self.methods:
-                small = normalise(self._map(method, layer, activations, gradient, inputs, targets).clamp(min=0))
-                maps[method].append(nn.functional.interpolate(small[:, None], inputs.shape[2:], mode="bilinear")[:, 0])
+        layers = {layer: self._as_map(layer, outputs[layer].detach(), inputs) for layer in self.target_layers}
+        gradients = {
+            layer: torch.stack([self._as_map(layer, each, inputs) for each in of_classes], 1)
+            for layer, of_classes in gradients.items()
+        }
+        cams = {method: self._cam(method, layers, gradients, inputs, classes) for method in self.methods}
+        shape = targets.shape
         return Explanation(
-            {method: as_array(normalise(torch.stack(of_layers).mean(0))) for method, of_layers in maps.items()},
-            None if guided is None else as_array(guided),
+            {method: as_array(maps.view(*shape, *maps.shape[2:])) for method, maps in cams.items()},
+            None if guided_maps is None else as_array(guided_maps.view(*shape, *guided_maps.shape[2:])),
             as_array(logits),
             as_array(targets),
         )
 
-    def _gradients(self, score: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The gradient of the score with respect to each layer's output; the graph stays if it is still needed."""
+    def _gradients(
+        self, scores: Sequence[Tensor], outputs: Mapping[str, Tensor], keep_graph: bool
+    ) -> dict[str, list[Tensor]]:
+        """For each layer the gradients of the scores with respect to its output."""
         wanted = [outputs[layer] for layer in self.target_layers]
-        gradients = torch.autograd.grad(score, wanted, retain_graph=self.guided, allow_unused=True)
-        for layer, gradient in zip(self.target_layers, gradients, strict=True):
-            if gradient is None:
+        of_scores = []
+        for score in scores:
+            keep = keep_graph or score is not scores[-1]
+            of_scores.append(torch.autograd.grad(score, wanted, retain_graph=keep, allow_unused=True))
+        gradients = dict(zip(self.target_layers, map(list, zip(*of_scores, strict=True)), strict=True))
+        for layer, of_layer in gradients.items():
+            if any(gradient is None for gradient in of_layer):
                 raise CallError(f"the class score does not depend on layer '{layer}'; choose another one")
-        return dict(zip(self.target_layers, gradients, strict=True))
+        return gradients
 
-    def _maps_of(
-        self, layer: str, output: Tensor, gradient: Tensor | None, inputs: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """A layer's output and gradient as (N, C, h, w)."""
-        activations = as_map(output, inputs.shape[2:])
-        if activations is None:
+    def _as_map(self, layer: str, output: Tensor, inputs: Tensor) -> Tensor:
+        spatial = as_map(output, inputs.shape[2:])
+        if spatial is None:
             raise CallError(f"layer '{layer}' gives no spatial map but {_shape(output)} numbers; choose another one")
-        return activations, None if gradient is None else as_map(gradient, inputs.shape[2:])
+        return spatial
+
+    def _cam(
+        self,
+        method: str,
+        layers: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        inputs: Tensor,
+        classes: Tensor,
+    ) -> Tensor:
+        """The maps (N, K, H, W) of one method, in [0, 1], over all layers."""
+        if method in BY_GRAD_CAM:
+            names = self.target_layers[: 1 if method == "fullgrad" else None]
+            of_layers = [
+                [
+                    map_by_grad_cam(method, self._network, name, inputs, column, self.eigen_smooth)
+                    for column in classes.T
+                ]
+                for name in names
+            ]
+            return normalise(torch.stack([torch.stack(of_classes, 1) for of_classes in of_layers]).mean(0))
+        maps = []
+        for layer, activations in layers.items():
+            small = self._map(method, layer, activations, gradients.get(layer), inputs, classes)
+            maps.append(nn.functional.interpolate(normalise(small.clamp(min=0)), inputs.shape[2:], mode="bilinear"))
+        if method in RECIPES and RECIPES[method].product:
+            return normalise(torch.stack([normalise(of_layer) for of_layer in maps]).prod(0))
+        return normalise(torch.stack(maps).mean(0))
 
     def _map(
-        self, method: str, layer: str, activations: Tensor, gradients: Tensor | None, inputs: Tensor, targets: Tensor
+        self, method: str, layer: str, activations: Tensor, gradients: Tensor | None, inputs: Tensor, classes: Tensor
     ) -> Tensor:
-        """One method's map of one layer, (N, h, w), before it is clipped and stretched."""
-        if method == "eigencam":
-            return principal_component(activations)
-        if method == "eigengradcam":
-            return principal_component(activations * gradients)
-        if method in CHANNEL_WEIGHTS:
-            weights = CHANNEL_WEIGHTS[method](activations, gradients)
-        else:
-            one_by_one = zip(activations, inputs.split(1), targets, strict=True)
+        """One method's map of one layer, (N, K, h, w), before it is clipped and stretched.
+
+        `activations` are (N, C, h, w), `gradients` (N, K, C, h, w).
+        """
+        if method in BY_PASSES:
+            one_by_one = zip(activations, inputs.split(1), classes, strict=True)
             weights = torch.stack([self._weights_by_passes(method, layer, *photo) for photo in one_by_one])
-        return torch.einsum("nc,nchw->nhw", weights, activations)
+            contributions, join = weights[..., None, None] * activations[:, None], total
+        else:
+            recipe = RECIPES[method]
+            contributions, join = recipe.weigh(activations[:, None], gradients), recipe.join
+        if self.eigen_smooth and join is total and method != "fem":  # which grad-cam does not smooth either
+            join = principal_component
+        return join(contributions).expand(*classes.shape, *activations.shape[2:])
 
     def _weights_by_passes(
-        self, method: str, layer: str, activations: Tensor, inputs: Tensor, target: Tensor
+        self, method: str, layer: str, activations: Tensor, inputs: Tensor, classes: Tensor
     ) -> Tensor:
-        """The channel weights (C,) of the methods that ask the network again, for one input."""
+        """The channel weights (K, C) of the methods that ask the network again, for one input."""
         if method == "ablationcam":
-            return ablation_weights(self._network, layer, inputs, target, self.progress)
+            return ablation_weights(self._network, layer, inputs, classes, self.progress)
         if self.batch_size is None:
             self.batch_size = 6 if inputs.device.type != "cuda" else affordable_batch(self._network, inputs)
-        return score_weights(self._network, activations, inputs, target, self.batch_size, self.progress)
+        return score_weights(self._network, activations, inputs, classes, self.batch_size, self.progress)
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
@@ -1695,13 +2044,167 @@ def affordable_batch(network: nn.Module, inputs: Tensor) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5  Pictures. What was found becomes JPEG files, each of them whole or not there.
+# 5  Trust. The network is asked about changed inputs; its answers say how much of the evidence a map has found.
+# ---------------------------------------------------------------------------------------------------------------------
+
+METRICS = ("average_drop", "increase", "deletion", "insertion", "road")
+CURVE_STEPS = 20  # of the deletion and insertion curves
+ROAD_SHARES = (0.2, 0.4, 0.6, 0.8)  # of the pixels that stay
+
+
+def measure_trust(
+    explainer: Explainer, inputs: Tensor, cam: Floats, target: int, batch_size: int = 16
+) -> dict[str, float]:
+    """What a map is worth, by how the probability p of the class changes with the input.
+
+    - average_drop, in [0, 1], lower is better: the share of p that is lost when the input is multiplied by the map.
+    - increase, 0 or 1, higher is better: whether p has grown by that. Their means over many photos are the "average
+      drop" and "increase in confidence" of Chattopadhyay et al., WACV 2018, arXiv:1710.11063.
+    - deletion, in [0, 1], lower is better: the mean p while the hottest pixels are set to zero (the mean colour) first.
+    - insertion, in [0, 1], higher is better: the mean p while they come back first. Both are areas under a curve of 20
+      steps (Petsiuk et al., RISE, BMVC 2018, arXiv:1806.07421).
+    - road, in [-0.5, 0.5], higher is better: half of how much more p suffers when the hottest pixels are replaced by
+      what their neighbours suggest than when the coldest are (Rong et al., ROAD, ICML 2022, arXiv:2202.00449; as
+      grad-cam's ROADCombined, with 20, 40, 60 and 80 percent).
+
+    Args:
+        explainer: whose network is asked.
+        inputs: one, (1, 3, H, W).
+        cam: its map, (H, W) in [0, 1].
+        target: the class, an index.
+        batch_size: how many changed inputs are asked about at once.
+    """
+    heat = torch.from_numpy(cam).to(inputs)
+    counts, masks = curve_masks(heat)
+    masks = masks[:, None]
+    kept = [turned < np.quantile(turned, ROAD_SHARES)[:, None, None] for turned in (cam, 1 - cam)]
+    imputed = [impute(inputs, torch.from_numpy(k).to(inputs.device)) for k in kept]
+    asked = [inputs, inputs * heat, inputs * ~masks, inputs * masks, *imputed]
+    chances = [probabilities(explainer.answer(part))[:, target] for part in torch.cat(asked).split(batch_size)]
+    chances = torch.cat(chances).cpu().double()
+    before, masked, deletion, insertion, *road = chances.split([len(part) for part in asked])
+    values = {
+        "average_drop": (before - masked).clamp(min=0) / (before + 1e-7),
+        "increase": masked > before,
+        "deletion": torch.trapezoid(deletion, counts),
+        "insertion": torch.trapezoid(insertion, counts),
+        "road": (road[1] - road[0]).mean() / 2,
+    }
+    return {name: round(float(value), 6) for name, value in values.items()}
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """The probability of each class from logits (N, classes): softmax, or sigmoid where there is one output only."""
+    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+
+
+def curve_masks(heat: Tensor) -> tuple[Tensor, Tensor]:
+    """The points of the deletion and insertion curves: shares of the pixels in [0, 1], and which pixels those are.
+
+    For a map (H, W): float64 (S,) on the CPU, bool (S, H, W); the hottest pixels come first.
+    """
+    pixels = heat.numel()
+    counts = [*range(0, pixels, -(-pixels // CURVE_STEPS)), pixels]
+    ranks = heat.flatten().argsort(descending=True, stable=True).argsort().view(heat.shape)
+    return torch.tensor(counts).double() / pixels, ranks < torch.tensor(counts, device=heat.device)[:, None, None]
+
+
+class _Neighbours:
+    """The equations of ROAD's imputation on one grid, and a multigrid cycle that nearly solves them.
+
+    Every missing pixel is the mean of its eight neighbours, those beside it counting double. `missing` is (B, 1, H, W),
+    1 where a pixel is missing and 0 elsewhere.
+    """
+
+    def __init__(self, missing: Tensor) -> None:
+        self.missing = missing
+        self.weights = self.sum(torch.ones_like(missing[:1]))
+        self.coarser = None
+        if min(missing.shape[2:]) > 4:
+            whole = nn.functional.avg_pool2d(missing, 2, ceil_mode=True) > 0.99
+            self.coarser = _Neighbours(whole.to(missing))
+
+    @staticmethod
+    def sum(values: Tensor) -> Tensor:
+        """The weighted sum of each pixel's neighbours, their weights 1/6 and 1/12."""
+        rows = values * 2
+        rows[..., 1:] += values[..., :-1]
+        rows[..., :-1] += values[..., 1:]
+        square = rows * 2
+        square[..., 1:, :] += rows[..., :-1, :]
+        square[..., :-1, :] += rows[..., 1:, :]
+        return (square - 4 * values) / 12
+
+    def apply(self, values: Tensor) -> Tensor:
+        """How far the missing pixels are from the mean of their neighbours."""
+        return (self.weights * values - self.sum(values)) * self.missing
+
+    def smooth(self, values: Tensor, wanted: Tensor) -> Tensor:
+        """A damped Jacobi step."""
+        return values + 0.8 * (wanted - self.apply(values)) / self.weights * self.missing
+
+    def cycle(self, wanted: Tensor) -> Tensor:
+        """Values for which `apply` gives about `wanted`."""
+        values = self.smooth(torch.zeros_like(wanted), wanted)
+        if self.coarser is None:
+            for _ in range(4):
+                values = self.smooth(values, wanted)
+            return values
+        rest = nn.functional.avg_pool2d(wanted - self.apply(values), 2, ceil_mode=True) * 4
+        coarse = self.coarser.cycle(rest * self.coarser.missing)
+        finer = nn.functional.interpolate(coarse, scale_factor=2.0)[..., : wanted.shape[2], : wanted.shape[3]]
+        return self.smooth(values + finer * self.missing, wanted)
+
+
+def impute(inputs: Tensor, kept: Tensor, steps: int = 12) -> Tensor:
+    """One input (1, 3, H, W) with the pixels that are not in `kept` (B, H, W) filled from those around: (B, 3, H, W).
+
+    ROAD's noisy linear imputation (arXiv:2202.00449, section 4), by conjugate gradients with multigrid: for half a
+    photo missing, 12 steps leave a mean error of 0.001 where the method itself adds noise of 0.01.
+    """
+    missing = (~kept)[:, None].to(inputs)
+    grid = _Neighbours(missing)
+    known = inputs * (1 - missing)
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum((2, 3), keepdim=True)
+
+    values = torch.zeros_like(known)
+    rest = grid.sum(known) * missing
+    guess = direction = grid.cycle(rest)
+    size = dot(rest, guess)
+    for _ in range(steps):
+        along = grid.apply(direction)
+        step = size / (dot(direction, along) + 1e-20)
+        values, rest = values + step * direction, rest - step * along
+        guess = grid.cycle(rest)
+        size, before = dot(rest, guess), size
+        direction = guess + size / (before + 1e-20) * direction
+    noise = torch.randn(known.shape, generator=torch.Generator().manual_seed(0)).to(known)
+    return known + values + 0.01 * noise * missing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6  Pictures. What was found becomes JPEG files, each of them whole or not there.
 # ---------------------------------------------------------------------------------------------------------------------
 
 Picture = NDArray[np.uint8]  # RGB, (h, w, 3)
 
 DEFAULT_LONG_SIDE = 1024  # pixels
-JPEG_QUALITY = 98  # a difference in the last bit of a float then shows as two levels at most
+CELL = 320  # long side of a picture on a sheet, in pixels; less where a sheet would be taller than
+TALLEST = 16_000  # pixels, which is as much as WebP takes, and
+MOST_ROWS = 200
+TEXT = 24  # height of the writing on a sheet, in pixels
+
+
+@dataclass(frozen=True)
+class Look:
+    """How pictures are drawn and written; see the options of these names."""
+
+    colormap: str = "jet"
+    alpha: float = 0.5
+    format: str = "jpg"
+    quality: int = 98  # a difference in the last bit of a float then shows as two levels at most
 
 
 def seen_picture(photo: Photo, box: tuple[float, float, float, float], long_side: int | None = None) -> Picture:
@@ -1721,18 +2224,19 @@ def seen_picture(photo: Photo, box: tuple[float, float, float, float], long_side
     return cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
 
 
-def draw_cam(picture: Picture, cam: Floats) -> Picture:
-    """The map (H, W) in [0, 1] as colours from blue (0) to red (1), laid half and half over the picture."""
+def draw_cam(picture: Picture, cam: Floats, look: Look) -> Picture:
+    """The map (H, W) in [0, 1] as colours laid over the picture; with jet, blue is 0 and red is 1."""
     places = 255 * cv2.resize(cam, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR).clip(0, 1)
     # Between two of the 256 colours is interpolated: no steps are seen, nor does a last bit become a step.
-    heat = cv2.remap(_jet(), places, np.zeros_like(places), cv2.INTER_LINEAR)
-    return np.uint8(0.5 * picture + 0.5 * heat + 0.5)
+    heat = cv2.remap(_colours(look.colormap), places, np.zeros_like(places), cv2.INTER_LINEAR)
+    return np.uint8((1 - look.alpha) * picture + look.alpha * heat + 0.5)
 
 
 @functools.cache
-def _jet() -> Floats:
-    """OpenCV's colormap JET as RGB, float32 (1, 256, 3)."""
-    colours = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[None], cv2.COLORMAP_JET)
+def _colours(colormap: str) -> Floats:
+    """One of OpenCV's colormaps as RGB, float32 (1, 256, 3)."""
+    number = getattr(cv2, f"COLORMAP_{colormap.upper()}")
+    colours = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[None], number)
     return cv2.cvtColor(colours, cv2.COLOR_BGR2RGB).astype(np.float32)
 
 
@@ -1746,27 +2250,144 @@ def draw_gradients(gradients: Floats, width: int, height: int) -> Picture:
     return np.uint8((127.5 + 127.5 * enlarged / strongest).clip(0, 255) + 0.5)
 
 
-def draw(picture: Picture, cam: Floats, guided: Floats | None, outputs: Sequence[str]) -> dict[str, Picture]:
-    """The pictures that were asked for by their names in OUTPUTS, all as large as `picture`."""
+def draw(output: str, picture: Picture, cam: Floats, guided: Floats | None, look: Look) -> Picture:
+    """One of OUTPUTS, as large as `picture`."""
+    if output == "cam":
+        return draw_cam(picture, cam, look)
     height, width = picture.shape[:2]
-    painters = {
-        "cam": lambda: draw_cam(picture, cam),
-        "gb": lambda: draw_gradients(guided, width, height),
-        "cam_gb": lambda: draw_gradients(guided * cam, width, height),
-    }
-    return {output: painters[output]() for output in outputs}
+    return draw_gradients(guided if output == "gb" else guided * cam, width, height)
 
 
-def picture_files(place: str, method: str, outputs: Sequence[str]) -> dict[str, Path]:
-    """The file of each picture of a photo; `place` is its output folder and its stem, such as out/cats/33."""
-    folder, stem = os.path.split(place)
-    names = {"cam": f"{method}_cam_{stem}.jpg", "gb": f"gb_{stem}.jpg", "cam_gb": f"{method}_cam_gb_{stem}.jpg"}
-    return {output: Path(folder, names[output]) for output in outputs}
+def draw_sheet(picture: Picture, headings: Sequence[str], rows: Sequence[tuple[str, Sequence[Picture]]]) -> Picture:
+    """A table as one picture: under each caption the source and the pictures of the row."""
+    if len(rows) > MOST_ROWS:
+        note_once(f"a sheet has room for {MOST_ROWS} rows; {len(rows) - MOST_ROWS} are left out")
+        rows = rows[:MOST_ROWS]
+    gap, line = 8, TEXT + 16
+    side = min(CELL, (TALLEST - line - gap) // len(rows) - line)
+    small = in_cell(picture, side)
+    height, width = small.shape[:2]
+    columns, across = len(headings) + 1, width + gap
+    sheet = Image.new("RGB", (columns * across + gap, line + len(rows) * (line + height) + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(["source", *headings]):
+        write_text(pen, gap + column * across, 8, heading, width, "gray")
+    for number, (caption, pictures) in enumerate(rows):
+        top = line + number * (line + height)
+        write_text(pen, gap, top + 8, caption, columns * across - gap, "black")
+        for column, cell in enumerate([small, *(in_cell(each, side) for each in pictures)]):
+            sheet.paste(Image.fromarray(cell), (gap + column * across, top + line))
+    return np.asarray(sheet)
 
 
-def find_places(
-    photos: Sequence[tuple[str, str]], output: Path, method: str, outputs: Sequence[str]
-) -> Iterator[tuple[str, str]]:
+def in_cell(picture: Picture, side: int = CELL) -> Picture:
+    """A picture with `side` as its long side, as it stands on a sheet."""
+    scale = side / max(picture.shape[:2])
+    size = tuple(max(1, round(length * scale)) for length in picture.shape[1::-1])
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+
+
+def write_text(pen: ImageDraw.ImageDraw, left: int, top: int, text: str, width: int, colour: str) -> None:
+    """Writes one line, cut off where it is wider than `width`. Characters that no font has become question marks."""
+    font = find_font("".join(sorted(set(text))))
+    text = "".join(c if has_glyphs(font, c) else "?" for c in text)
+    while len(text) > 1 and font.getlength(text) > width:
+        text = text[:-2] + "…"
+    pen.text((left, top), text, colour, font)
+
+
+@functools.cache
+def find_font(characters: str) -> Any:
+    """Pillow's own font where that has all the characters, else an installed one; told if there is none."""
+    own = ImageFont.load_default(TEXT)
+    if has_glyphs(own, characters):
+        return own
+    for path in installed_fonts():
+        with contextlib.suppress(OSError, ValueError):
+            font = ImageFont.truetype(path, TEXT)
+            if has_glyphs(font, characters):
+                return font
+    missing = "".join(c for c in characters if not has_glyphs(own, c))
+    note(f"no installed font has {missing}; they are question marks on the sheet (Noto Sans CJK has Chinese, for one)")
+    return own
+
+
+@functools.cache
+def installed_fonts() -> tuple[str, ...]:
+    """The system's font files: first those made for many scripts, then sans serif ones, the plain before the bold."""
+    home = os.path.expanduser("~")
+    folders = [
+        *("/usr/share/fonts", "/usr/local/share/fonts", f"{home}/.fonts", f"{home}/.local/share/fonts"),
+        *("/System/Library/Fonts", "/Library/Fonts", f"{home}/Library/Fonts"),
+        *(os.path.expandvars(r"%WINDIR%\Fonts"), os.path.expandvars(r"%LOCALAPPDATA%\Microsoft\Windows\Fonts")),
+    ]
+    files = [os.path.join(at, name) for folder in folders for at, _, names in os.walk(folder) for name in names]
+    many = re.compile(r"cjk|unicode|wqy|msyh|yahei|pingfang|heiti|simhei|simsun|malgun|gothic|noto", re.IGNORECASE)
+    fonts = [file for file in files if file.lower().endswith((".ttf", ".ttc", ".otf"))]
+    name = os.path.basename
+    return tuple(
+        sorted(fonts, key=lambda file: (not many.search(name(file)), "Sans" not in name(file), len(file), file))
+    )
+
+
+def has_glyphs(font: Any, characters: str) -> bool:
+    """Whether a font has all the characters: those that it lacks all look alike."""
+
+    def glyph(character: str) -> tuple[Any, bytes]:
+        mask = font.getmask(character)
+        return mask.size, bytes(mask)
+
+    missing = glyph("\U0010fffe")
+    return all(character.isspace() or glyph(character) != missing for character in characters)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which files are written for each photo.
+
+    Attributes:
+        methods, outputs: what is drawn.
+        format: of the pictures: jpg, png or webp.
+        sheet, arrays: whether these are written as well.
+    """
+
+    methods: Sequence[str]
+    outputs: Sequence[str]
+    format: str = "jpg"
+    sheet: bool = False
+    arrays: bool = False
+
+    def files(self, place: str, labels: Sequence[str] = ("",)) -> dict[tuple[str, str, str], Path]:
+        """The file for each output, method ("" for gb, which has none) and class label.
+
+        `place` is the photo's output folder and its stem, such as out/cats/33. The labels are "" where only one class
+        is explained, else they stand in the names. The sheet is ("sheet", "", ""), the arrays ("arrays", "", "").
+        """
+        folder, stem = os.path.split(place)
+        names = {}
+        for label in labels:
+            named = f"{stem}_{label}" if label else stem
+            for output in self.outputs:
+                for method in [""] if output == "gb" else self.methods:
+                    names[output, method, label] = "_".join(filter(None, (method, output, named)))
+        if self.sheet:
+            names["sheet", "", ""] = f"{stem}_sheet"
+        files = {key: Path(folder, f"{name}.{self.format}") for key, name in names.items()}
+        return files | ({("arrays", "", ""): Path(folder, f"{stem}.npz")} if self.arrays else {})
+
+
+def file_labels(class_names: Sequence[str]) -> list[str]:
+    """What stands for each class in file names: its name, or where that is not enough its index and its name.
+
+    There is no underscore in a label, so that no two photos' names with labels behind them can be equal.
+    """
+    labels = [re.sub(r"[^\w.+]+|_", "-", name).strip("-.")[:60] for name in class_names]
+    if all(labels) and len({label.casefold() for label in labels}) == len(labels):
+        return labels
+    return [f"{index}-{label}".rstrip("-") for index, label in enumerate(labels)]
+
+
+def find_places(photos: Sequence[tuple[str, str]], output: Path, wanted: Wanted) -> Iterator[tuple[str, str]]:
     """Each photo with the place of its pictures: its own stem, or stem_2, stem_3 ... where that is taken.
 
     No picture goes over one of the photos, over the picture of another photo of this run, or over any file that this
@@ -1778,7 +2399,7 @@ def find_places(
         own = os.path.normpath(os.path.join(output, folder, Path(path).stem))
         for number in itertools.count(numbers[_file_key(own)] + 1):
             place = own if number == 1 else f"{own}_{number}"
-            files = picture_files(place, method, outputs).values()
+            files = wanted.files(place).values()
             keys = {_file_key(file) for file in files}
             if taken.isdisjoint(keys) and all(is_ours(file) or not os.path.lexists(file) for file in files):
                 break
@@ -1805,34 +2426,86 @@ def write_file(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def write_jpeg(path: Path, picture: Picture) -> None:
+def write_result(path: Path, content: bytes) -> None:
+    """The same for a file that bears our mark, unless one that does not is in its place. Raises OSError."""
+    if os.path.lexists(path) and not is_ours(path):
+        raise FileExistsError(errno.EEXIST, f"{path} was not written by this program and is in the way")
+    write_file(path, content)
+
+
+def write_picture(path: Path, picture: Picture, look: Look) -> None:
     """Writes a picture, marked as ours. Raises OSError: the folder is gone, the disk is full ..."""
-    _, encoded = cv2.imencode(
-        ".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
-    )
-    content = encoded.tobytes()  # and not cv2.imwrite, which fails on Chinese names under Windows
-    comment = b"\xff\xfe" + (len(MARK) + 2).to_bytes(2, "big") + MARK
-    first = 4 + int.from_bytes(content[4:6], "big")  # the JFIF header ends here; the standard wants it to be first
-    write_file(path, content[:first] + comment + content[first:])
+    mark = Image.Exif()
+    mark[ExifTags.Base.Software] = MARK
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, FORMATS[look.format], quality=look.quality, exif=mark)
+    write_result(path, buffer.getvalue())
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays as a compressed .npz, marked as ours by the name of the first one. Raises OSError."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{MARK: np.array("load with numpy.load"), **arrays})
+    write_result(path, buffer.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6  Run. Threads read ahead, the network explains batches, threads draw and write; a photo that fails stops nothing.
+# 7  Run. Threads read ahead, the network explains batches, threads draw and write; a photo that fails stops nothing.
 # ---------------------------------------------------------------------------------------------------------------------
 
 THREADS = os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
+class Job:
+    """What is done with every photo.
+
+    Attributes:
+        classifier, explainer: the network.
+        targets: (1, K), the classes to explain; None: the likeliest one, or the `top` likeliest.
+        wanted, look: which files are written, and how they look.
+        output_size: long side of the pictures, or None.
+        metrics: whether each map is measured.
+        labels: of the classes, for file names; where one class is explained, None.
+    """
+
+    classifier: Classifier
+    explainer: Explainer
+    targets: Tensor | None
+    top: int
+    wanted: Wanted
+    look: Look
+    output_size: int | None
+    metrics: bool
+    labels: Sequence[str] | None
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """A photo on its way through: where its pictures go, its size in pixels, what the network sees of it and gets."""
+    """A photo on its way through.
+
+    Attributes:
+        path, place: where it comes from, and the beginning of its files' names.
+        width, height, box: its size, and the part of it that the network sees, in its own pixels.
+        picture, inputs: that part to draw on, and as the network gets it, (3, H, W).
+    """
 
     path: str
     place: str
     width: int
     height: int
+    box: tuple[float, float, float, float]
     picture: Picture
     inputs: Tensor
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A photo, its explanation (1, K, ...), and what its maps are worth: one dict for each class and method."""
+
+    photo: Prepared
+    explanation: Explanation
+    trust: Sequence[dict[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -1841,9 +2514,6 @@ class Failed:
 
     path: str
     error: str
-
-
-Explained = tuple[Prepared, Explanation]
 
 
 @dataclass(frozen=True)
@@ -1876,22 +2546,21 @@ def ahead(function: Callable[[Any], Any], items: Iterable[Any], under_way: int) 
         pool.shutdown(cancel_futures=True)
 
 
-def prepare(photo: tuple[str, str], classifier: Classifier, output_size: int | None) -> Prepared | Failed:
+def prepare(photo: tuple[str, str], job: Job) -> Prepared | Failed:
     """Reads a photo and keeps only what is needed further on, so that large photos do not pile up in memory."""
     path, place = photo
     try:
         decoded = read_photo(Path(path))
         height, width = decoded.pixels.shape[:2]
-        picture = seen_picture(decoded, classifier.seen_box(height, width), output_size)
-        return Prepared(path, place, width, height, picture, classifier.preprocess(decoded))
+        box = job.classifier.seen_box(height, width)
+        picture = seen_picture(decoded, box, job.output_size)
+        return Prepared(path, place, width, height, box, picture, job.classifier.preprocess(decoded))
     except PhotoError as error:
         return Failed(path, str(error))
 
 
-def explain_photos(
-    photos: Iterable[Prepared | Failed], explainer: Explainer, target: int | None, batch_size: int
-) -> Iterator[Explained | Failed]:
-    """Each photo with its explanation (N = 1), or what went wrong. Batches fill up across broken photos."""
+def explain_photos(photos: Iterable[Prepared | Failed], job: Job, batch_size: int) -> Iterator[Explained | Failed]:
+    """Each photo with its explanation, or what went wrong. Batches fill up across broken photos."""
     batch: list[Prepared] = []
     for photo in photos:
         if isinstance(photo, Failed):
@@ -1899,19 +2568,21 @@ def explain_photos(
             continue
         batch.append(photo)
         if len(batch) >= batch_size:
-            batch_size = yield from explain_batch(batch, explainer, target, batch_size)
+            batch_size = yield from explain_batch(batch, job, batch_size)
             batch = []
-    yield from explain_batch(batch, explainer, target, batch_size)
+    yield from explain_batch(batch, job, batch_size)
 
 
-def explain_batch(
-    batch: Sequence[Prepared], explainer: Explainer, target: int | None, batch_size: int
-) -> Generator[Explained | Failed, None, int]:
+def explain_batch(batch: Sequence[Prepared], job: Job, batch_size: int) -> Generator[Explained | Failed, None, int]:
     """Explains a batch, in smaller ones where the memory does not suffice. Returns the batch size to go on with."""
     while batch:
         now, batch = batch[:batch_size], batch[batch_size:]
         try:
-            explanation = explainer(torch.stack([photo.inputs for photo in now]), target)
+            explanation = job.explainer(torch.stack([photo.inputs for photo in now]), job.targets, top=job.top)
+            singles = [explanation.only(index) for index in range(len(now))]
+            trust = (
+                [trust_in(*pair, job) for pair in zip(now, singles, strict=True)] if job.metrics else [()] * len(now)
+            )
         except CallError:
             raise
         except (RuntimeError, ValueError) as error:  # the input is too small for the network, the memory is full ...
@@ -1921,21 +2592,33 @@ def explain_batch(
                 continue
             if len(now) > 1:  # it may be one of them only
                 for photo in now:
-                    yield from explain_batch([photo], explainer, target, 1)
+                    yield from explain_batch([photo], job, 1)
                 continue
             size = " x ".join(map(str, now[0].inputs.shape[1:]))
             yield Failed(now[0].path, f"{now[0].path}: the network failed at {size}: {first_line(error)}")
         else:
-            for index, photo in enumerate(now):
-                yield photo, explanation.only(index)
+            yield from map(Explained, now, singles, trust)
     return batch_size
 
 
-Key = tuple[str, str]  # image, method
+def trust_in(photo: Prepared, explanation: Explanation, job: Job) -> list[dict[str, Any]]:
+    """What each map of a photo is worth, class by class and method by method."""
+    return [
+        {
+            "class": job.classifier.class_names[target],
+            "method": method,
+            **measure_trust(job.explainer, photo.inputs[None], explanation.cams[method][0, index], int(target)),
+        }
+        for index, target in enumerate(explanation.targets[0])
+        for method in job.wanted.methods
+    ]
+
+
+Key = tuple[str, str]  # image, methods
 
 
 class Results:
-    """`results.jsonl` in the output folder: one JSON object a line for each photo and method.
+    """`results.jsonl` in the output folder: one JSON object a line for each photo and choice of methods.
 
     Under torchrun each process writes its own `results.RANK.jsonl`. A line that a kill cut off is dropped at the next
     start, and so are the lines of photos that are done again.
@@ -1952,13 +2635,13 @@ class Results:
         self._lock = threading.Lock()
 
     def finished(self) -> dict[Key, dict[Path, int]]:
-        """The photos that an earlier run has finished: in which results files, with a hash of their pictures' names."""
+        """The photos that an earlier run has finished, their files all there: in which results files, how it ran."""
         found: dict[Key, dict[Path, int]] = {}
         for path in self._all:
             for _, record in whole_lines(path):
-                if "error" not in record:
-                    key = record["image"], record["method"]
-                    found.setdefault(key, {})[path] = hash(tuple(record.get("files", ())))
+                files = record.get("files")
+                if files and "options" in record and all(map(os.path.isfile, files)):
+                    found.setdefault((record["image"], record["method"]), {})[path] = hash(record["options"])
         return found
 
     def file_of(self, rank: int) -> Path:
@@ -1992,69 +2675,144 @@ def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                     yield line, record
 
 
-def probabilities(logits: Floats) -> Floats:
-    """The probability of each class from logits (classes,): softmax, or sigmoid where there is one output only."""
-    scores = torch.from_numpy(logits)
-    return (scores.sigmoid() if len(scores) == 1 else scores.softmax(0)).numpy()
-
-
-def describe(
-    photo: Prepared, explanation: Explanation, names: Sequence[str], method: str, layer: str, files: Iterable[Path]
-) -> dict[str, Any]:
+def describe(done: Explained, job: Job, files: Iterable[Path]) -> dict[str, Any]:
     """The record of a photo that was explained, as it stands in results.jsonl."""
-    chances = probabilities(explanation.logits[0])
+    photo, explanation = done.photo, done.explanation
+    chances = probabilities(torch.from_numpy(explanation.logits))[0].tolist()
 
     def named(index: int) -> dict[str, Any]:
-        return {"index": index, "name": names[index], "probability": round(float(chances[index]), 6)}
+        return {"index": index, "name": job.classifier.class_names[index], "probability": round(chances[index], 6)}
 
+    classes = [named(index) for index in explanation.targets[0].tolist()]
+    likeliest = sorted(range(len(chances)), key=lambda index: -chances[index])
     return {
         "image": photo.path,
         "width": photo.width,
         "height": photo.height,
-        "class": named(int(explanation.targets[0])),
-        "top5": [named(int(index)) for index in np.argsort(-chances, kind="stable")[:5]],
-        "method": method,
-        "target_layer": layer,
+        "class": classes[0],
+        **({"classes": classes} if job.labels else {}),
+        "top5": [named(index) for index in likeliest[:5]],
+        "method": ",".join(job.wanted.methods),
+        "target_layer": ",".join(job.explainer.target_layers),
+        **({"metrics": done.trust} if done.trust else {}),
         "files": [str(file) for file in files],
     }
 
 
-def save(
-    outcome: Explained | Failed, names: Sequence[str], explainer: Explainer, results: Results, outputs: Sequence[str]
-) -> Failed | str:
-    """Writes the pictures and the record of one photo. Returns the line to print for it, or what went wrong."""
-    method = explainer.methods[0]
-    path = outcome.path if isinstance(outcome, Failed) else outcome[0].path
+def as_line(record: Mapping[str, Any]) -> str:
+    """What is printed for a photo: its classes, what the maps are worth, and the files."""
+    classes = record.get("classes", [record["class"]])
+    parts = [", ".join(f"{each['name']} {each['probability']:.3f}" for each in classes)]
+    for found in record.get("metrics", ()):
+        of = f" for {found['class']}" if len(classes) > 1 else ""
+        parts.append(f"{found['method']}{of}: " + ", ".join(f"{name} {found[name]:.3g}" for name in METRICS))
+    return f"{record['image']}: {'; '.join(parts)} -> {', '.join(record['files'])}"
+
+
+def draw_all(done: Explained, job: Job, labels: Sequence[str]) -> Iterator[tuple[tuple[str, str, str], Picture]]:
+    """The pictures of a photo, one by one, with their keys in `Wanted.files`."""
+    photo, explanation, drawn = done.photo, done.explanation, set()
+    for index, label in enumerate(labels):
+        guided = None if explanation.guided is None else explanation.guided[0, index]
+        for method, cams in explanation.cams.items():
+            for output in job.wanted.outputs:
+                key = (output, "" if output == "gb" else method, label)
+                if key not in drawn:
+                    drawn.add(key)
+                    yield key, draw(output, photo.picture, cams[0, index], guided, job.look)
+
+
+def save_pictures(done: Explained, job: Job, record: Mapping[str, Any], labels: Sequence[str], files: Any) -> None:
+    """Writes what is wanted of a photo. Raises OSError."""
+    on_sheet = {}
+    for key, picture in draw_all(done, job, labels):
+        write_picture(files[key], picture, job.look)
+        if job.wanted.sheet:
+            on_sheet[key] = in_cell(picture)
+    if job.wanted.sheet:
+        classes = record.get("classes", [record["class"]])
+        rows = [
+            (
+                f"{method}   {each['name']} {each['probability']:.3f}",
+                [on_sheet[output, "" if output == "gb" else method, label] for output in job.wanted.outputs],
+            )
+            for each, label in zip(classes, labels, strict=True)
+            for method in job.wanted.methods
+        ]
+        write_picture(files["sheet", "", ""], draw_sheet(done.photo.picture, job.wanted.outputs, rows), job.look)
+    if job.wanted.arrays:
+        write_arrays(files["arrays", "", ""], as_arrays(done, job))
+
+
+def as_arrays(done: Explained, job: Job) -> dict[str, Any]:
+    """What --save-arrays writes: M methods, K classes that were explained, inputs of H x W.
+
+    methods (M,); classes int64 (K,); cams float32 (M, K, H, W) in [0, 1]; guided float32 (K, 3, H, W), if asked for;
+    logits float32 and class_names for all classes; target_layers; box float64 (4,): left, top, right and bottom of what
+    the network saw, in the photo's pixels.
+    """
+    explanation = done.explanation
+    arrays = {
+        "methods": np.array(job.wanted.methods),
+        "classes": explanation.targets[0],
+        "cams": np.stack([explanation.cams[method][0] for method in job.wanted.methods]),
+        "logits": explanation.logits[0],
+        "class_names": np.array(job.classifier.class_names),
+        "target_layers": np.array(job.explainer.target_layers),
+        "box": np.array(done.photo.box),
+    }
+    return arrays if explanation.guided is None else {**arrays, "guided": explanation.guided[0]}
+
+
+def save(outcome: Explained | Failed, job: Job, options: Options, results: Results) -> Failed | str:
+    """Writes the files and the record of one photo. Returns the line to print for it, or what went wrong."""
+    path = outcome.path if isinstance(outcome, Failed) else outcome.photo.path
     try:
         if isinstance(outcome, Failed):
-            results.append({"image": path, "method": method, "error": outcome.error})
+            results.append({"image": path, "method": ",".join(job.wanted.methods), "error": outcome.error})
             return outcome
-        photo, explanation = outcome
-        files = picture_files(photo.place, method, outputs)
-        record = describe(photo, explanation, names, method, explainer.target_layers[0], files.values())
-        cam, guided = explanation.cams[method][0], None if explanation.guided is None else explanation.guided[0]
-        if not cam.any():
-            note(
-                f"{path}: the {method} map is zero everywhere: nothing in {record['target_layer']} speaks for the class"
-            )
-        for output, picture in draw(photo.picture, cam, guided, outputs).items():
-            write_jpeg(files[output], picture)
-        results.append(record)
+        targets = outcome.explanation.targets[0]
+        labels = [job.labels[target] for target in targets] if job.labels else [""]
+        files = job.wanted.files(outcome.photo.place, labels)
+        record = describe(outcome, job, files.values())
+        for method, cams in outcome.explanation.cams.items():
+            for target in targets[~cams[0].any((1, 2))]:
+                where, name = record["target_layer"], job.classifier.class_names[target]
+                note(f"{path}: the {method} map is zero everywhere: nothing in {where} speaks for {name}")
+        save_pictures(outcome, job, record, labels, files)
+        results.append({**record, "options": options.digest(outcome.photo.place)})
     except OSError as error:
         return Failed(path, f"{path}: its results cannot be written: {error.strerror or error}")
-    chosen = record["class"]
-    return f"{path}: {chosen['name']} {chosen['probability']:.3f} -> {', '.join(record['files'])}"
+    return as_line(record)
+
+
+class Options:
+    """The options that decide what is in the files, so that a resumed run knows which photos it need not do again."""
+
+    NAMES = (
+        *("arch", "ckpt", "num_classes", "class_names", "input_size", "resize", "methods", "target_layers"),
+        *("target_classes", "top_k", "aug_smooth", "eigen_smooth", "metrics", "outputs", "output_size", "sheet"),
+        *("save_arrays", "colormap", "alpha", "format", "quality"),
+    )
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        of_file = [args.ckpt.stat().st_mtime_ns] if args.ckpt else []  # trained on since then?
+        self._text = repr([str(getattr(args, name)) for name in self.NAMES] + of_file)
+
+    def digest(self, place: str) -> str:
+        """A short name for the options and the place of a photo's files."""
+        return hashlib.sha256(f"{self._text} {place}".encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def plan(args: argparse.Namespace, share: Share, results: Results) -> tuple[list[tuple[str, str]], int]:
     """What this process has to do, (photo, place of its pictures), and how many of its photos are done already."""
     finished = results.finished() if args.skip_existing else {}
+    options = Options(args)
     todo, again, elsewhere, skipped = [], set(), {}, 0
-    for index, (path, place) in enumerate(find_places(args.photos, args.output, args.method, args.outputs)):
-        key, rank = (path, args.method), index % share.world
-        files = picture_files(place, args.method, args.outputs).values()
+    for index, (path, place) in enumerate(find_places(args.photos, args.output, as_wanted(args))):
+        key, rank = (path, ",".join(args.methods)), index % share.world
         recorded = finished.get(key, {})
-        done = hash(tuple(map(str, files))) in recorded.values() and all(file.is_file() for file in files)
+        done = bool(recorded) and hash(options.digest(place)) in recorded.values()
         if not done:
             again.add(key)
         elif results.file_of(rank) in recorded:
@@ -2071,8 +2829,13 @@ def plan(args: argparse.Namespace, share: Share, results: Results) -> tuple[list
     return todo, skipped
 
 
-def load(args: argparse.Namespace, share: Share) -> tuple[Classifier, Explainer, int | None]:
-    """The network, its explainer and the class to explain, as the command line asks for them. Raises CallError."""
+def as_wanted(args: argparse.Namespace) -> Wanted:
+    """The files that the command line asks for."""
+    return Wanted(args.methods, args.outputs, args.format, args.sheet, args.save_arrays)
+
+
+def load(args: argparse.Namespace, share: Share) -> Job:
+    """The network and what is to be done with it, as the command line asks for it. Raises CallError."""
     device = find_device(args.device, share.local_rank if share.world > 1 else None)
     classifier = load_classifier(
         args.arch,
@@ -2083,32 +2846,46 @@ def load(args: argparse.Namespace, share: Share) -> tuple[Classifier, Explainer,
         input_size=args.input_size,
         resize=args.resize,
     )
-    target = None if args.target_class is None else find_class(args.target_class, classifier.class_names)
+    names = classifier.class_names
+    targets = list(dict.fromkeys(find_class(wanted, names) for wanted in args.target_classes or ()))
+    top = args.top_k or 1
+    if top > len(names):
+        note(f"--top-k {top}, but the network has {len(names)} classes; all of them are explained")
     explainer = Explainer(
         classifier.model,
-        [args.method],
-        None if args.target_layer is None else [args.target_layer],
+        args.methods,
+        args.target_layers,
         guided=args.outputs != ["cam"],
-        progress=partial(tqdm, desc=args.method, unit="pass", leave=False, disable=None),
+        aug_smooth=args.aug_smooth,
+        eigen_smooth=args.eigen_smooth,
+        progress=partial(tqdm, desc=",".join(args.methods), unit="pass", leave=False, disable=None),
     )
-    return classifier, explainer, target
+    return Job(
+        classifier,
+        explainer,
+        torch.tensor([targets]) if targets else None,
+        top,
+        as_wanted(args),
+        Look(args.colormap, args.alpha, args.format, args.quality),
+        args.output_size,
+        args.metrics,
+        file_labels(names) if max(len(targets), top) > 1 else None,
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Explains the photos that the command line names. Returns the exit status; raises CallError."""
     began, share, tally = time.monotonic(), Share.from_environment(), Counter[str]()
-    results = Results(args.output, share)
+    results, options = Results(args.output, share), Options(args)
     todo, tally["skipped"] = plan(args, share, results)
     interrupted = False
     with tqdm(total=len(todo), unit="photo", disable=None) as bar, ThreadPoolExecutor(THREADS) as writers:
         writing: deque[Future[Failed | str]] = deque()
         try:
-            classifier, explainer, target = load(args, share) if todo else (None, None, None)
-            prepared = ahead(
-                partial(prepare, classifier=classifier, output_size=args.output_size), todo, 2 * args.batch_size
-            )
-            for outcome in explain_photos(prepared, explainer, target, args.batch_size):
-                writing.append(writers.submit(save, outcome, classifier.class_names, explainer, results, args.outputs))
+            job = load(args, share) if todo else None
+            prepared = ahead(partial(prepare, job=job), todo, 2 * args.batch_size)
+            for outcome in explain_photos(prepared, job, args.batch_size):
+                writing.append(writers.submit(save, outcome, job, options, results))
                 while len(writing) > 2 * args.batch_size or (writing and writing[0].done()):
                     report(writing.popleft().result(), tally, bar)
         except KeyboardInterrupt:

@@ -15,8 +15,14 @@ import cnn_visualizations as program_file
 OPTIONS = {
     "--arch", "--ckpt", "--num-classes", "--class-names", "--device", "--input-size", "--resize", "--batch-size",
     "--method", "--target-layer", "--target-class", "--output", "--outputs", "--output-size", "--skip-existing",
+    "--top-k", "--aug-smooth", "--eigen-smooth", "--metrics", "--sheet", "--save-arrays", "--colormap", "--alpha",
+    "--format", "--quality",
 }  # fmt: skip
 METHODS = ["gradcam", "scorecam", "gradcam++", "ablationcam", "xgradcam", "eigencam", "eigengradcam"]
+MORE_METHODS = [
+    "hirescam", "layercam", "gradcamelementwise", "fullgrad", "fem", "kpcacam", "shapleycam", "finercam", "segeigencam",
+    "randomcam", "refinecam",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -189,9 +195,18 @@ def test_only_photos_are_required(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = program_file.parse_args([str(DOG)])
     assert photos(args) == [DOG]
-    assert (args.method, args.outputs, str(args.output)) == ("gradcam", ["cam", "gb", "cam_gb"], "out")
+    assert (args.methods, args.outputs, str(args.output)) == (["gradcam"], ["cam", "gb", "cam_gb"], "out")
     assert (args.resize, args.batch_size) == ("crop", 8)
-    left_open = ("arch", "ckpt", "num_classes", "class_names", "device", "input_size", "target_layer", "target_class")
+    left_open = (
+        "arch",
+        "ckpt",
+        "num_classes",
+        "class_names",
+        "device",
+        "input_size",
+        "target_layers",
+        "target_classes",
+    )
     assert [getattr(args, name) for name in left_open] == [None] * len(left_open)
     assert args.output_size is None
     assert list((tmp_path / "out").iterdir()) == []
@@ -200,17 +215,60 @@ def test_only_photos_are_required(tmp_path, monkeypatch):
 def test_the_call_of_the_note_that_the_program_comes_from(tmp_path):
     words = ["--arch", "resnet50", "--num-classes", "2", "--target-layer", "layer4", "--method", "gradcam"]
     args = program_file.parse_args([*words, "--ckpt", str(CKPT), "--output", str(tmp_path), str(DOG)])
-    assert (args.arch, args.ckpt, args.num_classes, args.target_layer) == ("resnet50", CKPT, 2, "layer4")
-    assert (args.method, args.output, photos(args)) == ("gradcam", tmp_path, [DOG])
+    assert (args.arch, args.ckpt, args.num_classes, args.target_layers) == ("resnet50", CKPT, 2, ["layer4"])
+    assert (args.methods, args.output, photos(args)) == (["gradcam"], tmp_path, [DOG])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_is_known(parsed, method):
-    assert parsed("--method", method).method == method
+    assert parsed("--method", method).methods == [method]
 
 
-def test_two_methods_are_refused_rather_than_one_of_them_forgotten(refused):
-    assert "gradcam,scorecam" in refused("--method", "gradcam,scorecam")
+@pytest.mark.parametrize("method", MORE_METHODS)
+def test_every_cam_of_the_grad_cam_package_is_known(parsed, method):
+    assert parsed("--method", method).methods == [method]
+
+
+@pytest.mark.parametrize(
+    ("text", "methods"),
+    [("gradcam,layercam", ["gradcam", "layercam"]), ("all", METHODS), ("ALL", METHODS), ("fem, fem", ["fem"])],
+)
+def test_methods_are_a_comma_separated_list_or_all(parsed, text, methods):
+    assert parsed("--method", text).methods == methods
+
+
+def test_an_unknown_method_in_a_list_is_refused_with_the_closest_name(refused):
+    assert "did you mean layercam" in refused("--method", "gradcam,layrcam")
+
+
+def test_classes_and_layers_may_be_given_several_times(parsed):
+    args = parsed(
+        "--target-class", "tabby, tabby cat", "--target-class", 3, "--target-layer", "a", "--target-layer", "b"
+    )
+    assert (args.target_classes, args.target_layers) == (["tabby, tabby cat", "3"], ["a", "b"])
+
+
+def test_the_likeliest_classes_and_named_ones_exclude_each_other(refused):
+    error = refused("--top-k", 2, "--target-class", "cat")
+    assert "--top-k" in error
+    assert "--target-class" in error
+
+
+def test_looks_are_taken(parsed):
+    args = parsed("--colormap", "Turbo", "--alpha", ".25", "--format", "webp", "--quality", 40)
+    assert (args.colormap, args.alpha, args.format, args.quality) == ("turbo", 0.25, "webp", 40)
+
+
+def test_a_network_of_ones_own_is_a_file_and_a_function(parsed, tmp_path):
+    (tmp_path / "net.py").write_text("def build(): ...", encoding="utf-8")
+    assert parsed("--arch", f"{tmp_path / 'net.py'}:build").arch == f"{tmp_path / 'net.py'}:build"
+
+
+@pytest.mark.parametrize("text", ["nowhere.py:build", "net.py:", "net.py:a b"])
+def test_a_network_of_ones_own_that_is_not_there_is_told(refused, tmp_path, monkeypatch, text):
+    (tmp_path / "net.py").write_text("def build(): ...", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert text.partition(":")[0] in refused("--arch", text)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +300,12 @@ def test_devices_are_taken_by_name(parsed, monkeypatch, device):
         ("--outputs", ","),
         ("--method", ""),
         ("--device", "gpu"),
+        ("--colormap", "jett"),
+        ("--alpha", "1.5"),
+        ("--alpha", "nan"),
+        ("--format", "gif"),
+        ("--quality", "0"),
+        ("--top-k", "0"),
         ("--class-names", "nowhere.txt"),
     ],
 )

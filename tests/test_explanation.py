@@ -15,13 +15,23 @@ import pytest
 import torch
 from conftest import CKPT, DOG
 from pytorch_grad_cam import (
+    FEM,
+    KPCA_CAM,
     AblationCAM,
     EigenCAM,
     EigenGradCAM,
+    FinerCAM,
+    FullGrad,
     GradCAM,
+    GradCAMElementWise,
     GradCAMPlusPlus,
     GuidedBackpropReLUModel,
+    HiResCAM,
+    LayerCAM,
+    RefineCAM,
     ScoreCAM,
+    SegEigenCAM,
+    ShapleyCAM,
     XGradCAM,
 )
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -31,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer, get_model, list_models
 from torchvision.models.convnext import CNBlockConfig
 
-from cnn_visualizations import METHODS, CallError, Explainer, load_classifier, read_photo
+from cnn_visualizations import METHODS, MORE_METHODS, CallError, Explainer, load_classifier, read_photo
 
 GRAD_CAM = {
     "gradcam": GradCAM,
@@ -41,6 +51,14 @@ GRAD_CAM = {
     "xgradcam": XGradCAM,
     "eigencam": EigenCAM,
     "eigengradcam": EigenGradCAM,
+    "hirescam": HiResCAM,
+    "layercam": LayerCAM,
+    "gradcamelementwise": GradCAMElementWise,
+    "fem": FEM,
+    "kpcacam": KPCA_CAM,
+    "segeigencam": SegEigenCAM,
+    "fullgrad": FullGrad,
+    "shapleycam": ShapleyCAM,
 }
 BY_PASSES = ("scorecam", "ablationcam")
 AT_ONCE = tuple(method for method in METHODS if method not in BY_PASSES)
@@ -157,11 +175,13 @@ def frozen_copy(model):
     return copy.deepcopy(model).requires_grad_(False)
 
 
-def grad_cams(method, model, layers, inputs, targets, reshape=None):
+def grad_cams(method, model, layers, inputs, targets, reshape=None, **options):
     """The maps of grad-cam's own class, on a copy; frozen, since it would compute the gradients of all weights."""
-    model, inputs = frozen_copy(model), inputs.clone().requires_grad_(method not in BY_PASSES)
+    # Shapley-CAM fails on a frozen network whose layer is followed by nothing but linear ones.
+    model = copy.deepcopy(model) if method == "shapleycam" else frozen_copy(model)
+    inputs = inputs.clone().requires_grad_(method not in BY_PASSES)
     with GRAD_CAM[method](model, [model.get_submodule(name) for name in layers], reshape_transform=reshape) as cam:
-        return cam(inputs, [ClassifierOutputTarget(int(target)) for target in targets])
+        return cam(inputs, [ClassifierOutputTarget(int(target)) for target in targets], **options)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -708,10 +728,186 @@ def test_a_target_out_of_range_is_a_call_error(targets):
         Explainer(Tiny())(photos(2, 12), targets)
 
 
-@pytest.mark.parametrize("targets", [[0, 1, 2], [[0, 1]], []])
+@pytest.mark.parametrize("targets", [[0, 1, 2], [[0], [1], [2]], [[[0]]], []])
 def test_targets_that_do_not_go_with_the_batch_are_a_call_error(targets):
     with pytest.raises(CallError):
         Explainer(Tiny())(photos(2, 12), targets)
+
+
+# --- more methods, several classes and layers, smoothing --------------------------------------------------------------
+
+WITH_CLASSES = sorted({*METHODS, *MORE_METHODS} - {"eigencam", "kpcacam", "fem", "randomcam"})
+
+
+@pytest.mark.parametrize("method", sorted({*MORE_METHODS} - {"randomcam", "refinecam", "finercam"}))
+@pytest.mark.parametrize(
+    ("arch", "layer"), [("resnet18", "layer4"), ("mobilenet_v2", "features"), ("vgg11", "features")]
+)
+def test_the_other_methods_equal_grad_cam(method, arch, layer):
+    model, inputs = network(arch), photos(2)
+    if method == "fem":  # which needs more than four places to find one that stands out
+        layer = {"resnet18": "layer2", "mobilenet_v2": "features.5", "vgg11": "features.9"}[arch]
+    targets = [lively_target(model, layer, inputs[:1]), 2]
+    ours = Explainer(model, [method], [layer], guided=False)(inputs, targets).cams[method]
+    theirs = np.concatenate(
+        [grad_cams(method, model, [layer], inputs[i : i + 1], targets[i : i + 1]) for i in range(2)]
+    )
+    # FullGrad stretches every channel by itself, also those that hold nothing but rounding.
+    assert_same_maps(ours, theirs, 2e-2 if method == "fullgrad" else 1e-4)
+
+
+@pytest.mark.parametrize("method", ["hirescam", "layercam", "gradcamelementwise", "fem", "segeigencam", "refinecam"])
+@pytest.mark.parametrize(("arch", "size"), [("small vit", 64), ("small swin", 64)])
+def test_the_other_methods_work_on_the_tokens_of_transformers(method, arch, size):
+    layer = {"small vit": "encoder.layers.encoder_layer_2.ln_1", "small swin": "features.3.1.norm1"}[arch]
+    model, inputs = network(arch, size), photos(1, size)
+    ours = Explainer(model, [method], [layer], guided=False)(inputs, 3).cams[method]
+    theirs = grad_cams("gradcam++" if method == "refinecam" else method, model, [layer], inputs, [3], RESHAPE[arch])
+    assert_same_maps(ours, theirs)
+
+
+def test_finercam_equals_grad_cam_for_the_likeliest_class():
+    model, inputs = network("resnet18"), photos()
+    explanation = Explainer(model, ["finercam"], ["layer4"], guided=False)(inputs)
+    copied = frozen_copy(model)
+    with FinerCAM(copied, [copied.layer4]) as cam:
+        theirs = cam(inputs.clone().requires_grad_())
+    assert_same_maps(explanation.cams["finercam"], theirs)
+
+
+def test_finercam_explains_another_class_against_the_three_most_similar_ones():
+    model, inputs = network("resnet18"), photos()
+    ours = Explainer(model, ["finercam"], ["layer4"], guided=False)(inputs, 2)
+    logits = torch.from_numpy(ours.logits[0])
+    similar = [int(index) for index in (logits - logits[2]).abs().argsort() if index != 2][:3]
+    activations, _ = output_and_gradient(model, "layer4", inputs, 2)
+    leaf = activations.clone().requires_grad_()
+    scores = model.fc(leaf.mean((2, 3)))[0]
+    shares = scores.softmax(0)[similar]
+    score = (shares * (scores[2] - scores[similar])).sum() / shares.sum()
+    weights = torch.autograd.grad(score, leaf)[0][0].mean((1, 2))
+    assert_same_maps(ours.cams["finercam"][0], picture_of(weights, activations[0], 64))
+
+
+def test_refinecam_is_the_product_of_the_layers_maps():
+    model, inputs, layers = network("resnet18"), photos(), ["layer3", "layer4"]
+    ours = Explainer(model, ["refinecam"], layers, guided=False)(inputs, 1).cams["refinecam"]
+    copied = frozen_copy(model)
+    cam = RefineCAM(copied, [copied.get_submodule(layer) for layer in layers])
+    assert_same_maps(ours, cam(inputs.clone().requires_grad_(), [ClassifierOutputTarget(1)]))
+
+
+def test_randomcam_is_the_same_from_run_to_run_and_knows_no_class():
+    model, inputs = network("resnet18"), photos(2)
+    first, again = (
+        Explainer(model, ["randomcam"], ["layer2"], guided=False)(inputs, target).cams["randomcam"] for target in (0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    alone = Explainer(model, ["randomcam"], ["layer2"], guided=False)(inputs[1:]).cams["randomcam"]
+    np.testing.assert_allclose(first[1:], alone, atol=1e-4)
+    assert first.max() > 0.9
+
+
+def test_shapleycam_on_tokens_is_a_call_error():
+    with pytest.raises(CallError, match="shapleycam does not work on layer 'encoder"):
+        Explainer(network("small vit"), ["shapleycam"], ["encoder.layers.encoder_layer_1.ln_1"])(photos())
+
+
+def test_what_grad_cam_keeps_is_not_changed_by_what_follows_the_layer():
+    model, inputs = network("densenet121"), photos()  # a ReLU in place follows `features`
+    ours = Explainer(model, ["finercam"], ["features"], guided=False)(inputs)
+    activations, _ = output_and_gradient(model, "features", inputs, 0)
+    assert (activations < 0).any()
+    target = int(ours.targets[0])
+    leaf = activations.clone().requires_grad_()
+    scores = model.classifier(F.relu(leaf).mean((2, 3)))[0]
+    others = [int(i) for i in (scores - scores[target]).abs().argsort() if i != target][:3]
+    shares = scores.softmax(0)[others]
+    score = (shares * (scores[target] - scores[others])).sum() / shares.sum()
+    weights = torch.autograd.grad(score, leaf)[0][0].mean((1, 2))
+    assert_same_maps(ours.cams["finercam"][0], picture_of(weights, activations[0], 64))
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_several_classes_at_once_are_what_each_is_alone(guided):
+    methods = (*METHODS, "layercam", "fem", "fullgrad", "finercam")
+    explainer = Explainer(network("small convnext", 32), methods, guided=guided)
+    inputs, targets = photos(2, 32), torch.tensor([[4, 0, 2], [1, 4, 6]])
+    together = explainer(inputs, targets)
+    assert together.targets.tolist() == targets.tolist()
+    for column in range(3):
+        alone = explainer(inputs, targets[:, column])
+        for method in methods:
+            assert together.cams[method].shape == (2, 3, 32, 32)
+            np.testing.assert_allclose(together.cams[method][:, column], alone.cams[method], atol=2e-5, err_msg=method)
+        if guided:
+            assert_close(together.guided[:, column], alone.guided)
+        np.testing.assert_allclose(together.logits, alone.logits, atol=1e-5)
+    assert (together.guided is None) != guided
+
+
+def test_one_row_of_classes_is_for_all_inputs():
+    explanation = Explainer(Tiny())(photos(3, 12), [[4, 1]])
+    assert explanation.targets.tolist() == [[4, 1]] * 3
+    assert explanation.guided.shape == (3, 2, 3, 12, 12)
+    assert explanation.only(1).cams["gradcam"].shape == (1, 2, 12, 12)
+
+
+@pytest.mark.parametrize(("top", "count"), [(1, 1), (3, 3), (9, 5)])
+def test_the_likeliest_classes_in_their_order(top, count):
+    explanation = Explainer(Tiny())(photos(2, 12), top=top)
+    assert explanation.targets.tolist() == [list(np.argsort(-logits)[:count]) for logits in explanation.logits]
+
+
+@pytest.mark.parametrize("method", ["gradcam", "eigengradcam", "layercam", "ablationcam", "segeigencam"])
+def test_several_layers_are_averaged_as_grad_cam_does(method):
+    model, inputs, layers = network("resnet18"), photos(), ["layer2.0", "layer3", "layer4"]
+    layers = layers[:1] if method == "ablationcam" else layers
+    target = lively_target(model, "layer4", inputs)
+    ours = Explainer(model, [method], layers, guided=False)(inputs, target).cams[method]
+    assert_same_maps(ours, grad_cams(method, model, layers, inputs, [target]))
+
+
+@pytest.mark.parametrize(
+    "method", ["gradcam", "gradcam++", "hirescam", "layercam", "gradcamelementwise", "eigencam", "fem", "shapleycam"]
+)
+def test_eigen_smoothing_is_grad_cams(method, capsys):
+    model, inputs, layers = network("resnet18"), photos(), ["layer2" if method == "fem" else "layer4"]
+    target = lively_target(model, "layer4", inputs)
+    ours = Explainer(model, [method], layers, guided=False, eigen_smooth=True)(inputs, target).cams[method]
+    assert capsys.readouterr().out == ""
+    assert_same_maps(ours, grad_cams(method, model, layers, inputs, [target], eigen_smooth=True))
+    plain = Explainer(model, [method], layers, guided=False)(inputs, target).cams[method]
+    assert (np.abs(ours - plain).max() > 0.01) == (method not in ("eigencam", "fem"))
+
+
+@pytest.mark.parametrize("method", ["gradcam", "eigengradcam", "ablationcam", "shapleycam"])
+def test_augmentation_smoothing_is_grad_cams(method):
+    arch, layer = ("resnet18", "layer4") if method != "ablationcam" else ("mobilenet_v2", "features.1.conv.0")
+    model, inputs = network(arch), photos(2)
+    target = lively_target(model, layer, inputs[:1])
+    explainer = Explainer(model, [method], [layer], aug_smooth=True)
+    ours = explainer(inputs, target)
+    theirs = [grad_cams(method, model, [layer], each, [target], aug_smooth=True) for each in inputs.split(1)]
+    assert_same_maps(ours.cams[method], np.concatenate(theirs))
+    plain = Explainer(model, [method], [layer])(inputs, target)
+    np.testing.assert_array_equal(ours.guided, plain.guided)
+    np.testing.assert_array_equal(ours.logits, plain.logits)
+
+
+def test_augmentation_smoothing_keeps_the_classes_of_the_plain_photo():
+    explainer = Explainer(network("resnet18"), ["gradcam", "eigencam"], ["layer4"], aug_smooth=True)
+    explanation = explainer(photos(2), top=2)
+    assert explanation.cams["eigencam"].shape == (2, 2, 64, 64)
+    np.testing.assert_array_equal(explanation.targets, np.argsort(-explanation.logits, 1)[:, :2])
+
+
+def test_the_answer_of_the_explainers_network_is_that_of_the_model():
+    model, inputs = network("mobilenet_v2"), photos(3)
+    explainer = Explainer(model)
+    explainer(inputs)
+    with torch.no_grad():
+        np.testing.assert_allclose(explainer.answer(inputs).numpy(), model(inputs).numpy(), atol=1e-4)
 
 
 # --- the model stays as it was ---------------------------------------------------------------------------------------

@@ -21,7 +21,19 @@ from conftest import CKPT, DOG, PROGRAM
 from PIL import Image
 
 import cnn_visualizations as program_file
-from cnn_visualizations import CallError, Failed, Results, Share, ahead, explain_photos, find_photos, find_places
+from cnn_visualizations import (
+    CallError,
+    Failed,
+    Job,
+    Look,
+    Results,
+    Share,
+    Wanted,
+    ahead,
+    explain_photos,
+    find_photos,
+    find_places,
+)
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 CLASSES = ["cat", "dog", "狗", "owl", "fox", "eel", "ant"]
@@ -64,6 +76,7 @@ def facts(folder):
     text = [json.dumps(record, ensure_ascii=False).replace(str(folder), "OUT") for record in records(folder)]
     plain = [json.loads(line) for line in text]
     for record in plain:
+        record.pop("options", None)  # a hash of, among others, the output folder
         for named in [record["class"], *record["top5"]] if "class" in record else []:
             named["probability"] = round(named["probability"], 3)
     return sorted(plain, key=lambda record: (record["image"], record["method"]))
@@ -273,10 +286,10 @@ def test_a_file_of_ones_own_in_the_output_folder_is_never_overwritten(main, tmp_
 
 
 def test_many_photos_of_one_name_are_planned_without_trying_every_number_for_each(monkeypatch, tmp_path):
-    names, count = program_file.picture_files, itertools.count()
-    monkeypatch.setattr(program_file, "picture_files", lambda *args: (next(count), names(*args))[1])
+    names, count = Wanted.files, itertools.count()
+    monkeypatch.setattr(Wanted, "files", lambda *args: (next(count), names(*args))[1])
     photos = [(f"{number}/cover.jpg", "") for number in range(400)]
-    places = [place for _, place in find_places(photos, tmp_path, "gradcam", ["cam"])]
+    places = [place for _, place in find_places(photos, tmp_path, Wanted(["gradcam"], ["cam"]))]
     assert len(set(places)) == 400
     assert next(count) < 400 * 10  # not 400 * 400 / 2
 
@@ -333,36 +346,40 @@ class Fake:
     def __init__(self, fails=lambda inputs: None):
         self.sizes, self.fails = [], fails
 
-    def __call__(self, inputs, target=None):
+    def __call__(self, inputs, targets=None, top=1):
         self.fails(inputs)
         self.sizes.append(len(inputs))
         values = inputs.mean((1, 2, 3))
         return program_file.Explanation(
-            {"gradcam": inputs[:, 0].numpy()},
+            {"gradcam": inputs[:, :1].numpy()},
             None,
             torch.stack([values, -values], 1).numpy(),
-            np.zeros(len(inputs), int),
+            np.zeros((len(inputs), 1), int),
         )
 
 
 def prepared(number):
     picture = np.zeros((4, 4, 3), np.uint8)
-    return program_file.Prepared(f"{number}.jpg", f"out/{number}", 4, 4, picture, torch.full((3, 4, 4), float(number)))
+    inputs = torch.full((3, 4, 4), float(number))
+    return program_file.Prepared(f"{number}.jpg", f"out/{number}", 4, 4, (0, 0, 4, 4), picture, inputs)
+
+
+def job_of(explainer):
+    return Job(None, explainer, None, 1, Wanted(["gradcam"], ["cam"]), Look(), None, False, None)
 
 
 def outcome_of(outcome):
     """The path of a photo and its number as the network saw it, None where it failed."""
     if isinstance(outcome, Failed):
         return outcome.path, None
-    photo, explanation = outcome
-    assert explanation.logits.shape == (1, 2)
-    return photo.path, float(explanation.logits[0, 0])
+    assert outcome.explanation.logits.shape == (1, 2)
+    return outcome.photo.path, float(outcome.explanation.logits[0, 0])
 
 
 def test_batches_fill_up_across_broken_photos():
     explainer = Fake()
     photos = [Failed(f"{n}.jpg", "broken") if n in (1, 2, 5, 9) else prepared(n) for n in range(14)]
-    outcomes = sorted(map(outcome_of, explain_photos(photos, explainer, None, 4)))
+    outcomes = sorted(map(outcome_of, explain_photos(photos, job_of(explainer), 4)))
     assert explainer.sizes == [4, 4, 2]
     assert outcomes == sorted((f"{n}.jpg", None if n in (1, 2, 5, 9) else float(n)) for n in range(14))
 
@@ -375,7 +392,7 @@ def test_too_little_memory_halves_the_batch_goes_on_and_says_so_once(capsys, wor
 
     program_file.note_once.cache_clear()
     explainer = Fake(fails)
-    outcomes = [outcome_of(o) for o in explain_photos(map(prepared, range(37)), explainer, None, 16)]
+    outcomes = [outcome_of(o) for o in explain_photos(map(prepared, range(37)), job_of(explainer), 16)]
     assert outcomes == [(f"{n}.jpg", float(n)) for n in range(37)]
     assert max(explainer.sizes) <= 3
     assert len(explainer.sizes) <= 37 / 2 + 2  # two at a time, not one
@@ -390,7 +407,7 @@ def test_a_photo_for_which_the_memory_does_not_suffice_alone_is_an_error():
         if 5 in inputs[:, 0, 0, 0]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    outcomes = dict(map(outcome_of, explain_photos(map(prepared, range(8)), Fake(fails), None, 8)))
+    outcomes = dict(map(outcome_of, explain_photos(map(prepared, range(8)), job_of(Fake(fails)), 8)))
     assert outcomes == {f"{n}.jpg": None if n == 5 else float(n) for n in range(8)}
 
 
@@ -399,7 +416,7 @@ def test_a_photo_on_which_the_network_fails_takes_no_other_with_it():
         if 5 in inputs[:, 0, 0, 0]:
             raise ValueError("the network's answer is not finite")
 
-    outcomes = dict(map(outcome_of, explain_photos(map(prepared, range(8)), Fake(fails), None, 4)))
+    outcomes = dict(map(outcome_of, explain_photos(map(prepared, range(8)), job_of(Fake(fails)), 4)))
     assert outcomes == {f"{n}.jpg": None if n == 5 else float(n) for n in range(8)}
 
 
@@ -408,14 +425,14 @@ def test_a_wrong_call_ends_the_run():
         raise CallError("no such layer")
 
     with pytest.raises(CallError):
-        list(explain_photos(map(prepared, range(8)), Fake(fails), None, 4))
+        list(explain_photos(map(prepared, range(8)), job_of(Fake(fails)), 4))
 
 
 def test_a_slow_disk_holds_the_reading_back(main, tmp_path, monkeypatch):
     for seed in range(60):
         paint(tmp_path / "album" / f"{seed:02}.jpg", seed)
     lock, held, most = threading.Lock(), [0], []
-    read_photo, write_jpeg = program_file.read_photo, program_file.write_jpeg
+    read_photo, write_picture = program_file.read_photo, program_file.write_picture
 
     def reading(path):
         with lock:
@@ -423,14 +440,14 @@ def test_a_slow_disk_holds_the_reading_back(main, tmp_path, monkeypatch):
             most.append(held[0])
         return read_photo(path)
 
-    def writing(path, picture):
+    def writing(*args):
         time.sleep(0.02)
-        write_jpeg(path, picture)
+        write_picture(*args)
         with lock:
             held[0] -= 1
 
     monkeypatch.setattr(program_file, "read_photo", reading)
-    monkeypatch.setattr(program_file, "write_jpeg", writing)
+    monkeypatch.setattr(program_file, "write_picture", writing)
     assert main("--batch-size", 2, "--outputs", "cam", tmp_path / "album")[0] == 0
     assert held == [0]
     assert max(most) <= 6 * 2  # what is read ahead, in the network, and being written
@@ -521,10 +538,11 @@ def test_a_record_that_fits_the_disk_only_in_part_is_an_error_and_spoils_no_othe
     import resource
 
     results = Results(tmp_path, Share())
-    line = {"image": "a" * 60, "method": "gradcam"}
+    (tmp_path / "a.jpg").touch()
+    line = {"image": "a" * 60, "method": "gradcam", "files": [str(tmp_path / "a.jpg")], "options": "1234"}
     results.append(line)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (150, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "results.jsonl").stat().st_size + 50, hard))
     try:
         with pytest.raises(OSError):
             results.append({**line, "image": "b" * 60})
@@ -537,15 +555,33 @@ def test_a_record_that_fits_the_disk_only_in_part_is_an_error_and_spoils_no_othe
 # Resume
 
 
-def test_a_second_run_does_nothing_and_does_not_even_load_the_network(main, album, tmp_path):
+def test_a_second_run_does_nothing_and_does_not_even_load_the_network(main, album, tmp_path, monkeypatch):
     main(album)
     before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in tree(tmp_path / "out")}
-    (tmp_path / "no network.pth").write_bytes(b"this is no checkpoint")
-    status, stdout, stderr = main("--skip-existing", album, ckpt=tmp_path / "no network.pth")
+    monkeypatch.setattr(program_file, "load_classifier", None)
+    status, stdout, stderr = main("--skip-existing", album)
     assert (status, stdout) == (0, "")
     assert stderr.startswith("0 done, 6 skipped, 0 failed in ")
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in tree(tmp_path / "out")} == before
     assert len(records(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize(
+    "changed", [["--target-class", "0"], ["--alpha", "0.3"], ["--method", "eigencam,gradcam"], ["--output-size", "64"]]
+)
+def test_another_choice_of_options_is_not_taken_for_done(main, album, changed):
+    main(album)
+    assert "0 skipped" in main("--skip-existing", *changed, album)[2]
+    assert "6 skipped" in main("--skip-existing", *changed, album)[2]
+
+
+def test_a_checkpoint_that_was_trained_on_is_not_taken_for_the_same(main, album, tmp_path):
+    ckpt = tmp_path / "net.pth"
+    ckpt.write_bytes(CKPT.read_bytes())
+    main(album, ckpt=ckpt)
+    assert "6 skipped" in main("--skip-existing", album, ckpt=ckpt)[2]
+    os.utime(ckpt, (1, 1))
+    assert "0 skipped" in main("--skip-existing", album, ckpt=ckpt)[2]
 
 
 @pytest.mark.parametrize("lost", ["gradcam_cam_1.jpg", "gb_1.jpg", "gradcam_cam_gb_1.jpg"])
@@ -802,7 +838,7 @@ import os, sys, time
 sys.path.insert(0, {str(PROGRAM.parent)!r})
 import cnn_visualizations as program
 explain = program.Explainer.__call__
-def slowly(*args):
+def slowly(*args, **options):
     time.sleep(0.5)
     return explain(*args)
 program.Explainer.__call__ = slowly
