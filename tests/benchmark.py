@@ -4,6 +4,7 @@
     python tests/benchmark.py --quick               fewer repetitions, slow peers extrapolated from some of their work
     python tests/benchmark.py vgg16 floor           the rows whose names contain one of the words
     python tests/benchmark.py --device cuda --memory
+    python tests/benchmark.py --metrics FOLDER      what each method's maps are worth, a mean over the folder's photos
 
 Both sides have the same weights and inputs, run in one process, and take turns; a time is the median of its runs. With
 --memory, each side runs once more in a process of its own, and the peak of that is given.
@@ -29,13 +30,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.models import get_model
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cnn_visualizations import Explainer, load_classifier, read_photo
+from cnn_visualizations import (
+    METHODS,
+    METRICS,
+    Explainer,
+    PhotoError,
+    find_photos,
+    load_classifier,
+    measure_trust,
+    read_photo,
+)
 
 CKPT = ROOT / "tests" / "data" / "dogs_mobilenet_v2.pth"
 DOG = ROOT / "pics" / "dog.jpg"
@@ -336,6 +347,67 @@ def plain_process(setting: Setting) -> Work:
     return process(folder / "plain.py", folder / "resnet50.pth", DOG, folder)
 
 
+CROWD = 100  # photos
+
+
+@cache
+def crowd() -> Path:
+    """A folder of many photos, each a little different."""
+    folder = workshop() / "photos"
+    folder.mkdir()
+    photo = read_photo(DOG).pixels
+    for number in range(CROWD):
+        Image.fromarray(np.roll(photo, 7 * number, 1)).save(folder / f"{number:03}.jpg", quality=90)
+    return folder
+
+
+def our_folder(setting: Setting, count: int = CROWD) -> Work:
+    """The program over a folder of photos."""
+    names = sorted(crowd().iterdir())[:count]
+    options = ["--arch", "resnet50", "--device", setting.device, "--output", workshop() / "out of folder"]
+    return process(ROOT / "cnn_visualizations.py", "--ckpt", workshop() / "resnet50.pth", *options, *names)
+
+
+def busy_share(setting: Setting) -> float:
+    """How busy the cores are while photos go through, without the start: from a short and a long run."""
+    spent = []
+    for count in (CROWD // 5, CROWD):
+        before, began = os.times(), time.perf_counter()
+        our_folder(setting, count)()
+        after = os.times()
+        used = after.children_user + after.children_system - before.children_user - before.children_system
+        spent.append((used, time.perf_counter() - began))
+    (used, wall), (used_more, wall_more) = spent
+    return (used_more - used) / (wall_more - wall) / (os.cpu_count() or 1)
+
+
+def our_comparison(setting: Setting) -> Work:
+    """Everything that is asked for when maps are compared, as a whole process."""
+    options = "--method all --top-k 2 --sheet --metrics --save-arrays --device".split()  # noqa: SIM905
+    output = workshop() / "comparison"
+    return process(ROOT / "cnn_visualizations.py", "--ckpt", CKPT, *options, setting.device, "--output", output, DOG)
+
+
+def grad_cam_seven(setting: Setting) -> Work:
+    """grad-cam's seven maps of the two likeliest classes, and nothing else."""
+    import pytorch_grad_cam
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    silence_progress()
+    model, inputs = own_network(setting, "demo"), photos("demo", 1, setting.device)
+    with torch.no_grad():
+        two = model(inputs)[0].topk(2).indices.tolist()
+
+    def work() -> Answer:
+        for name in GRAD_CAM_CLASSES.values():
+            with getattr(pytorch_grad_cam, name)(model=model, target_layers=[model.features]) as cam:
+                for target in two:
+                    cam(input_tensor=inputs.clone(), targets=[ClassifierOutputTarget(target)])
+        return {}
+
+    return work
+
+
 # Rows
 
 
@@ -455,6 +527,25 @@ ROWS = [
         scale=8,
         runs=9,
     ),
+    Row(
+        "folder",
+        f"a folder of {CROWD} photos, resnet50, a photo of it over a run of a plain script",
+        "grad-cam",
+        our_folder,
+        plain_process,
+        20,
+        scale=CROWD,
+        runs=2,
+    ),
+    Row(
+        "comparison",
+        "whole process: seven methods, two classes, sheet, metrics, arrays, over grad-cam's maps alone, the demo",
+        "grad-cam",
+        our_comparison,
+        grad_cam_seven,
+        1,
+        runs=1,
+    ),
     Row("process", "whole process, one photo, resnet50", "grad-cam", our_process, plain_process, 1 / 0.85, runs=5),
 ]
 
@@ -517,7 +608,9 @@ def peak_memory(row: Row, side: str, setting: Setting) -> float | None:
     """Megabytes at the peak of a process that does one side of the work once; None where that cannot be told."""
     if importlib.util.find_spec("resource") is None:  # Windows
         return None
-    work = getattr(row, side)(setting) if row.name == "process" else None
+    work = getattr(row, side)(setting)
+    if not hasattr(work, "command"):
+        work = None
     options = ["--device", setting.device, "--side", side, *["--quick"] * setting.quick, f"={row.name}"]
     command = work.command if work else [sys.executable, "-W", "ignore", __file__, *options]
     finished = subprocess.run([sys.executable, "-c", LAUNCHER, *command], capture_output=True, text=True)
@@ -588,6 +681,27 @@ def chosen_rows(words: list[str]) -> list[Row]:
     return [row for row in rows if row.peer not in missing]
 
 
+def print_metrics(folder: Path, ckpt: Path, device: str) -> None:
+    """The table method by metric, means over the photos of a folder, each for its likeliest class."""
+    classifier = load_classifier(ckpt=ckpt, device=device)
+    explainer = Explainer(classifier.model, METHODS, guided=False)
+    sums, count = np.zeros((len(METHODS), len(METRICS))), 0
+    for path, _ in find_photos([str(folder)]):
+        try:
+            inputs = classifier.preprocess(read_photo(Path(path)))[None]
+        except PhotoError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        found, count = explainer(inputs), count + 1
+        of_methods = (measure_trust(explainer, inputs, found.cams[m][0], int(found.targets[0])) for m in METHODS)
+        sums += [list(values.values()) for values in of_methods]
+    print(
+        f"{count} photos of {folder}, {ckpt.name}\n\n| method | {' | '.join(METRICS)} |\n|{'---|' * (len(METRICS) + 1)}"
+    )
+    for method, means in zip(METHODS, sums / max(count, 1), strict=True):
+        print(f"| {method} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compares the explainer with its peers.")
     parser.add_argument("rows", nargs="*", help=f"parts of row names: {', '.join(row.name for row in ROWS)}")
@@ -595,9 +709,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", action="store_true", help="also the peak memory, each side in its own process")
+    parser.add_argument("--metrics", type=Path, metavar="FOLDER", help="measure the methods on the photos of a folder")
+    parser.add_argument("--ckpt", type=Path, default=CKPT, help="for --metrics, another network than the demo's")
     parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.metrics:
+        print_metrics(args.metrics, args.ckpt, args.device)
+        return
     setting, rows = Setting(args.device, args.quick, alone=bool(args.side)), chosen_rows(args.rows)
     if args.side:
         run_side(rows[0], args.side, setting)
@@ -608,6 +727,11 @@ def main() -> None:
         peaks = [peak_memory(row, side, setting) for side in ("ours", "theirs")] if args.memory else []
         memory = " / ".join("?" if peak is None else f"{peak:.0f}" for peak in peaks)
         print(line(row, found, memory), flush=True)
+        if row.name == "folder":
+            share = busy_share(setting)
+            print(
+                f"| through that folder, the cores are busy | | | | {share:.0%} | 90% {'yes' if share >= 0.9 else 'NO'} |"
+            )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Room 6, the run: the whole program on the demo, as a person runs it, and everything that can go wrong on the way."""
+"""Room 7, the run: the whole program on the demo, as a person runs it, and everything that can go wrong on the way."""
 
 import contextlib
 import io
+import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -154,6 +156,255 @@ def test_of_the_three_pictures_no_two_are_alike(demo):
     cam, guided, product = (opened(demo[1] / name) for name in NAMES)
     for first, second in ((cam, guided), (guided, product), (cam, product)):
         assert np.abs(first - second).mean() > 1
+
+
+# All methods and two classes at once, on a sheet, measured and as numbers: as the README says
+
+SEVEN = [*METHODS[:1], "scorecam", *METHODS[1:]]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The README's command in a process of its own, its record, and the folder of its files."""
+    output = tmp_path_factory.mktemp("compared") / "out"
+    words = ["--method", "all", "--top-k", "2", "--sheet", "--metrics", "--save-arrays", "pics/dog.jpg", "--output"]
+    process = subprocess.run(
+        [sys.executable, str(PROGRAM), "--ckpt", "tests/data/dogs_mobilenet_v2.pth", *words, str(output)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+    )
+    assert process.returncode == 0, process.stderr
+    return process, json.loads((output / "results.jsonl").read_text(encoding="utf-8")), output
+
+
+def test_comparing_writes_every_picture_of_every_class_a_sheet_and_the_arrays(compared):
+    process, record, output = compared
+    labels = [program_file.file_labels([each["name"]])[0] for each in record["classes"]]
+    pictures = [f"gb_dog_{label}.jpg" for label in labels]
+    pictures += [f"{m}_{o}_dog_{label}.jpg" for m in SEVEN for o in ("cam", "cam_gb") for label in labels]
+    assert files_in(output) == sorted([*pictures, "dog_sheet.jpg", "dog.npz"])
+    assert sorted(record["files"]) == sorted(str(output / name) for name in files_in(output))
+    assert process.stderr == NOTE
+    sizes = {opened(output / name).shape for name in pictures}
+    assert len(sizes) == 1
+
+
+def test_comparing_prints_one_line_with_both_classes_and_every_metric(compared):
+    process, record, _ = compared
+    assert process.stdout.count("\n") == 1
+    first, second = record["classes"]
+    beginning = f"pics{os.sep}dog.jpg: {first['name']} {first['probability']:.3f}, {second['name']}"
+    assert process.stdout.startswith(beginning)
+    for method in SEVEN:
+        for each in record["classes"]:
+            assert f"; {method} for {each['name']}: average_drop " in process.stdout
+
+
+def test_the_record_of_a_comparison_has_the_metrics_of_each_map(compared):
+    _, record, _ = compared
+    assert record["class"] == record["classes"][0] == record["top5"][0]
+    assert record["classes"][1] == record["top5"][1]
+    assert record["method"] == ",".join(SEVEN)
+    expected = [(each["name"], method) for each in record["classes"] for method in SEVEN]
+    assert [(found["class"], found["method"]) for found in record["metrics"]] == expected
+    for found in record["metrics"]:
+        assert set(found) == {"class", "method", *program_file.METRICS}
+        assert 0 <= found["average_drop"] <= 1
+        assert found["increase"] in (0, 1)
+    husky = {found["method"]: found for found in record["metrics"][:7]}
+    assert all(found["insertion"] > found["deletion"] + 0.1 for found in husky.values())  # the heat finds the dog
+    assert all(found["road"] > 0.05 for found in husky.values())
+
+
+def test_the_sheet_shows_the_pictures_that_were_written(compared):
+    _, record, output = compared
+    sheet = opened(output / "dog_sheet.jpg")
+    labels = [program_file.file_labels([each["name"]])[0] for each in record["classes"]]
+    rows = [(method, label) for label in labels for method in SEVEN]
+    height = (sheet.shape[0] - 40 - 8) // len(rows) - 40
+    assert abs(height - 320) <= 1
+    for number, (method, label) in enumerate(rows):
+        top = 40 + number * (40 + height) + 40
+        names = [f"{method}_cam_dog_{label}.jpg", f"gb_dog_{label}.jpg", f"{method}_cam_gb_dog_{label}.jpg"]
+        for column, name in enumerate(names, 1):
+            left = 8 + column * (sheet.shape[1] - 8) // 4
+            with Image.open(output / name) as picture:
+                expected = np.asarray(picture.resize((320, height), Image.Resampling.BOX)).astype(int)
+            assert np.abs(sheet[top : top + height, left : left + 320] - expected).mean() < 6, (number, name)
+
+
+def test_the_arrays_are_what_the_explainer_gives(compared):
+    _, record, output = compared
+    with np.load(output / "dog.npz", allow_pickle=False) as arrays:
+        assert list(arrays["methods"]) == SEVEN
+        assert list(arrays["classes"]) == [each["index"] for each in record["classes"]]
+        assert [str(arrays["class_names"][i]) for i in arrays["classes"]] == [e["name"] for e in record["classes"]]
+        assert list(arrays["target_layers"]) == ["features"]
+        np.testing.assert_allclose(arrays["box"], (LEFT, TOP, LEFT + SIDE, TOP + SIDE), atol=2)
+        classifier = program_file.load_classifier(ckpt=CKPT, device="cpu")
+        inputs = classifier.preprocess(program_file.read_photo(DOG))[None]
+        found = program_file.Explainer(classifier.model, ["gradcam", "eigencam"])(inputs, top=2)
+        np.testing.assert_allclose(arrays["logits"], found.logits[0], atol=1e-4)
+        np.testing.assert_allclose(arrays["cams"][0], found.cams["gradcam"][0], atol=1e-4)
+        np.testing.assert_allclose(arrays["cams"][5], found.cams["eigencam"][0], atol=1e-4)
+        np.testing.assert_allclose(arrays["guided"], found.guided[0], atol=1e-4 * np.abs(found.guided).max())
+
+
+def test_named_classes_stand_in_the_names_and_each_has_its_own_heat(main, tmp_path):
+    status, stdout, stderr = main(
+        "--target-class", "pug", "--target-class", "13", "--target-class", "PUG", "--outputs", "cam", DOG
+    )
+    assert (status, stderr) == (0, "")
+    assert stdout.startswith(f"{DOG}: pug 0.")
+    names = ["gradcam_cam_dog_Siberian-husky.jpg", "gradcam_cam_dog_pug.jpg"]
+    assert files_in(tmp_path / "out") == names
+    first, second = (opened(tmp_path / "out" / name) for name in names)
+    assert np.abs(first - second).mean() > 5
+
+
+def test_more_of_the_likeliest_classes_than_there_are_is_all_of_them(main, tmp_path):
+    status, _, stderr = main("--top-k", 99, "--outputs", "cam", "--method", "eigencam", DOG)
+    assert status == 0
+    assert stderr.startswith("note: --top-k 99, but the network has 19 classes")
+    assert len(files_in(tmp_path / "out")) == 19
+
+
+def test_several_methods_and_layers(main, tmp_path):
+    layers = ["--target-layer", "features.13", "--target-layer", "features"]
+    assert main("--method", "layercam,refinecam", *layers, "--outputs", "cam,gb", DOG)[0] == 0
+    assert files_in(tmp_path / "out") == ["gb_dog.jpg", "layercam_cam_dog.jpg", "refinecam_cam_dog.jpg"]
+    record = json.loads((tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8"))
+    assert record["target_layer"] == "features.13,features"
+
+
+@pytest.mark.parametrize("method", program_file.MORE_METHODS)
+def test_the_heat_of_every_other_method_is_a_picture(main, tmp_path, method):
+    status, _, stderr = main("--method", method, "--outputs", "cam", "--input-size", 96, DOG)
+    assert (status, stderr) == (0, "")
+    assert opened(tmp_path / "out" / f"{method}_cam_dog.jpg").std() > 20
+
+
+def test_smoothing_gives_other_pictures(main, tmp_path):
+    for name, options in {"plain": [], "aug": ["--aug-smooth"], "eigen": ["--eigen-smooth"]}.items():
+        assert main(*options, "--outputs", "cam", DOG, output=tmp_path / name)[0] == 0
+    plain, aug, eigen = (opened(tmp_path / name / NAMES[0]) for name in ("plain", "aug", "eigen"))
+    assert np.abs(plain - aug).mean() > 1
+    assert np.abs(plain - eigen).mean() > 1
+
+
+@pytest.mark.parametrize(("ending", "kind"), [("png", "PNG"), ("webp", "WEBP")])
+def test_another_format_and_other_colours(main, tmp_path, demo, ending, kind):
+    assert main("--format", ending, "--alpha", 0, "--outputs", "cam", "--sheet", DOG)[0] == 0
+    assert files_in(tmp_path / "out") == [f"dog_sheet.{ending}", f"gradcam_cam_dog.{ending}"]
+    with Image.open(tmp_path / "out" / f"gradcam_cam_dog.{ending}") as picture, Image.open(DOG) as photo:
+        assert picture.format == kind
+        seen = photo.resize(picture.size, box=(LEFT, TOP, LEFT + SIDE, TOP + SIDE))
+        assert np.abs(np.asarray(picture.convert("RGB")).astype(int) - np.asarray(seen)).mean() < 12
+
+
+def test_pictures_in_any_format_are_not_taken_for_photos(main, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(DOG, folder / "dog.jpg")
+    for ending in ("png", "webp", "jpg"):
+        main("--format", ending, "--outputs", "cam", "--sheet", folder, output=folder)
+    status, stdout, _ = main("--outputs", "cam", folder)
+    assert (status, stdout.count("\n")) == (0, 1)
+
+
+def test_the_metrics_of_one_class_are_named_by_the_method_alone(main):
+    status, stdout, _ = main("--metrics", "--outputs", "cam", "--input-size", 96, DOG)
+    assert status == 0
+    assert "; gradcam: average_drop " in stdout
+
+
+NETWORK = """
+import helper
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 5, 4), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU())
+        self.out = nn.Linear(16, classes)
+
+    def forward(self, x):
+        return self.out(self.features(x).mean((2, 3)))
+
+def build(num_classes=4):
+    return Net(num_classes)
+
+def fixed():
+    return Net(helper.CLASSES)
+
+def wrong():
+    return 7
+
+def broken():
+    raise RuntimeError("no such file\nsecond line")
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A file with a network of one's own, in a folder with a module that it imports."""
+    (tmp_path / "helper.py").write_text("CLASSES = 3\n", encoding="utf-8")
+    (tmp_path / "net.py").write_text(NETWORK, encoding="utf-8")
+    return tmp_path / "net.py"
+
+
+def own_checkpoint(path, classes, **entries):
+    namespace = {}
+    exec(NETWORK.replace("import helper", ""), namespace)
+    torch.manual_seed(0)
+    torch.save({"state_dict": namespace["Net"](classes).state_dict(), **entries}, path)
+    return path
+
+
+def test_a_network_of_ones_own_is_explained(main, own, tmp_path):
+    ckpt = own_checkpoint(tmp_path / "own.pth", 2, classes=["cat", "dog"], input_size=96)
+    status, stdout, stderr = main("--arch", f"{own}:build", "--num-classes", 2, DOG, ckpt=ckpt)
+    assert (status, stderr) == (0, "")
+    assert re.match(rf"{re.escape(str(DOG))}: (cat|dog) 0\.\d+ -> ", stdout)
+    record = json.loads((tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8"))
+    assert record["target_layer"] == "features"
+    assert files_in(tmp_path / "out") == sorted(NAMES)
+
+
+def test_a_network_of_ones_own_may_have_a_fixed_number_of_classes_and_its_own_weights(own):
+    classifier = program_file.load_classifier(f"{own}:fixed", device="cpu")
+    assert classifier.class_names == ("class 0", "class 1", "class 2")
+    assert (classifier.preset.crop_size, classifier.model.training) == ([224], False)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("wrong", "returned a int, not a torch.nn.Module"),
+        ("broken", "RuntimeError: no such file"),
+        ("absent", "has no attribute 'absent'"),
+    ],
+)
+def test_a_function_that_gives_no_network_is_one_line(main, own, function, said):
+    assert said in refused(main("--arch", f"{own}:{function}", DOG))
+
+
+def test_a_checkpoint_that_does_not_fit_ones_own_network_is_one_line(main, own, tmp_path):
+    assert "of another shape (out.weight" in refused(
+        main("--arch", f"{own}:fixed", DOG, ckpt=own_checkpoint(tmp_path / "own.pth", 5))
+    )
+    assert "missing (features.0.weight" in refused(main("--arch", f"{own}:build", DOG))
+
+
+def test_a_network_of_ones_own_with_another_number_of_classes_is_one_line(main, own, tmp_path):
+    error = refused(
+        main("--arch", f"{own}:fixed", "--num-classes", 2, DOG, ckpt=own_checkpoint(tmp_path / "own.pth", 3))
+    )
+    assert "--num-classes 2" in error
+    assert "3 classes" in error
 
 
 # Every method
