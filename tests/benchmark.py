@@ -608,16 +608,14 @@ def peak_memory(row: Row, side: str, setting: Setting) -> float | None:
     """Megabytes at the peak of a process that does one side of the work once; None where that cannot be told."""
     if importlib.util.find_spec("resource") is None:  # Windows
         return None
-    work = getattr(row, side)(setting)
-    if not hasattr(work, "command"):
-        work = None
+    work = getattr(row, side)(setting) if row.name in ("process", "folder", "comparison") else None
     options = ["--device", setting.device, "--side", side, *["--quick"] * setting.quick, f"={row.name}"]
-    command = work.command if work else [sys.executable, "-W", "ignore", __file__, *options]
+    command = work.command if hasattr(work, "command") else [sys.executable, "-W", "ignore", __file__, *options]
     finished = subprocess.run([sys.executable, "-c", LAUNCHER, *command], capture_output=True, text=True)
     if finished.returncode:
         return None
     said, peak = finished.stdout.splitlines()[-2:]
-    return float(said) if setting.device.startswith("cuda") and not work else float(peak)
+    return float(said) if setting.device.startswith("cuda") and not hasattr(work, "command") else float(peak)
 
 
 def run_side(row: Row, side: str, setting: Setting) -> None:
@@ -729,9 +727,8 @@ def main() -> None:
         print(line(row, found, memory), flush=True)
         if row.name == "folder":
             share = busy_share(setting)
-            print(
-                f"| through that folder, the cores are busy | | | | {share:.0%} | 90% {'yes' if share >= 0.9 else 'NO'} |"
-            )
+            verdict = "yes" if share >= 0.9 else "NO"
+            print(f"| through that folder, the cores are busy | | | | {share:.0%} | 90% {verdict} |", flush=True)
 
 
 if __name__ == "__main__":
