@@ -1778,10 +1778,11 @@ def map_by_grad_cam(
         # Behind grad-cam's hooks stands tap's, so that what follows cannot change the activations that grad-cam keeps.
         with tap(network, [layer]):
             maps = cam(inputs.detach().clone().requires_grad_(), wanted, eigen_smooth=eigen_smooth)
-    except (ValueError, RuntimeError) as error:
-        if method != "shapleycam" or isinstance(error, torch.OutOfMemoryError):
-            raise
-        # it takes no tokens, and not every operation of a transformer has a second derivative
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # Shapley-CAM takes no tokens, Finer-CAM no single output, FullGrad no layer called twice
         raise CallError(f"{method} does not work on layer '{layer}': {first_line(error)}") from error
     finally:
         network.requires_grad_(False)
@@ -1893,10 +1894,15 @@ class Explainer:
         with torch.inference_mode(), exact_convolutions():
             return as_logits(self._network(self._own(inputs)))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        tensors = itertools.chain(self._network.parameters(), self._network.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
     def _own(self, inputs: Tensor) -> Tensor:
         """A copy of the inputs as the network wants them."""
-        device = next((p.device for p in self._network.parameters()), inputs.device)
-        return inputs.detach().to(device, torch.float32).clone(memory_format=memory_format(device))
+        return inputs.detach().to(self.device, torch.float32).clone(memory_format=memory_format(self.device))
 
     def _tune(self, inputs: Tensor) -> None:
         """Watches one input pass: finds the target layer where none was named, and folds the batch norms."""
@@ -2074,6 +2080,7 @@ def measure_trust(
         target: the class, an index.
         batch_size: how many changed inputs are asked about at once.
     """
+    inputs = inputs.to(explainer.device)
     heat = torch.from_numpy(cam).to(inputs)
     counts, masks = curve_masks(heat)
     masks = masks[:, None]
@@ -2884,7 +2891,8 @@ def run(args: argparse.Namespace) -> int:
         try:
             job = load(args, share) if todo else None
             prepared = ahead(partial(prepare, job=job), todo, 2 * args.batch_size)
-            for outcome in explain_photos(prepared, job, args.batch_size):
+            classes = len(args.target_classes or ()) or args.top_k or 1  # each needs as much memory as a photo
+            for outcome in explain_photos(prepared, job, max(1, args.batch_size // classes)):
                 writing.append(writers.submit(save, outcome, job, options, results))
                 while len(writing) > 2 * args.batch_size or (writing and writing[0].done()):
                     report(writing.popleft().result(), tally, bar)

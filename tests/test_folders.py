@@ -840,7 +840,7 @@ import cnn_visualizations as program
 explain = program.Explainer.__call__
 def slowly(*args, **options):
     time.sleep(0.5)
-    return explain(*args)
+    return explain(*args, **options)
 program.Explainer.__call__ = slowly
 sys.exit(program.main(program.parse_args()))
 """

@@ -321,7 +321,7 @@ def test_the_metrics_of_one_class_are_named_by_the_method_alone(main):
     assert "; gradcam: average_drop " in stdout
 
 
-NETWORK = """
+NETWORK = r"""
 import helper
 from torch import nn
 
@@ -356,11 +356,11 @@ def own(tmp_path):
     return tmp_path / "net.py"
 
 
-def own_checkpoint(path, classes, **entries):
+def own_checkpoint(path, count, **entries):
     namespace = {}
     exec(NETWORK.replace("import helper", ""), namespace)
     torch.manual_seed(0)
-    torch.save({"state_dict": namespace["Net"](classes).state_dict(), **entries}, path)
+    torch.save({"state_dict": namespace["Net"](count).state_dict(), **entries}, path)
     return path
 
 
