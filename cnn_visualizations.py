@@ -494,6 +494,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -2587,9 +2588,7 @@ def explain_batch(batch: Sequence[Prepared], job: Job, batch_size: int) -> Gener
         try:
             explanation = job.explainer(torch.stack([photo.inputs for photo in now]), job.targets, top=job.top)
             singles = [explanation.only(index) for index in range(len(now))]
-            trust = (
-                [trust_in(*pair, job) for pair in zip(now, singles, strict=True)] if job.metrics else [()] * len(now)
-            )
+            trust = [trust_in(*pair, job) for pair in zip(now, singles, strict=True)] if job.metrics else repeat(())
         except CallError:
             raise
         except (RuntimeError, ValueError) as error:  # the input is too small for the network, the memory is full ...

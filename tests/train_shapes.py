@@ -3,17 +3,20 @@ program where the shape is, and counts how often the peak of the map lies on it.
 
     python tests/train_shapes.py            # trains, writes tests/data/shapes_shufflenet_v2_x0_5.pth (minutes)
     python tests/train_shapes.py --table    # plays the pointing game with all methods, prints a table (minutes)
+    python tests/train_shapes.py --scenes FOLDER    # writes scenes as pictures, such as for benchmark.py --metrics
 
 The pointing game is that of Zhang et al., "Top-down Neural Attention by Excitation Backprop", arXiv:1608.00507.
 """
 
 import argparse
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from conftest import ROOT
+from PIL import Image
 from torch import nn
 from torchvision.models import get_model
 
@@ -229,8 +232,14 @@ def accuracy(model, scenes):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="play the pointing game with the weights that are there")
-    if parser.parse_args().table:
+    parser.add_argument("--scenes", type=Path, metavar="FOLDER", help="write 60 scenes as pictures")
+    args = parser.parse_args()
+    if args.table:
         print_table()
+    elif args.scenes:
+        args.scenes.mkdir(parents=True, exist_ok=True)
+        for number, (pixels, label, _) in enumerate(held_out(60)[0]):
+            Image.fromarray(pixels).save(args.scenes / f"{number:02} {CLASSES[label]}.png")
     else:
         began = time.monotonic()
         train()
