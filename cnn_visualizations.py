@@ -1043,10 +1043,12 @@ def build_own_model(
         sys.modules[spec.name] = module  # dataclasses look there
         spec.loader.exec_module(module)
         build = getattr(module, function)
-        takes_number = classes is not None and "num_classes" in inspect.signature(build).parameters
-        model = build(num_classes=classes) if takes_number else build()
+        parameters = inspect.signature(build).parameters.values()
+        takes_number = any(each.name == "num_classes" or each.kind is each.VAR_KEYWORD for each in parameters)
+        model = build(num_classes=classes) if takes_number and classes else build()
     except Exception as error:
-        raise CallError(f"--arch {arch}: {type(error).__name__}: {first_line(error)}") from error
+        hint = "; is it --num-classes that it needs?" if isinstance(error, TypeError) and not classes else ""
+        raise CallError(f"--arch {arch}: {type(error).__name__}: {first_line(error)}{hint}") from error
     finally:
         del sys.path[0]
     if not isinstance(model, nn.Module):

@@ -343,6 +343,12 @@ def fixed():
 def wrong():
     return 7
 
+def needy(num_classes):
+    return Net(num_classes)
+
+def anything(**options):
+    return Net(options["num_classes"])
+
 def broken():
     raise RuntimeError("no such file\nsecond line")
 """
@@ -378,6 +384,17 @@ def test_a_network_of_ones_own_may_have_a_fixed_number_of_classes_and_its_own_we
     classifier = program_file.load_classifier(f"{own}:fixed", device="cpu")
     assert classifier.class_names == ("class 0", "class 1", "class 2")
     assert (classifier.preset.crop_size, classifier.model.training) == ([224], False)
+
+
+@pytest.mark.parametrize("function", ["build", "needy", "anything"])
+def test_the_number_of_classes_goes_to_the_function_that_takes_it(own, function):
+    classifier = program_file.load_classifier(f"{own}:{function}", num_classes=7, device="cpu")
+    assert len(classifier.class_names) == 7
+
+
+def test_a_function_that_needs_the_number_of_classes_says_so(own):
+    with pytest.raises(program_file.CallError, match="is it --num-classes that it needs"):
+        program_file.load_classifier(f"{own}:needy", device="cpu")
 
 
 @pytest.mark.parametrize(
