@@ -263,8 +263,8 @@ class _Parser(argparse.ArgumentParser):
 HELP = {
     "images": "Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders of photos, patterns such as '*.jpg', or - to read "
     "paths from standard input, one a line.",
-    "arch": "The torchvision architecture, such as resnet50. Left out, the checkpoint tells it; without a checkpoint "
-    "either, it is resnet50.",
+    "arch": "The torchvision architecture, such as resnet50; or net.py:build, a function of your own that returns the "
+    "network. Left out, the checkpoint tells it; without a checkpoint either, it is resnet50.",
     "ckpt": "Your checkpoint: .pth, .pt, .ckpt or .safetensors with the weights. Left out, torchvision's ImageNet "
     "weights are downloaded.",
     "num-classes": "How many classes the network tells apart. Left out, the checkpoint tells it.",
@@ -306,7 +306,7 @@ def _parser() -> _Parser:
         prog="cnn_visualizations.py",
         description="Shows what in a photo made a network answer as it did. For each photo it writes the\n"
         "heatmap (CAM) over the photo, guided backpropagation (gb), and the product of the two\n"
-        "(cam_gb) as JPEG files.",
+        "(cam_gb) as pictures.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -2195,7 +2195,7 @@ def impute(inputs: Tensor, kept: Tensor, steps: int = 12) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6  Pictures. What was found becomes JPEG files, each of them whole or not there.
+# 6  Pictures. What was found becomes files, each of them whole or not there.
 # ---------------------------------------------------------------------------------------------------------------------
 
 Picture = NDArray[np.uint8]  # RGB, (h, w, 3)
