@@ -26,6 +26,7 @@ import ctypes
 import difflib
 import functools
 import glob
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -357,19 +358,34 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 # Stands near the beginning or the end of every file that this program writes. So a folder can be given with earlier
-# results in it, and no file that is not ours is ever overwritten.
+# results in it, and no file that is not ours, or that was made from another photo, is ever overwritten.
 MARK = "made by cnn_visualizations.py"
 
 
-def is_ours(path: str | Path) -> bool:
-    """Whether a file was written by this program."""
+def mark_of(path: str | Path, photo: str | Path) -> str:
+    """The mark of a file made from a photo: MARK, and a hash of the way from the file's folder to the photo."""
+    try:
+        way = os.path.relpath(photo, os.path.dirname(os.path.abspath(path)))
+    except ValueError:  # another drive of Windows
+        way = os.path.abspath(photo)
+    return f"{MARK} from {hashlib.sha256(way.replace(os.sep, '/').encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+
+
+def is_ours(path: str | Path, photo: str | Path | None = None) -> bool:
+    """Whether a file was written by this program; if a photo is given, whether it was made from that."""
+    mark = MARK if photo is None else mark_of(path, photo)
     try:
         with Path(path).open("rb") as file:
             start = file.read(300)
             file.seek(max(0, os.fstat(file.fileno()).st_size - 300))
-            return MARK.encode() in start + file.read()
+            return mark.encode() in start + file.read()
     except (OSError, ValueError):
         return False
+
+
+def may_write(path: str | Path, photo: str | Path) -> bool:
+    """Whether there is no such file, or one that this program made from the same photo."""
+    return not os.path.lexists(path) or is_ours(path, photo)
 
 
 def photo_fault(path: Path) -> str | None:
@@ -479,7 +495,6 @@ if __name__ == "__main__":
 
 import copy
 import errno
-import hashlib
 import io
 import itertools
 import logging
@@ -2400,8 +2415,8 @@ def file_labels(class_names: Sequence[str]) -> list[str]:
 def find_places(photos: Sequence[tuple[str, str]], output: Path, wanted: Wanted) -> Iterator[tuple[str, str]]:
     """Each photo with the place of its pictures: its own stem, or stem_2, stem_3 ... where that is taken.
 
-    No picture goes over one of the photos, over the picture of another photo of this run, or over any file that this
-    program did not write. `photos` are paths with their folders below `output`.
+    No picture goes over one of the photos, over the picture of another photo, or over any file that this program did
+    not write. `photos` are paths with their folders below `output`.
     """
     taken = {_file_key(path) for path, _ in photos}
     numbers: Counter[int] = Counter()  # how many were tried for a name, so that a thousand equal ones take no million
@@ -2411,7 +2426,7 @@ def find_places(photos: Sequence[tuple[str, str]], output: Path, wanted: Wanted)
             place = own if number == 1 else f"{own}_{number}"
             files = wanted.files(place).values()
             keys = {_file_key(file) for file in files}
-            if taken.isdisjoint(keys) and all(is_ours(file) or not os.path.lexists(file) for file in files):
+            if taken.isdisjoint(keys) and all(may_write(file, path) for file in files):
                 break
         numbers[_file_key(own)] = number
         taken |= keys
@@ -2436,27 +2451,27 @@ def write_file(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def write_result(path: Path, content: bytes) -> None:
-    """The same for a file that bears our mark, unless one that does not is in its place. Raises OSError."""
-    if os.path.lexists(path) and not is_ours(path):
-        raise FileExistsError(errno.EEXIST, f"{path} was not written by this program and is in the way")
+def write_result(path: Path, content: bytes, photo: str) -> None:
+    """The same for a file that bears the photo's mark, unless another one is in its place. Raises OSError."""
+    if not may_write(path, photo):
+        raise FileExistsError(errno.EEXIST, f"{path} is in the way: it was not made from this photo")
     write_file(path, content)
 
 
-def write_picture(path: Path, picture: Picture, look: Look) -> None:
+def write_picture(path: Path, picture: Picture, look: Look, photo: str) -> None:
     """Writes a picture, marked as ours. Raises OSError: the folder is gone, the disk is full ..."""
     mark = Image.Exif()
-    mark[ExifTags.Base.Software] = MARK
+    mark[ExifTags.Base.Software] = mark_of(path, photo)
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, FORMATS[look.format], quality=look.quality, exif=mark)
-    write_result(path, buffer.getvalue())
+    write_result(path, buffer.getvalue(), photo)
 
 
-def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+def write_arrays(path: Path, arrays: Mapping[str, Any], photo: str) -> None:
     """Writes arrays as a compressed .npz, marked as ours by the name of the first one. Raises OSError."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{MARK: np.array("load with numpy.load"), **arrays})
-    write_result(path, buffer.getvalue())
+    np.savez_compressed(buffer, **{mark_of(path, photo): np.array("load with numpy.load"), **arrays})
+    write_result(path, buffer.getvalue(), photo)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2734,7 +2749,7 @@ def save_pictures(done: Explained, job: Job, record: Mapping[str, Any], labels: 
     """Writes what is wanted of a photo. Raises OSError."""
     on_sheet = {}
     for key, picture in draw_all(done, job, labels):
-        write_picture(files[key], picture, job.look)
+        write_picture(files[key], picture, job.look, done.photo.path)
         if job.wanted.sheet:
             on_sheet[key] = in_cell(picture)
     if job.wanted.sheet:
@@ -2747,9 +2762,10 @@ def save_pictures(done: Explained, job: Job, record: Mapping[str, Any], labels: 
             for each, label in zip(classes, labels, strict=True)
             for method in job.wanted.methods
         ]
-        write_picture(files["sheet", "", ""], draw_sheet(done.photo.picture, job.wanted.outputs, rows), job.look)
+        sheet = draw_sheet(done.photo.picture, job.wanted.outputs, rows)
+        write_picture(files["sheet", "", ""], sheet, job.look, done.photo.path)
     if job.wanted.arrays:
-        write_arrays(files["arrays", "", ""], as_arrays(done, job))
+        write_arrays(files["arrays", "", ""], as_arrays(done, job), done.photo.path)
 
 
 def as_arrays(done: Explained, job: Job) -> dict[str, Any]:
@@ -2772,6 +2788,14 @@ def as_arrays(done: Explained, job: Job) -> dict[str, Any]:
     return arrays if explanation.guided is None else {**arrays, "guided": explanation.guided[0]}
 
 
+def free_files(photo: Prepared, wanted: Wanted, labels: Sequence[str]) -> dict[tuple[str, str, str], Path]:
+    """The photo's files; numbered where the classes, only known now, make names that another photo has taken."""
+    for number in itertools.count(1):
+        files = wanted.files(photo.place if number == 1 else f"{photo.place}_{number}", labels)
+        if all(may_write(file, photo.path) for file in files.values()):
+            return files
+
+
 def save(outcome: Explained | Failed, job: Job, options: Options, results: Results) -> Failed | str:
     """Writes the files and the record of one photo. Returns the line to print for it, or what went wrong."""
     path = outcome.path if isinstance(outcome, Failed) else outcome.photo.path
@@ -2781,7 +2805,7 @@ def save(outcome: Explained | Failed, job: Job, options: Options, results: Resul
             return outcome
         targets = outcome.explanation.targets[0]
         labels = [job.labels[target] for target in targets] if job.labels else [""]
-        files = job.wanted.files(outcome.photo.place, labels)
+        files = free_files(outcome.photo, job.wanted, labels)
         record = describe(outcome, job, files.values())
         for method, cams in outcome.explanation.cams.items():
             for target in targets[~cams[0].any((1, 2))]:

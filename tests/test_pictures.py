@@ -12,7 +12,6 @@ from PIL import ExifTags, Image, ImageFont
 import cnn_visualizations as program_file
 from cnn_visualizations import (
     COLORMAPS,
-    MARK,
     Look,
     Photo,
     Wanted,
@@ -25,6 +24,8 @@ from cnn_visualizations import (
     find_places,
     has_glyphs,
     is_ours,
+    mark_of,
+    may_write,
     seen_picture,
     write_arrays,
     write_picture,
@@ -32,6 +33,7 @@ from cnn_visualizations import (
 
 ALL = ("cam", "gb", "cam_gb")
 LOOK = Look()
+PHOTO = "photos/dog.jpg"
 
 
 def photo_of(height, width):
@@ -320,10 +322,10 @@ def test_an_installed_font_is_taken_where_pillows_own_lacks_a_character(monkeypa
 
 def test_arrays_are_read_back_as_they_were_and_without_pickles(tmp_path):
     arrays = {"cams": np.random.rand(2, 3).astype(np.float32), "class_names": np.array(["cat", "哈士奇"])}
-    write_arrays(tmp_path / "a.npz", arrays)
+    write_arrays(tmp_path / "a.npz", arrays, "dog.jpg")
     assert is_ours(tmp_path / "a.npz")
     with np.load(tmp_path / "a.npz", allow_pickle=False) as read:
-        assert set(read) == {"cams", "class_names", MARK}
+        assert set(read) == {"cams", "class_names", mark_of(tmp_path / "a.npz", "dog.jpg")}
         for name, array in arrays.items():
             np.testing.assert_array_equal(read[name], array)
 
@@ -466,7 +468,7 @@ def texture(height=40, width=60):
 
 @pytest.mark.parametrize("name", ["a.jpg", "照片 一.jpg", "v1.2 (copy).jpg", "Ünïcödé.jpg"])
 def test_a_written_picture_is_a_jpeg_with_the_right_colours(tmp_path, name):
-    write_picture(tmp_path / name, texture(), LOOK)
+    write_picture(tmp_path / name, texture(), LOOK, PHOTO)
     assert [file.name for file in tmp_path.iterdir()] == [name]
     with Image.open(tmp_path / name) as read:
         assert (read.format, read.mode, read.size) == ("JPEG", "RGB", (60, 40))
@@ -476,10 +478,14 @@ def test_a_written_picture_is_a_jpeg_with_the_right_colours(tmp_path, name):
 @pytest.mark.parametrize(("ending", "kind"), [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
 def test_every_format_bears_our_mark_and_shows_the_picture(tmp_path, ending, kind):
     path, picture = tmp_path / f"a.{ending}", cv2.resize(texture(), (600, 400))
-    write_picture(path, picture, Look(format=ending))
+    write_picture(path, picture, Look(format=ending), PHOTO)
     assert is_ours(path)
     with Image.open(path) as read:
-        assert (read.format, read.size, read.getexif()[ExifTags.Base.Software]) == (kind, (600, 400), MARK)
+        assert (read.format, read.size, read.getexif()[ExifTags.Base.Software]) == (
+            kind,
+            (600, 400),
+            mark_of(path, PHOTO),
+        )
         assert np.abs(np.asarray(read.convert("RGB")).astype(int) - picture).mean() < 3
 
 
@@ -487,20 +493,39 @@ def test_every_format_bears_our_mark_and_shows_the_picture(tmp_path, ending, kin
 def test_less_quality_is_a_smaller_file(tmp_path, ending):
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
     for quality in (30, 98):
-        write_picture(tmp_path / f"{quality}.{ending}", noise, Look(format=ending, quality=quality))
+        write_picture(tmp_path / f"{quality}.{ending}", noise, Look(format=ending, quality=quality), PHOTO)
     assert (tmp_path / f"30.{ending}").stat().st_size * 2 < (tmp_path / f"98.{ending}").stat().st_size
 
 
 def test_a_file_that_is_not_ours_is_never_replaced(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"somebody's photo")
     with pytest.raises(FileExistsError, match="in the way"):
-        write_picture(tmp_path / "a.jpg", texture(), LOOK)
+        write_picture(tmp_path / "a.jpg", texture(), LOOK, PHOTO)
     assert (tmp_path / "a.jpg").read_bytes() == b"somebody's photo"
 
 
+def test_a_picture_of_another_photo_is_never_replaced(tmp_path):
+    write_picture(tmp_path / "a.jpg", texture(), LOOK, "cats/a.jpg")
+    with pytest.raises(FileExistsError, match="not made from this photo"):
+        write_picture(tmp_path / "a.jpg", texture(), LOOK, "dogs/a.jpg")
+    assert may_write(tmp_path / "a.jpg", "cats/a.jpg")
+    ((_, place),) = find_places([("dogs/a.jpg", "")], tmp_path, Wanted(["gradcam"], ["gb"]))
+    write_picture(tmp_path / "gb_a.jpg", texture(), LOOK, "cats/a.jpg")
+    ((_, other),) = find_places([("dogs/a.jpg", "")], tmp_path, Wanted(["gradcam"], ["gb"]))
+    assert (Path(place).name, Path(other).name) == ("a", "a_2")
+
+
+def test_pictures_that_move_along_with_their_photo_are_still_its_own(tmp_path):
+    (tmp_path / "here").mkdir()
+    write_picture(tmp_path / "here" / "gb_a.jpg", texture(), LOOK, tmp_path / "here" / "a.jpg")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert is_ours(tmp_path / "there" / "gb_a.jpg", tmp_path / "there" / "a.jpg")
+    assert not is_ours(tmp_path / "there" / "gb_a.jpg", tmp_path / "here" / "a.jpg")
+
+
 def test_a_picture_of_an_earlier_run_is_replaced(tmp_path):
-    write_picture(tmp_path / "a.jpg", texture(), LOOK)
-    write_picture(tmp_path / "a.jpg", grey(10, 10), LOOK)
+    write_picture(tmp_path / "a.jpg", texture(), LOOK, PHOTO)
+    write_picture(tmp_path / "a.jpg", grey(10, 10), LOOK, PHOTO)
     with Image.open(tmp_path / "a.jpg") as read:
         assert read.size == (10, 10)
 
@@ -516,33 +541,34 @@ def fail_half_way(monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", half)
 
 
-@pytest.mark.parametrize("before", [None, b"the picture of an earlier run, " + MARK.encode()])
-def test_a_write_that_fails_half_way_leaves_what_was_there(tmp_path, monkeypatch, before):
-    if before:
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_write_that_fails_half_way_leaves_what_was_there(tmp_path, monkeypatch, earlier):
+    before = b"the picture of an earlier run, " + mark_of(tmp_path / "a.jpg", PHOTO).encode()
+    if earlier:
         (tmp_path / "a.jpg").write_bytes(before)
     fail_half_way(monkeypatch)
     with pytest.raises(OSError, match="No space left"):
-        write_picture(tmp_path / "a.jpg", texture(), LOOK)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({"a.jpg": before} if before else {})
+        write_picture(tmp_path / "a.jpg", texture(), LOOK, PHOTO)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({"a.jpg": before} if earlier else {})
 
 
 def test_a_move_that_fails_leaves_nothing_behind(tmp_path):
     (tmp_path / "a.jpg").mkdir()
     with pytest.raises(OSError):
-        write_picture(tmp_path / "a.jpg", texture(), LOOK)
+        write_picture(tmp_path / "a.jpg", texture(), LOOK, PHOTO)
     assert [file.name for file in tmp_path.iterdir()] == ["a.jpg"]
 
 
 def test_a_folder_that_is_gone_is_an_os_error(tmp_path):
     with pytest.raises(OSError):
-        write_picture(tmp_path / "gone" / "a.jpg", texture(), LOOK)
+        write_picture(tmp_path / "gone" / "a.jpg", texture(), LOOK, PHOTO)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="an open file cannot be replaced there")
 def test_whoever_reads_the_old_picture_keeps_reading_the_old_picture(tmp_path):
-    write_picture(tmp_path / "a.jpg", texture(), LOOK)
+    write_picture(tmp_path / "a.jpg", texture(), LOOK, PHOTO)
     old = (tmp_path / "a.jpg").read_bytes()
     with (tmp_path / "a.jpg").open("rb") as reader:
         start = reader.read(100)
-        write_picture(tmp_path / "a.jpg", grey(300, 300), LOOK)
+        write_picture(tmp_path / "a.jpg", grey(300, 300), LOOK, PHOTO)
         assert start + reader.read() == old

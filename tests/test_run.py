@@ -585,6 +585,18 @@ def test_two_photos_of_one_name_both_keep_their_pictures(main, tmp_path):
     assert opened(tmp_path / "out" / "gradcam_cam_dog_2.jpg").shape[0] < 300
 
 
+@pytest.mark.parametrize("classes", [[], ["--top-k", "2"]])
+def test_two_photos_of_one_name_both_keep_their_pictures_in_two_runs_too(main, tmp_path, classes):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(DOG, tmp_path / folder / "dog.jpg")
+    for folder, count in (("a", 1), ("b", 2), ("a", 2), ("b", 2)):
+        status, stdout, _ = main("--outputs", "gb", *classes, tmp_path / folder / "dog.jpg")
+        assert status == 0
+        assert ("dog_2" in stdout) == (folder == "b")
+        assert len(files_in(tmp_path / "out")) == count * (2 if classes else 1)
+
+
 def test_the_photos_own_folder_is_safe_for_the_pictures(main, tmp_path, monkeypatch):
     whole = DOG.read_bytes()
     for name in ("dog.jpg", "gb_dog.jpg"):
