@@ -1798,9 +1798,8 @@ def map_by_grad_cam(
             maps = cam(inputs.detach().clone().requires_grad_(), wanted, eigen_smooth=eigen_smooth)
     except torch.OutOfMemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # Shapley-CAM takes no tokens, Finer-CAM no single output, FullGrad no layer called twice
+    except Exception as error:
+        # Shapley-CAM takes no tokens, Finer-CAM no single output, FullGrad no layer that is called twice.
         raise CallError(f"{method} does not work on layer '{layer}': {first_line(error)}") from error
     finally:
         network.requires_grad_(False)
