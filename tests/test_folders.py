@@ -1,4 +1,4 @@
-"""Rooms 1 and 6 on folders: which photos are found, batches, records, resume after kills, shares under torchrun."""
+"""Rooms 1 and 7 on folders: which photos are found, batches, records, resume after kills, shares under torchrun."""
 
 import io
 import itertools
