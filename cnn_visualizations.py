@@ -473,14 +473,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.photos = find_photos(args.images, sys.stdin if "-" in args.images else ())
     if not args.photos:
         parser.error(f"no photos in {', '.join(args.images)} (looked for {' '.join(SUFFIXES)})")
-    faults = []
-    for path, _ in args.photos:
-        faults.append(f"error: {path} {photo_fault(Path(path))}")
-        if photo_fault(Path(path)) is None:  # worth starting for; the others get their line when it is their turn
-            break
-    else:
-        for fault in faults:
-            say(fault, sys.stderr)
+    # Of a folder every photo is to stand in results.jsonl; photos that were named one by one are answered at once.
+    args.one_by_one = not any(name == "-" or os.path.isdir(name) or glob.has_magic(name) for name in args.images)
+    if args.one_by_one and all(photo_fault(Path(path)) for path, _ in args.photos):
+        for path, _ in args.photos:
+            say(f"error: {path} {photo_fault(Path(path))}", sys.stderr)
         parser.exit(1)
     try:
         check_writable(args.output)
@@ -597,7 +594,7 @@ def own_stderr() -> None:
 if __name__ == "__main__":
     quiet_libraries()
     own_stderr()
-    if len(ARGS.photos) == 1:
+    if ARGS.one_by_one and len(ARGS.photos) == 1:
         try:
             read_photo(Path(ARGS.photos[0][0]))
         except PhotoError as error:

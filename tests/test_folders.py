@@ -609,6 +609,16 @@ def test_other_pictures_are_not_there_yet(main, album, more):
     assert "6 done, 0 skipped" in main("--skip-existing", *more, album)[2]
 
 
+def test_a_folder_of_broken_photos_only_has_its_records(main, tmp_path):
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / "album").mkdir(exist_ok=True)
+        (tmp_path / "album" / name).write_bytes(b"no picture")
+    status, _, stderr = main(tmp_path / "album")
+    assert (status, stderr.count("error: ")) == (1, 2)
+    assert [Path(record["image"]).name for record in records(tmp_path / "out")] == ["a.jpg", "b.png"]
+    assert all("is not a picture" in record["error"] for record in records(tmp_path / "out"))
+
+
 def test_a_mended_photo_replaces_its_error_and_a_broken_one_is_tried_again(main, album, tmp_path):
     whole = (album / "b.jpg").read_bytes()
     for name in ("b.jpg", "x/1.jpg"):
