@@ -1384,6 +1384,8 @@ def kernel_component(contributions: Tensor) -> Tensor:
     from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection_kernel
 
     shape = contributions.shape
+    if shape[-2] * shape[-1] > 5000:
+        raise CallError(f"kpcacam compares all pairs of places, too many in a map of {_shape(contributions[0, 0, 0])}")
     maps = get_2d_projection_kernel(contributions.detach().reshape(-1, *shape[-3:]).cpu().numpy())
     return torch.from_numpy(maps).to(contributions).view(*shape[:-3], *shape[-2:])
 
@@ -1759,40 +1761,37 @@ def score_weights(
 
 
 def map_by_grad_cam(
-    method: str, network: nn.Module, layer: str, inputs: Tensor, targets: Tensor, eigen_smooth: bool
+    method: str, network: nn.Module, layer: str, inputs: Tensor, target: int, eigen_smooth: bool
 ) -> Tensor:
-    """The map (N, H, W) of a method that needs a pass of its own, through grad-cam's class for it.
+    """The map (H, W) of a method that needs a pass of its own, for one input (1, 3, H, W), through grad-cam's class.
 
     FullGrad (Srinivas and Fleuret, NeurIPS 2019, arXiv:1905.00780) looks at every bias instead of a layer, Shapley-CAM
     (arXiv:2501.06261) needs second derivatives, Finer-CAM (CVPR 2025, arXiv:2501.11309) explains the class against the
     three most similar ones.
+
+    Raises:
+        CallError: the method cannot cope with the network or the layer.
     """
     import pytorch_grad_cam
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWeightedTarget
 
-    def finer(target: int, logits: Tensor) -> Any:
-        similar = (logits - logits[target]).abs().argsort(stable=True).tolist()
-        return FinerWeightedTarget(target, [index for index in similar if index != target][:3], alpha=1)
-
+    wanted = ClassifierOutputTarget(target)
     if method == "finercam":
         with torch.no_grad():
-            logits = as_logits(network(inputs))
-        wanted = [finer(*pair) for pair in zip(targets.tolist(), logits, strict=True)]
-    else:
-        wanted = [ClassifierOutputTarget(target) for target in targets.tolist()]
+            logits = as_logits(network(inputs))[0]
+        similar = (logits - logits[target]).abs().argsort(stable=True).tolist()
+        wanted = FinerWeightedTarget(target, [index for index in similar if index != target][:3], alpha=1)
     kind = getattr(pytorch_grad_cam, BY_GRAD_CAM[method])
     if method == "fullgrad":
         cam = kind(network, [], None)
     else:
         cam = kind(network, [network.get_submodule(layer)], partial(as_map, size=inputs.shape[2:]))
     kept = getattr(cam, "base_cam", cam).activations_and_grads
-    network.requires_grad_(
-        method == "shapleycam"
-    )  # it cannot tell a constant gradient from none where weights are frozen
+    network.requires_grad_(method == "shapleycam")  # where weights are frozen, it cannot cope with a constant gradient
     try:
         # Behind grad-cam's hooks stands tap's, so that what follows cannot change the activations that grad-cam keeps.
         with tap(network, [layer]):
-            maps = cam(inputs.detach().clone().requires_grad_(), wanted, eigen_smooth=eigen_smooth)
+            found = cam(inputs.detach().clone().requires_grad_(), [wanted], eigen_smooth=eigen_smooth)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -1802,7 +1801,7 @@ def map_by_grad_cam(
         network.requires_grad_(False)
         kept.activations, kept.gradients = [], []  # which its own release() fails to detach where they are views
         kept.release()
-    return torch.from_numpy(np.float32(maps)).to(inputs)
+    return torch.from_numpy(np.float32(found[0])).to(inputs)
 
 
 def exact_convolutions() -> contextlib.AbstractContextManager[None]:
@@ -2002,14 +2001,13 @@ class Explainer:
         """The maps (N, K, H, W) of one method, in [0, 1], over all layers."""
         if method in BY_GRAD_CAM:
             names = self.target_layers[: 1 if method == "fullgrad" else None]
-            of_layers = [
-                [
-                    map_by_grad_cam(method, self._network, name, inputs, column, self.eigen_smooth)
-                    for column in classes.T
-                ]
+            each = [
+                map_by_grad_cam(method, self._network, name, photo, int(target), self.eigen_smooth)
                 for name in names
+                for photo, row in zip(inputs.split(1), classes, strict=True)
+                for target in row
             ]
-            return normalise(torch.stack([torch.stack(of_classes, 1) for of_classes in of_layers]).mean(0))
+            return normalise(torch.stack(each).view(len(names), *classes.shape, *inputs.shape[2:]).mean(0))
         maps = []
         for layer, activations in layers.items():
             small = self._map(method, layer, activations, gradients.get(layer), inputs, classes)
@@ -2402,7 +2400,7 @@ def file_labels(class_names: Sequence[str]) -> list[str]:
 
     There is no underscore in a label, so that no two photos' names with labels behind them can be equal.
     """
-    labels = [re.sub(r"[^\w.+]+|_", "-", name).strip("-.")[:60] for name in class_names]
+    labels = [re.sub(r"[^\w.+]+|_", "-", name).strip("-.")[:40] for name in class_names]
     if all(labels) and len({label.casefold() for label in labels}) == len(labels):
         return labels
     return [f"{index}-{label}".rstrip("-") for index, label in enumerate(labels)]

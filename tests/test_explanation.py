@@ -813,6 +813,18 @@ def test_shapleycam_on_tokens_is_a_call_error():
         Explainer(network("small vit"), ["shapleycam"], ["encoder.layers.encoder_layer_1.ln_1"])(photos())
 
 
+def test_kpcacam_on_a_map_of_too_many_places_is_a_call_error_and_not_a_full_memory():
+    with pytest.raises(CallError, match="kpcacam compares all pairs of places, too many in a map of 80 x 80"):
+        Explainer(Tiny(), ["kpcacam"], ["first"], guided=False)(photos(1, 80))
+
+
+@pytest.mark.parametrize("method", ["finercam", "shapleycam", "fullgrad"])
+def test_one_output_alone_is_explained_or_a_call_error(method):
+    explainer = Explainer(Tiny(outputs=1), [method], ["first"], guided=False)
+    with contextlib.suppress(CallError):
+        assert np.isfinite(explainer(photos(1, 12)).cams[method]).all()
+
+
 def test_what_grad_cam_keeps_is_not_changed_by_what_follows_the_layer():
     model, inputs = network("densenet121"), photos()  # a ReLU in place follows `features`
     ours = Explainer(model, ["finercam"], ["features"], guided=False)(inputs)
