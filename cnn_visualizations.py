@@ -1048,9 +1048,11 @@ def build_own_model(
     state = dict(checkpoint.state)
     head = _head_weight(state, checkpoint.beside)
     classes = num_classes or (state[head].shape[0] if head else None)
-    sys.path.insert(0, os.path.dirname(os.path.abspath(file)))  # its neighbours can be imported
+    folder = os.path.dirname(os.path.abspath(file))
+    sys.path.insert(0, folder)  # its neighbours can be imported
     try:
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        # under a name of our own: a file that is called torch.py must not stand in for torch
+        spec = importlib.util.spec_from_file_location(f"own_{Path(file).stem}", file)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look there
         spec.loader.exec_module(module)
@@ -1062,7 +1064,7 @@ def build_own_model(
         hint = "; is it --num-classes that it needs?" if isinstance(error, TypeError) and not classes else ""
         raise CallError(f"--arch {arch}: {type(error).__name__}: {first_line(error)}{hint}") from error
     finally:
-        del sys.path[0]
+        sys.path.remove(folder)
     if not isinstance(model, nn.Module):
         raise CallError(f"--arch {arch} returned a {type(model).__name__}, not a torch.nn.Module")
     if state:
@@ -2248,7 +2250,7 @@ def draw_cam(picture: Picture, cam: Floats, look: Look) -> Picture:
     places = 255 * cv2.resize(cam, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR).clip(0, 1)
     # Between two of the 256 colours is interpolated: no steps are seen, nor does a last bit become a step.
     heat = cv2.remap(_colours(look.colormap), places, np.zeros_like(places), cv2.INTER_LINEAR)
-    return np.uint8((1 - look.alpha) * picture + look.alpha * heat + 0.5)
+    return np.uint8(cv2.addWeighted(np.float32(picture), 1 - look.alpha, heat, look.alpha, 0.5))
 
 
 @functools.cache
