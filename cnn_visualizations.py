@@ -2310,7 +2310,7 @@ def in_cell(picture: Picture, side: int = CELL) -> Picture:
 
 def write_text(pen: ImageDraw.ImageDraw, left: int, top: int, text: str, width: int, colour: str) -> None:
     """Writes one line, cut off where it is wider than `width`. Characters that no font has become question marks."""
-    font = find_font("".join(sorted(set(text))))
+    font = find_font("".join(sorted({c for c in text if not c.isascii()})))
     text = "".join(c if has_glyphs(font, c) else "?" for c in text)
     while len(text) > 1 and font.getlength(text) > width:
         text = text[:-2] + "…"
@@ -2320,17 +2320,22 @@ def write_text(pen: ImageDraw.ImageDraw, left: int, top: int, text: str, width: 
 @functools.cache
 def find_font(characters: str) -> Any:
     """Pillow's own font where that has all the characters, else an installed one; told if there is none."""
-    own = ImageFont.load_default(TEXT)
+    own = load_font("")
     if has_glyphs(own, characters):
         return own
     for path in installed_fonts():
         with contextlib.suppress(OSError, ValueError):
-            font = ImageFont.truetype(path, TEXT)
-            if has_glyphs(font, characters):
-                return font
+            if has_glyphs(load_font(path), f"A0{characters}"):
+                return load_font(path)
     missing = "".join(c for c in characters if not has_glyphs(own, c))
     note(f"no installed font has {missing}; they are question marks on the sheet (Noto Sans CJK has Chinese, for one)")
     return own
+
+
+@functools.cache
+def load_font(path: str) -> Any:
+    """A font at the size of TEXT; Pillow's own one, which has the ASCII letters, if no path is given."""
+    return ImageFont.truetype(path, TEXT) if path else ImageFont.load_default(TEXT)
 
 
 @functools.cache

@@ -302,16 +302,22 @@ def test_a_font_for_chinese_is_found_or_said_to_be_missing(capsys, monkeypatch):
     find_font.cache_clear()
 
 
+def test_captions_that_differ_in_their_numbers_share_one_font_and_one_note(capsys, monkeypatch):
+    find_font.cache_clear()
+    monkeypatch.setattr(program_file, "installed_fonts", lambda: ())
+    for number in range(5):
+        draw_sheet(grey(9, 9), ["cam"], [(f"gradcam   哈士奇 0.{number}7{number}", [grey(9, 9)])])
+    assert capsys.readouterr().err.count("note: ") == 1
+    assert find_font.cache_info().currsize == 2  # for the caption, and for what is ASCII
+    find_font.cache_clear()
+
+
 def test_an_installed_font_is_taken_where_pillows_own_lacks_a_character(monkeypatch, tmp_path):
     find_font.cache_clear()
     (tmp_path / "broken.ttf").write_bytes(b"not a font")
     monkeypatch.setattr(program_file, "installed_fonts", lambda: (str(tmp_path / "broken.ttf"), "whole.ttf"))
-    whole, truetype = ImageFont.load_default(30), ImageFont.truetype
-    monkeypatch.setattr(
-        ImageFont,
-        "truetype",
-        lambda path, *args, **kwargs: whole if path == "whole.ttf" else truetype(path, *args, **kwargs),
-    )
+    whole, load_font = ImageFont.load_default(30), program_file.load_font
+    monkeypatch.setattr(program_file, "load_font", lambda path: whole if path == "whole.ttf" else load_font(path))
     monkeypatch.setattr(program_file, "has_glyphs", lambda font, characters: font is whole)
     assert find_font("哈") is whole
     find_font.cache_clear()
