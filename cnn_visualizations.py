@@ -615,18 +615,8 @@ from tqdm import tqdm
 
 HEAD_ROOTS = ("fc", "classifier", "head", "heads")  # where torchvision's networks keep their last layer
 STATE_ENTRIES = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "net",
-    "network",
-    "module",
-    "weights",
-    "params",
-    "ema",
-    "model_ema",
-    "ema_state_dict",
-    "state_dict_ema",
+    *("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params"),
+    *("ema", "model_ema", "ema_state_dict", "state_dict_ema"),
 )
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.")
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # training-time heads of googlenet and inception_v3; never needed here
@@ -2210,6 +2200,7 @@ def impute(inputs: Tensor, kept: Tensor, steps: int = 12) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 Picture = NDArray[np.uint8]  # RGB, (h, w, 3)
+FileKey = tuple[str, str, str]  # one of OUTPUTS, method, label of the class; see Wanted.files
 
 DEFAULT_LONG_SIDE = 1024  # pixels
 CELL = 320  # long side of a picture on a sheet, in pixels; less where a sheet would be taller than
@@ -2383,7 +2374,7 @@ class Wanted:
     sheet: bool = False
     arrays: bool = False
 
-    def files(self, place: str, labels: Sequence[str] = ("",)) -> dict[tuple[str, str, str], Path]:
+    def files(self, place: str, labels: Sequence[str] = ("",)) -> dict[FileKey, Path]:
         """The file for each output, method ("" for gb, which has none) and class label.
 
         `place` is the photo's output folder and its stem, such as out/cats/33. The labels are "" where only one class
@@ -2638,6 +2629,24 @@ def trust_in(photo: Prepared, explanation: Explanation, job: Job) -> list[dict[s
     ]
 
 
+class Options:
+    """The options that decide what is in the files, so that a resumed run knows which photos it need not do again."""
+
+    NAMES = (
+        *("arch", "ckpt", "num_classes", "class_names", "input_size", "resize", "methods", "target_layers"),
+        *("target_classes", "top_k", "aug_smooth", "eigen_smooth", "metrics", "outputs", "output_size", "sheet"),
+        *("save_arrays", "colormap", "alpha", "format", "quality"),
+    )
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        of_file = [args.ckpt.stat().st_mtime_ns] if args.ckpt else []  # trained on since then?
+        self._text = repr([str(getattr(args, name)) for name in self.NAMES] + of_file)
+
+    def digest(self, place: str) -> str:
+        """A short name for the options and the place of a photo's files."""
+        return hashlib.sha256(f"{self._text} {place}".encode("utf-8", "backslashreplace")).hexdigest()[:16]
+
+
 Key = tuple[str, str]  # image, methods
 
 
@@ -2733,7 +2742,7 @@ def as_line(record: Mapping[str, Any]) -> str:
     return f"{record['image']}: {'; '.join(parts)} -> {', '.join(record['files'])}"
 
 
-def draw_all(done: Explained, job: Job, labels: Sequence[str]) -> Iterator[tuple[tuple[str, str, str], Picture]]:
+def draw_all(done: Explained, job: Job, labels: Sequence[str]) -> Iterator[tuple[FileKey, Picture]]:
     """The pictures of a photo, one by one, with their keys in `Wanted.files`."""
     photo, explanation, drawn = done.photo, done.explanation, set()
     for index, label in enumerate(labels):
@@ -2746,7 +2755,9 @@ def draw_all(done: Explained, job: Job, labels: Sequence[str]) -> Iterator[tuple
                     yield key, draw(output, photo.picture, cams[0, index], guided, job.look)
 
 
-def save_pictures(done: Explained, job: Job, record: Mapping[str, Any], labels: Sequence[str], files: Any) -> None:
+def save_files(
+    done: Explained, job: Job, record: Mapping[str, Any], labels: Sequence[str], files: Mapping[FileKey, Path]
+) -> None:
     """Writes what is wanted of a photo. Raises OSError."""
     on_sheet = {}
     for key, picture in draw_all(done, job, labels):
@@ -2789,7 +2800,7 @@ def as_arrays(done: Explained, job: Job) -> dict[str, Any]:
     return arrays if explanation.guided is None else {**arrays, "guided": explanation.guided[0]}
 
 
-def free_files(photo: Prepared, wanted: Wanted, labels: Sequence[str]) -> dict[tuple[str, str, str], Path]:
+def free_files(photo: Prepared, wanted: Wanted, labels: Sequence[str]) -> dict[FileKey, Path]:
     """The photo's files; numbered where the classes, only known now, make names that another photo has taken."""
     for number in itertools.count(1):
         files = wanted.files(photo.place if number == 1 else f"{photo.place}_{number}", labels)
@@ -2812,29 +2823,11 @@ def save(outcome: Explained | Failed, job: Job, options: Options, results: Resul
             for target in targets[~cams[0].any((1, 2))]:
                 where, name = record["target_layer"], job.classifier.class_names[target]
                 note(f"{path}: the {method} map is zero everywhere: nothing in {where} speaks for {name}")
-        save_pictures(outcome, job, record, labels, files)
+        save_files(outcome, job, record, labels, files)
         results.append({**record, "options": options.digest(outcome.photo.place)})
     except OSError as error:
         return Failed(path, f"{path}: its results cannot be written: {error.strerror or error}")
     return as_line(record)
-
-
-class Options:
-    """The options that decide what is in the files, so that a resumed run knows which photos it need not do again."""
-
-    NAMES = (
-        *("arch", "ckpt", "num_classes", "class_names", "input_size", "resize", "methods", "target_layers"),
-        *("target_classes", "top_k", "aug_smooth", "eigen_smooth", "metrics", "outputs", "output_size", "sheet"),
-        *("save_arrays", "colormap", "alpha", "format", "quality"),
-    )
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        of_file = [args.ckpt.stat().st_mtime_ns] if args.ckpt else []  # trained on since then?
-        self._text = repr([str(getattr(args, name)) for name in self.NAMES] + of_file)
-
-    def digest(self, place: str) -> str:
-        """A short name for the options and the place of a photo's files."""
-        return hashlib.sha256(f"{self._text} {place}".encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def plan(args: argparse.Namespace, share: Share, results: Results) -> tuple[list[tuple[str, str]], int]:
