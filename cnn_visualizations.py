@@ -1944,14 +1944,10 @@ class Explainer:
         targets = choose_targets(logits, targets, top)
         classes = targets.view(len(inputs), -1)  # (N, K); K is 1 where the caller thinks of one class
         scores = [logits.gather(1, column[:, None]).sum() for column in classes.T]
-        gradients = self._gradients(scores, outputs, guided) if with_gradients else {}
+        gradients = self._gradients(scores, outputs, inputs, guided) if with_gradients else {}
         guided_maps = torch.stack(guided_gradients(scores, inputs), 1) if guided else None
         inputs = inputs.detach()
         layers = {layer: self._as_map(layer, outputs[layer].detach(), inputs) for layer in self.target_layers}
-        gradients = {
-            layer: torch.stack([self._as_map(layer, each, inputs) for each in of_classes], 1)
-            for layer, of_classes in gradients.items()
-        }
         cams = {method: self._cam(method, layers, gradients, inputs, classes) for method in self.methods}
         shape = targets.shape
         return Explanation(
@@ -1962,18 +1958,19 @@ class Explainer:
         )
 
     def _gradients(
-        self, scores: Sequence[Tensor], outputs: Mapping[str, Tensor], keep_graph: bool
-    ) -> dict[str, list[Tensor]]:
-        """For each layer the gradients of the scores with respect to its output."""
+        self, scores: Sequence[Tensor], outputs: Mapping[str, Tensor], inputs: Tensor, keep_graph: bool
+    ) -> dict[str, Tensor]:
+        """For each layer the gradients of the K scores with respect to its output, (N, K, C, h, w)."""
         wanted = [outputs[layer] for layer in self.target_layers]
         of_scores = []
         for score in scores:
             keep = keep_graph or score is not scores[-1]
             of_scores.append(torch.autograd.grad(score, wanted, retain_graph=keep, allow_unused=True))
-        gradients = dict(zip(self.target_layers, map(list, zip(*of_scores, strict=True)), strict=True))
-        for layer, of_layer in gradients.items():
+        gradients = {}
+        for layer, of_layer in zip(self.target_layers, zip(*of_scores, strict=True), strict=True):
             if any(gradient is None for gradient in of_layer):
                 raise CallError(f"the class score does not depend on layer '{layer}'; choose another one")
+            gradients[layer] = torch.stack([self._as_map(layer, gradient, inputs) for gradient in of_layer], 1)
         return gradients
 
     def _as_map(self, layer: str, output: Tensor, inputs: Tensor) -> Tensor:
@@ -2091,8 +2088,8 @@ def measure_trust(
     kept = [turned < np.quantile(turned, ROAD_SHARES)[:, None, None] for turned in (cam, 1 - cam)]
     imputed = [impute(inputs, torch.from_numpy(k).to(inputs.device)) for k in kept]
     asked = [inputs, inputs * heat, inputs * ~masks, inputs * masks, *imputed]
-    chances = [probabilities(explainer.answer(part))[:, target] for part in torch.cat(asked).split(batch_size)]
-    chances = torch.cat(chances).cpu().double()
+    answers = [probabilities(explainer.answer(part))[:, target] for part in torch.cat(asked).split(batch_size)]
+    chances = torch.cat(answers).cpu().double()
     before, masked, deletion, insertion, *road = chances.split([len(part) for part in asked])
     values = {
         "average_drop": (before - masked).clamp(min=0) / (before + 1e-7),
