@@ -506,7 +506,6 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -715,7 +714,7 @@ def load_classifier(
         preset.resize_size = [preset.crop_size[0]] * 2
     count = count_outputs(model, preset.crop_size[0]) if own else _head(model)[1].weight.shape[0]
     if num_classes not in (None, count):
-        raise CallError(f"--num-classes {num_classes}, but the network of {arch} has {count} classes")
+        raise CallError(f"--num-classes {num_classes}, but {checkpoint.name}: {count} classes; leave the option out")
     names = name_classes(class_names, checkpoint, count)
     return Classifier(model.to(target), arch, names, preset, target, squash=resize == "squash")
 
@@ -1004,7 +1003,7 @@ def build_model(
     """The architecture filled with the checkpoint's weights, in eval mode on the CPU, and its preprocessing.
 
     Raises:
-        CallError: the checkpoint does not fit the architecture, the number of classes or the input size.
+        CallError: the checkpoint does not fit the architecture, or the architecture the input size.
     """
     entry = checkpoint.entries.get("input_size")
     size = input_size or _side(entry, checkpoint.name)
@@ -1014,8 +1013,6 @@ def build_model(
     model = skeleton(arch, classes, state, size)
     _fit_head(model, state, checkpoint.beside)
     _load(model, arch, state, checkpoint)
-    if num_classes not in (None, classes):
-        raise CallError(f"--num-classes {num_classes}, but {checkpoint.name}: {classes} classes; leave the option out")
     fixed = getattr(model, "image_size", None)  # the side that a ViT's position embedding was made for
     if fixed and size not in (None, fixed):
         raise CallError(f"this {arch} takes inputs of {fixed} x {fixed} pixels only; leave --input-size {size} out")
@@ -1230,7 +1227,10 @@ def find_class(wanted: str, class_names: Sequence[str]) -> int:
             f"--target-class {wanted} is out of range: the network has {len(class_names)} classes, 0 to "
             f"{len(class_names) - 1}"
         )
-    raise CallError(f"--target-class: the network has no class '{wanted}'{closest(wanted, class_names)}")
+    some = ", ".join(class_names[:20]) + ", ..." * (len(class_names) > 20)
+    raise CallError(
+        f"--target-class: the network has no class '{wanted}'{closest(wanted, class_names)} (it has: {some})"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1888,7 +1888,7 @@ class Explainer:
             inputs = self._own(inputs)
             if not self._tuned:
                 self._tune(inputs[:1])
-            explanation = self._explain(inputs, targets, top, self.guided)
+            explanation = self._explain(inputs, targets, top, () if self.aug_smooth else self.methods, self.guided)
             if self.aug_smooth:
                 targets = torch.from_numpy(explanation.targets).to(inputs.device)
                 explanation = replace(explanation, cams=self._smoothed(inputs, targets))
@@ -1925,14 +1925,17 @@ class Explainer:
         variants = ttach.Compose([ttach.HorizontalFlip(), ttach.Multiply(factors=[0.9, 1, 1.1])])
         sums = dict.fromkeys(self.methods, 0.0)
         for variant in variants:
-            cams = self._explain(self._own(variant.augment_image(inputs)), targets, None, False).cams
+            varied = self._own(variant.augment_image(inputs))
+            cams = self._explain(varied, targets, None, self.methods, guided=False).cams
             for method, maps in cams.items():
                 maps = variant.deaugment_mask(torch.from_numpy(maps).view(-1, 1, *maps.shape[-2:])).view(maps.shape)
                 sums[method] = sums[method] + maps.numpy()
         return {method: maps / np.float32(len(variants)) for method, maps in sums.items()}
 
-    def _explain(self, inputs: Tensor, targets: Any, top: int | None, guided: bool) -> Explanation:
-        with_gradients = any(RECIPES[method].gradients for method in self.methods if method in RECIPES)
+    def _explain(
+        self, inputs: Tensor, targets: Any, top: int | None, methods: Sequence[str], guided: bool
+    ) -> Explanation:
+        with_gradients = any(RECIPES[method].gradients for method in methods if method in RECIPES)
         inputs.requires_grad_(guided)
         with tap(self._network, self.target_layers, with_gradients) as outputs:
             logits = as_logits(self._network(inputs))
@@ -1948,7 +1951,7 @@ class Explainer:
         guided_maps = torch.stack(guided_gradients(scores, inputs), 1) if guided else None
         inputs = inputs.detach()
         layers = {layer: self._as_map(layer, outputs[layer].detach(), inputs) for layer in self.target_layers}
-        cams = {method: self._cam(method, layers, gradients, inputs, classes) for method in self.methods}
+        cams = {method: self._cam(method, layers, gradients, inputs, classes) for method in methods}
         shape = targets.shape
         return Explanation(
             {method: as_array(maps.view(*shape, *maps.shape[2:])) for method, maps in cams.items()},
@@ -2594,7 +2597,7 @@ def explain_batch(batch: Sequence[Prepared], job: Job, batch_size: int) -> Gener
         try:
             explanation = job.explainer(torch.stack([photo.inputs for photo in now]), job.targets, top=job.top)
             singles = [explanation.only(index) for index in range(len(now))]
-            trust = [trust_in(*pair, job) for pair in zip(now, singles, strict=True)] if job.metrics else repeat(())
+            trust = [trust_in(*pair, job) for pair in zip(now, singles, strict=True)]
         except CallError:
             raise
         except (RuntimeError, ValueError) as error:  # the input is too small for the network, the memory is full ...
@@ -2614,7 +2617,9 @@ def explain_batch(batch: Sequence[Prepared], job: Job, batch_size: int) -> Gener
 
 
 def trust_in(photo: Prepared, explanation: Explanation, job: Job) -> list[dict[str, Any]]:
-    """What each map of a photo is worth, class by class and method by method."""
+    """What each map of a photo is worth, class by class and method by method, if that is asked for."""
+    if not job.metrics:
+        return []
     return [
         {
             "class": job.classifier.class_names[target],
