@@ -513,7 +513,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2  Images. Paths become decoded photos; whatever is in the file, memory stays bounded and the answer is one line.
-#    Still without torch: a single photo that cannot be decoded is answered at once, too.
+#    Still without torch: photos of which none can be decoded are answered at once, too.
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_PIXELS = 250_000_000  # above every camera's largest photo; a few kilobytes of hostile PNG can claim to be more
@@ -576,6 +576,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def faults_of_all(paths: Iterable[str]) -> list[str]:
+    """What is wrong with each photo if not one of them can be decoded; an empty list as soon as one can."""
+    faults = []
+    for path in paths:
+        try:
+            read_photo(Path(path))
+            return []
+        except PhotoError as error:
+            faults.append(str(error))
+    return faults
+
+
 def quiet_libraries() -> None:
     """No warnings, which the person cannot act on, and no limit of Pillow's: read_photo has one, an error line."""
     warnings.filterwarnings("ignore")
@@ -593,12 +605,11 @@ def own_stderr() -> None:
 if __name__ == "__main__":
     quiet_libraries()
     own_stderr()
-    if ARGS.one_by_one and len(ARGS.photos) == 1:
-        try:
-            read_photo(Path(ARGS.photos[0][0]))
-        except PhotoError as error:
-            say(f"error: {error}", sys.stderr)
-            sys.exit(1)
+    FAULTS = faults_of_all(path for path, _ in ARGS.photos) if ARGS.one_by_one else []
+    for fault in FAULTS:
+        say(f"error: {fault}", sys.stderr)
+    if FAULTS:
+        sys.exit(1)
 
 import cv2
 import torch

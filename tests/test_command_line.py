@@ -344,6 +344,16 @@ def test_a_single_photo_that_cannot_be_decoded_is_told_before_torch_is_imported(
     assert "cannot be decoded" in one_error(process.returncode, process.stdout, process.stderr, expected=1)
 
 
+def test_photos_of_which_none_can_be_decoded_are_told_before_torch_is_imported(without_torch, tmp_path):
+    photos = [tmp_path / f"{number}.jpg" for number in range(3)]
+    for photo in photos:
+        photo.write_bytes(DOG.read_bytes()[:20000])
+    process = without_torch("--ckpt", CKPT, "--output", tmp_path / "out", *photos)
+    assert (process.returncode, process.stdout) == (1, "")
+    said = [line.partition(" cannot be decoded")[0] for line in process.stderr.splitlines()]
+    assert said == [f"error: {photo}" for photo in photos]
+
+
 def test_an_abbreviated_option_is_refused_with_the_whole_one(refused):
     assert "--input-size" in refused("--input-siz", "64")
 
