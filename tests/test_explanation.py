@@ -9,6 +9,7 @@ from collections import Counter
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -41,7 +42,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer, get_model, list_models
 from torchvision.models.convnext import CNBlockConfig
 
-from cnn_visualizations import METHODS, MORE_METHODS, CallError, Explainer, load_classifier, read_photo
+from cnn_visualizations import (
+    METHODS,
+    MORE_METHODS,
+    CallError,
+    Explainer,
+    Packed,
+    can_pack,
+    load_classifier,
+    read_photo,
+)
 
 GRAD_CAM = {
     "gradcam": GradCAM,
@@ -500,6 +510,7 @@ def test_the_demo_equals_grad_cam(husky, method):
 def test_the_demo_equals_grad_cam_to_the_fifth_digit_on_the_same_activations(husky, method, monkeypatch):
     monkeypatch.setattr("cnn_visualizations.fold_batch_norms", lambda *args, **kwargs: None)
     monkeypatch.setattr("cnn_visualizations.memory_format", lambda device: torch.contiguous_format)
+    monkeypatch.setattr("cnn_visualizations.can_pack", lambda: False)
     model, inputs = husky
     inputs = F.interpolate(inputs, (97, 97), mode="bilinear")
     ours = Explainer(model, [method], guided=False)(inputs)
@@ -656,6 +667,100 @@ def test_every_activation_of_every_architecture_is_clamped(arch):
     assert plain.seen["forward"] == on_the_way * (2 if arch.startswith("swin_v2") else 1)
     assert (ours.seen["forward"], ours.seen["clamped"], ours.seen["free"]) == (plain.seen["forward"], on_the_way, 0)
     assert np.abs(guided).max() > 0
+
+
+# --- packed convolutions ----------------------------------------------------------------------------------------------
+
+needs_packing = pytest.mark.skipif(not can_pack(), reason="this torch has no packed convolutions on this machine")
+
+CONVOLUTIONS = {
+    "3 x 3": nn.Conv2d(8, 16, 3, padding=1),
+    "1 x 1, without bias": nn.Conv2d(8, 16, 1, bias=False),
+    "a stem": nn.Conv2d(3, 16, 7, stride=2, padding=3),
+    "strides that leave rows over": nn.Conv2d(8, 16, (2, 3), stride=(3, 4), padding=(0, 1)),
+    "dilated": nn.Conv2d(8, 16, 3, padding=2, dilation=(2, 1)),
+}
+
+
+@needs_packing
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_packed_convolution_is_the_convolution_for_inputs_of_any_shape(name):
+    plain = CONVOLUTIONS[name].requires_grad_(False)
+    packed = Packed(plain)
+    for shape in [(1, 14, 14), (4, 14, 14), (1, 13, 17), (1, 14, 14)]:
+        inputs = torch.randn(shape[0], plain.in_channels, *shape[1:]).requires_grad_()
+        ours, theirs = packed(inputs), plain(inputs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        gradients = [torch.autograd.grad(y.square().sum(), inputs)[0] for y in (ours, theirs)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+        assert torch.equal(packed.weight, plain.weight)
+
+
+class Borrowing(nn.Module):
+    """A network with each kind of convolution that must not be packed, and one whose weights are read from outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.by_groups = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.reflecting = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+        self.same = nn.Conv2d(8, 8, 3, padding="same")
+        self.hooked = nn.Conv2d(8, 8, 3, padding=1)
+        self.hooked.register_forward_hook(lambda module, args, output: 2 * output)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.conv2d(x, self.shared.weight, padding=1) + self.shared(x)
+        for layer in (self.by_groups, self.reflecting, self.same, self.hooked):
+            x = F.relu(layer(x))
+        return self.head(x.mean((2, 3)))
+
+
+@needs_packing
+def test_what_must_not_be_packed_is_not(monkeypatch):
+    torch.manual_seed(0)
+    model, inputs = Borrowing().eval(), photos(2, 16)
+    explainer = Explainer(model, ["gradcam", "scorecam"], ["same"])
+    packed = explainer(inputs)
+    monkeypatch.setattr("cnn_visualizations.can_pack", lambda: False)
+    assert_same_explanation(packed, Explainer(model, ["gradcam", "scorecam"], ["same"])(inputs))
+    kinds = {name: type(module) for name, module in explainer._network.named_children()}
+    assert [name for name, kind in kinds.items() if kind is Packed] == ["shared"]
+
+
+@needs_packing
+def test_packing_keeps_no_more_than_two_copies_of_the_weights():
+    convolution = nn.Conv2d(64, 64, 3).requires_grad_(False)
+    packed = Packed(convolution)
+    for size in (8, 9, 10):
+        inputs = torch.randn(1, 64, size, size).requires_grad_()
+        packed(inputs).sum().backward()
+    held = [value for value in vars(packed).values() if isinstance(value, torch.Tensor)]
+    assert len(held) == 2
+    assert all(tensor.is_mkldnn for tensor in held)
+
+
+@pytest.mark.parametrize("fault", ["it is missing", "it fails", "it is wrong"])
+def test_where_an_operator_is_not_what_it_was_nothing_is_packed(fault, monkeypatch):
+    operator = SimpleNamespace()
+    if fault == "it fails":
+        operator._reorder_convolution_weight = Mock(side_effect=RuntimeError("not built with this"))
+    elif fault == "it is wrong":
+        operator._reorder_convolution_weight = lambda weight, *_: weight
+        operator._reorder_convolution_transpose_weight = lambda weight, *_: weight
+        operator._convolution_pointwise = lambda x, w, b, pad, stride, *_: 1.01 * F.conv2d(x, w, b, stride, pad)
+        operator._convolution_transpose_pointwise = lambda y, w, b, pad, out, stride, *_: F.conv_transpose2d(
+            y, w, b, stride, pad, out
+        )
+    inputs, packed = photos(1), Explainer(network("resnet18"))(photos(1))
+    monkeypatch.setattr(torch.ops, "mkldnn", operator)
+    can_pack.cache_clear()
+    try:
+        explainer = Explainer(network("resnet18"))
+        assert_same_explanation(explainer(inputs), packed)
+        assert not any(isinstance(module, Packed) for module in explainer._network.modules())
+    finally:
+        can_pack.cache_clear()
 
 
 # --- batches, targets, repetition ------------------------------------------------------------------------------------
