@@ -53,7 +53,7 @@ COLORMAPS = (  # OpenCV's, in its order
     *("parula", "magma", "inferno", "plasma", "viridis", "cividis", "twilight", "twilight_shifted", "turbo"),
     "deepgreen",
 )
-FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+FORMATS = ("jpg", "png", "webp")
 
 EXAMPLES = """\
 examples:
@@ -2549,11 +2549,21 @@ def write_result(path: Path, content: bytes, photo: str) -> None:
 
 def write_picture(path: Path, picture: Picture, look: Look, photo: str) -> None:
     """Writes a picture, marked as ours. Raises OSError: the folder is gone, the disk is full ..."""
-    mark = Image.Exif()
-    mark[ExifTags.Base.Software] = mark_of(path, photo)
+    write_result(path, encode(picture, look, mark_of(path, photo)), photo)
+
+
+def encode(picture: Picture, look: Look, mark: str) -> bytes:
+    """The content of a picture file, with the mark as the program's name in its EXIF data."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = mark
+    if look.format == "jpg":
+        # By OpenCV, because the other threads, and so the network, have to wait while Pillow encodes a JPEG.
+        bgr, quality = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, look.quality]
+        jpeg, segment = cv2.imencode(".jpg", bgr, quality)[1].tobytes(), exif.tobytes()
+        return b"".join((jpeg[:20], b"\xff\xe1", (len(segment) + 2).to_bytes(2, "big"), segment, jpeg[20:]))
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, FORMATS[look.format], quality=look.quality, exif=mark)
-    write_result(path, buffer.getvalue(), photo)
+    Image.fromarray(picture).save(buffer, look.format, quality=look.quality, exif=exif)
+    return buffer.getvalue()
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any], photo: str) -> None:
