@@ -490,6 +490,7 @@ if __name__ == "__main__":
     ARGS = parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
 
+import concurrent.futures
 import copy
 import errno
 import io
@@ -503,7 +504,7 @@ import time
 import unicodedata
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -1633,6 +1634,13 @@ def fold_batch_norms(network: nn.Module, calls: Sequence[Call], logits: Tensor, 
             network.set_submodule(call.name, nn.Identity())
 
 
+class _Shared(dict[str, Any]):
+    """What stays one and the same when the module that has it is copied."""
+
+    def __deepcopy__(self, memo: Any) -> _Shared:
+        return self
+
+
 class Packed(nn.Module):
     """A frozen convolution on the CPU that keeps its weights in the order in which oneDNN computes with them.
 
@@ -1645,14 +1653,14 @@ class Packed(nn.Module):
         super().__init__()
         self.kernel_size, self.stride, self.padding = convolution.kernel_size, convolution.stride, convolution.padding
         self.dilation, self.groups, self.bias = convolution.dilation, convolution.groups, convolution.bias
-        self._packed, self._shape = convolution.weight.detach(), None
-        self._transposed, self._transposed_shape = None, None
+        # each with the shape that it is for
+        self._weights = _Shared(forward=(None, convolution.weight.detach()), backward=(None, None))
 
     @property
     def weight(self) -> Tensor:
         """The weights in their usual order, (out, in, height, width)."""
-        dense = self._packed.to_dense() if self._packed.is_mkldnn else self._packed
-        return dense.contiguous(memory_format=torch.channels_last)
+        _, weight = self._weights["forward"]
+        return (weight.to_dense() if weight.is_mkldnn else weight).contiguous(memory_format=torch.channels_last)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(N, in, H, W) -> (N, out, h, w), differentiable with respect to the inputs."""
@@ -1661,10 +1669,11 @@ class Packed(nn.Module):
     def convolve(self, inputs: Tensor) -> Tensor:
         """The same, for autograd not to see."""
         mkldnn, geometry = torch.ops.mkldnn, (self.padding, self.stride, self.dilation, self.groups)
-        if self._shape != inputs.shape:
-            self._packed = mkldnn._reorder_convolution_weight(self.weight, *geometry, inputs.shape)
-            self._shape = inputs.shape
-        return mkldnn._convolution_pointwise(inputs, self._packed, self.bias, *geometry, "none", [], "")
+        shape, weight = self._weights["forward"]
+        if shape != inputs.shape:
+            weight = mkldnn._reorder_convolution_weight(self.weight, *geometry, inputs.shape)
+            self._weights["forward"] = inputs.shape, weight
+        return mkldnn._convolution_pointwise(inputs, weight, self.bias, *geometry, "none", [], "")
 
     def transposed(self, gradients: Tensor, size: Sequence[int]) -> Tensor:
         """The gradients with respect to inputs of `size` (H, W), (N, out, h, w) -> (N, in, H, W)."""
@@ -1673,10 +1682,11 @@ class Packed(nn.Module):
             for i in (0, 1)
         ]
         mkldnn, geometry = torch.ops.mkldnn, (self.padding, left_over, self.stride, self.dilation, self.groups)
-        if self._transposed_shape != gradients.shape:
-            self._transposed = mkldnn._reorder_convolution_transpose_weight(self.weight, *geometry, gradients.shape)
-            self._transposed_shape = gradients.shape
-        return mkldnn._convolution_transpose_pointwise(gradients, self._transposed, None, *geometry, "none", [], "")
+        shape, weight = self._weights["backward"]
+        if shape != gradients.shape:
+            weight = mkldnn._reorder_convolution_transpose_weight(self.weight, *geometry, gradients.shape)
+            self._weights["backward"] = gradients.shape, weight
+        return mkldnn._convolution_transpose_pointwise(gradients, weight, None, *geometry, "none", [], "")
 
 
 class _PackedConvolution(torch.autograd.Function):
@@ -1911,11 +1921,17 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return network.to(memory_format=memory_format(device))
 
 
+def with_same_weights(network: nn.Module) -> nn.Module:
+    """A copy of the modules around the same weights."""
+    return copy.deepcopy(network, {id(t): t for t in itertools.chain(network.parameters(), network.buffers())})
+
+
 class Explainer:
     """Explains the answers of any `nn.Module` classifier.
 
     The model itself is never touched: everything runs on a frozen float32 copy, with its batch norms folded into the
-    convolutions, on the CPU in channels-last memory. After training on, make a new explainer.
+    convolutions, on the CPU in channels-last memory. After training on, make a new explainer. Several threads may use
+    it at once; the weights are in memory only once.
 
     Args:
         model: takes (N, 3, H, W), gives logits (N, classes); or (N, 1) or (N,) for a single sigmoid output, of which
@@ -1960,8 +1976,17 @@ class Explainer:
         self.progress = progress
         self.target_layers = tuple(layer_name(model, layer) for layer in target_layers or ())
         with torch.inference_mode(False):
-            self._network = frozen_copy(model)
-        self._tuned = False
+            self._common = frozen_copy(model)
+        self._tuned, self._tuning = False, threading.Lock()
+        self._of_thread = threading.local()
+
+    @property
+    def _network(self) -> nn.Module:
+        """The calling thread's own network, for hooks to be put on its modules, with the weights common to all."""
+        if not hasattr(self._of_thread, "network"):
+            with torch.inference_mode(False):
+                self._of_thread.network = with_same_weights(self._common)
+        return self._of_thread.network
 
     def __call__(
         self, inputs: Tensor, targets: Sequence[int] | Tensor | int | None = None, *, top: int | None = None
@@ -1981,8 +2006,9 @@ class Explainer:
         # Whatever mode the caller is in, this needs a graph, and leaves the caller's settings alone.
         with torch.inference_mode(False), torch.enable_grad(), exact_convolutions():
             inputs = self._own(inputs)
-            if not self._tuned:
-                self._tune(inputs[:1])
+            with self._tuning:
+                if not self._tuned:
+                    self._tune(inputs[:1])
             explanation = self._explain(inputs, targets, top, () if self.aug_smooth else self.methods, self.guided)
             if self.aug_smooth:
                 targets = torch.from_numpy(explanation.targets).to(inputs.device)
@@ -1997,7 +2023,7 @@ class Explainer:
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        tensors = itertools.chain(self._network.parameters(), self._network.buffers())
+        tensors = itertools.chain(self._common.parameters(), self._common.buffers())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def _own(self, inputs: Tensor) -> Tensor:
@@ -2006,14 +2032,14 @@ class Explainer:
 
     def _tune(self, inputs: Tensor) -> None:
         """Watches one input pass: finds the target layer where none was named, folds the batch norms, packs weights."""
-        calls, logits = watch(self._network, inputs)
+        calls, logits = watch(self._common, inputs)
         if not self.target_layers:
-            self.target_layers = (find_target_layer(self._network, calls, logits, inputs.shape[2:]),)
+            self.target_layers = (find_target_layer(self._common, calls, logits, inputs.shape[2:]),)
         if "fullgrad" not in self.methods:  # which counts the biases of both, convolution and batch norm
-            fold_batch_norms(self._network, calls, logits, keep=self.target_layers)
+            fold_batch_norms(self._common, calls, logits, keep=self.target_layers)
         if inputs.device.type == "cpu" and not BY_GRAD_CAM.keys() & set(self.methods) and can_pack():
-            pack_convolutions(self._network)  # unless grad-cam's classes are to look into them
-        self._tuned = True
+            pack_convolutions(self._common)  # unless grad-cam's classes are to look into them
+        self._tuned, self._of_thread = True, threading.local()
 
     def _smoothed(self, inputs: Tensor, targets: Tensor) -> dict[str, Floats]:
         """The maps averaged over the variants of the inputs that grad-cam takes."""
@@ -2591,6 +2617,7 @@ class Job:
         output_size: long side of the pictures, or None.
         metrics: whether each map is measured.
         labels: of the classes, for file names; where one class is explained, None.
+        stop: set when nothing more is wanted: what takes long ends itself.
     """
 
     classifier: Classifier
@@ -2602,6 +2629,7 @@ class Job:
     output_size: int | None
     metrics: bool
     labels: Sequence[str] | None
+    stop: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(frozen=True)
@@ -2655,19 +2683,38 @@ class Share:
         return cls(*(int(os.environ.get(name, default)) for name, default in names.items()))
 
 
-def ahead(function: Callable[[Any], Any], items: Iterable[Any], under_way: int) -> Iterator[Any]:
-    """What the function gives for each item, in order, computed in threads up to `under_way` items ahead."""
-    pool = ThreadPoolExecutor(THREADS)
+def ahead(
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
+    under_way: int,
+    threads: int = THREADS,
+    start: Callable[[], Any] | None = None,
+    stop: threading.Event | None = None,
+) -> Iterator[Any]:
+    """What the function gives for each item, in order, computed in threads up to `under_way` items ahead.
+
+    Each thread begins with `start`; `stop` is set at the end, for functions that take long.
+    """
+    pool = ThreadPoolExecutor(threads, initializer=start)
     pending: deque[Future[Any]] = deque()
     try:
         for item in items:
             pending.append(pool.submit(function, item))
             if len(pending) >= under_way:
-                yield pending.popleft().result()
+                yield result_of(pending.popleft())
         while pending:
-            yield pending.popleft().result()
+            yield result_of(pending.popleft())
     finally:
+        if stop:
+            stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+def result_of(future: Future[Any]) -> Any:
+    """The future's result; on Windows, Ctrl-C ends only such waits as have a limit."""
+    while not future.done():
+        concurrent.futures.wait([future], timeout=0.2)
+    return future.result()
 
 
 def prepare(photo: tuple[str, str], job: Job) -> Prepared | Failed:
@@ -2683,59 +2730,92 @@ def prepare(photo: tuple[str, str], job: Job) -> Prepared | Failed:
         return Failed(path, str(error))
 
 
-def explain_photos(photos: Iterable[Prepared | Failed], job: Job, batch_size: int) -> Iterator[Explained | Failed]:
-    """Each photo with its explanation, or what went wrong. Batches fill up across broken photos."""
-    batch: list[Prepared] = []
+@dataclass
+class Capacity:
+    """How many photos go through the network at once; it shrinks where the memory does not suffice."""
+
+    photos: int
+
+
+def explain_photos(
+    photos: Iterable[Prepared | Failed], job: Job, batch_size: int, workers: int = 1
+) -> Iterator[Explained | Failed]:
+    """Each photo with its explanation, or what went wrong, in order.
+
+    Several workers share the batch and the cores: each photo then takes longer, but no core waits for the others.
+    """
+    capacity = Capacity(max(1, batch_size // workers))
+    cores = partial(torch.set_num_threads, max(1, torch.get_num_threads() // workers))
+    batches, explain = fill_batches(photos, capacity), partial(explain_batch, job=job, capacity=capacity)
+    for outcomes in ahead(explain, batches, workers + 1, workers, cores, job.stop):
+        yield from outcomes
+
+
+def fill_batches(photos: Iterable[Prepared | Failed], capacity: Capacity) -> Iterator[list[Prepared | Failed]]:
+    """Batches of photos; broken ones go along and do not count, but 100 of them are not waited with."""
+    batch: list[Prepared | Failed] = []
     for photo in photos:
-        if isinstance(photo, Failed):
-            yield photo
-            continue
         batch.append(photo)
-        if len(batch) >= batch_size:
-            batch_size = yield from explain_batch(batch, job, batch_size)
+        broken = sum(isinstance(each, Failed) for each in batch)
+        if len(batch) - broken >= capacity.photos or broken >= 100:
+            yield batch
             batch = []
-    yield from explain_batch(batch, job, batch_size)
+    if batch:
+        yield batch
 
 
-def explain_batch(batch: Sequence[Prepared], job: Job, batch_size: int) -> Generator[Explained | Failed, None, int]:
-    """Explains a batch, in smaller ones where the memory does not suffice. Returns the batch size to go on with."""
-    while batch:
-        now, batch = batch[:batch_size], batch[batch_size:]
+def explain_batch(batch: Sequence[Prepared | Failed], job: Job, capacity: Capacity) -> list[Explained | Failed]:
+    """Explains a batch, in smaller ones where the memory does not suffice."""
+    if any(isinstance(photo, Failed) for photo in batch):
+        explained = iter(explain_batch([photo for photo in batch if isinstance(photo, Prepared)], job, capacity))
+        return [photo if isinstance(photo, Failed) else next(explained) for photo in batch]
+    outcomes: list[Explained | Failed] = []
+    while len(outcomes) < len(batch):
+        now = batch[len(outcomes) :][: capacity.photos]
         try:
             explanation = job.explainer(torch.stack([photo.inputs for photo in now]), job.targets, top=job.top)
             singles = [explanation.only(index) for index in range(len(now))]
-            trust = [trust_in(*pair, job) for pair in zip(now, singles, strict=True)]
+            outcomes += [Explained(*pair, trust_in(*pair, job)) for pair in zip(now, singles, strict=True)]
         except CallError:
             raise
         except (RuntimeError, ValueError) as error:  # the input is too small for the network, the memory is full ...
             if len(now) > 1 and (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
                 note_once("the memory does not suffice for so many photos at once; going on with smaller batches")
-                batch_size, batch = len(now) // 2, [*now, *batch]
-                continue
-            if len(now) > 1:  # it may be one of them only
-                for photo in now:
-                    yield from explain_batch([photo], job, 1)
-                continue
-            size = " x ".join(map(str, now[0].inputs.shape[1:]))
-            yield Failed(now[0].path, f"{now[0].path}: the network failed at {size}: {first_line(error)}")
-        else:
-            yield from map(Explained, now, singles, trust)
-    return batch_size
+                capacity.photos = len(now) // 2
+            elif len(now) > 1:  # it may be one of them only
+                outcomes += [outcome for photo in now for outcome in explain_batch([photo], job, capacity)]
+            else:
+                size = " x ".join(map(str, now[0].inputs.shape[1:]))
+                message = f"{now[0].path}: the network failed at {size}: {first_line(error)}"
+                outcomes.append(Failed(now[0].path, message))
+    return outcomes
 
 
 def trust_in(photo: Prepared, explanation: Explanation, job: Job) -> list[dict[str, Any]]:
     """What each map of a photo is worth, class by class and method by method, if that is asked for."""
     if not job.metrics:
         return []
+    maps = [
+        (index, int(target), method)
+        for index, target in enumerate(explanation.targets[0])
+        for method in job.wanted.methods
+    ]
     return [
         {
             "class": job.classifier.class_names[target],
             "method": method,
-            **measure_trust(job.explainer, photo.inputs[None], explanation.cams[method][0, index], int(target)),
+            **measure_trust(job.explainer, photo.inputs[None], explanation.cams[method][0, index], target),
         }
-        for index, target in enumerate(explanation.targets[0])
-        for method in job.wanted.methods
+        for index, target, method in until(job.stop, maps)
     ]
+
+
+def until(stop: threading.Event, steps: Iterable[Any]) -> Iterator[Any]:
+    """The steps, until the run is stopped; then KeyboardInterrupt."""
+    for step in steps:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        yield step
 
 
 class Options:
@@ -2986,6 +3066,8 @@ def load(args: argparse.Namespace, share: Share) -> Job:
     top = args.top_k or 1
     if top > len(names):
         note(f"--top-k {top}, but the network has {len(names)} classes; all of them are explained")
+    stop = threading.Event()
+    bar = partial(tqdm, desc=",".join(args.methods), unit="pass", leave=False, disable=None)
     explainer = Explainer(
         classifier.model,
         args.methods,
@@ -2993,7 +3075,7 @@ def load(args: argparse.Namespace, share: Share) -> Job:
         guided=args.outputs != ["cam"],
         aug_smooth=args.aug_smooth,
         eigen_smooth=args.eigen_smooth,
-        progress=partial(tqdm, desc=",".join(args.methods), unit="pass", leave=False, disable=None),
+        progress=lambda passes: until(stop, bar(passes)),
     )
     return Job(
         classifier,
@@ -3005,7 +3087,18 @@ def load(args: argparse.Namespace, share: Share) -> Job:
         args.output_size,
         args.metrics,
         file_labels(names) if max(len(targets), top) > 1 else None,
+        stop,
     )
+
+
+def outcomes_of(todo: Sequence[tuple[str, str]], job: Job, args: argparse.Namespace) -> Iterator[Explained | Failed]:
+    """Reads and explains the photos, by up to four workers at once on the CPU."""
+    classes = len(args.target_classes or ()) or args.top_k or 1  # each needs as much memory as a photo
+    batch_size, workers = max(1, args.batch_size // classes), 1
+    # grad-cam's classes change settings of the weights, which the workers share
+    if job.explainer.device.type == "cpu" and not BY_GRAD_CAM.keys() & set(args.methods):
+        workers = min(4, torch.get_num_threads(), batch_size, len(todo))
+    return explain_photos(ahead(partial(prepare, job=job), todo, 2 * args.batch_size), job, batch_size, workers)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -3018,9 +3111,7 @@ def run(args: argparse.Namespace) -> int:
         writing: deque[Future[Failed | str]] = deque()
         try:
             job = load(args, share) if todo else None
-            prepared = ahead(partial(prepare, job=job), todo, 2 * args.batch_size)
-            classes = len(args.target_classes or ()) or args.top_k or 1  # each needs as much memory as a photo
-            for outcome in explain_photos(prepared, job, max(1, args.batch_size // classes)):
+            for outcome in outcomes_of(todo, job, args) if job else ():
                 writing.append(writers.submit(save, outcome, job, options, results))
                 while len(writing) > 2 * args.batch_size or (writing and writing[0].done()):
                     report(writing.popleft().result(), tally, bar)

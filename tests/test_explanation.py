@@ -6,6 +6,7 @@ import gc
 import importlib
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -735,9 +736,9 @@ def test_packing_keeps_no_more_than_two_copies_of_the_weights():
     for size in (8, 9, 10):
         inputs = torch.randn(1, 64, size, size).requires_grad_()
         packed(inputs).sum().backward()
-    held = [value for value in vars(packed).values() if isinstance(value, torch.Tensor)]
-    assert len(held) == 2
-    assert all(tensor.is_mkldnn for tensor in held)
+    assert len(packed._weights) == 2
+    assert all(tensor.is_mkldnn for _, tensor in packed._weights.values())
+    assert not list(packed.buffers())
 
 
 @pytest.mark.parametrize("fault", ["it is missing", "it fails", "it is wrong"])
@@ -789,6 +790,26 @@ def test_the_same_answer_twice(arch):
     first, again, another = explainer(inputs), explainer(inputs), Explainer(model, explainer.methods)(inputs)
     for other in (again, another):
         assert_same_explanation(other, first, 1e-6)
+
+
+def test_threads_share_an_explainer_and_its_weights():
+    explainer = Explainer(network("resnet18"), ["gradcam", "ablationcam", "scorecam"], ["layer3"])
+    inputs = [photos(1 + seed % 3, seed=seed) for seed in range(12)]
+    networks = set()
+
+    def explain(batch):
+        networks.add(explainer._network)
+        return explainer(batch)
+
+    explain(inputs[0])
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(explain, inputs))
+    for batch, found in zip(inputs, together, strict=True):
+        assert_same_explanation(found, explainer(batch))
+    assert len(networks) > 1
+    weights = {id(w) for each in networks for m in each.modules() for w in [getattr(m, "_weights", None)] if w}
+    assert len(weights) <= 20  # the convolutions of a ResNet-18
+    assert len({each.fc.weight.data_ptr() for each in networks}) == 1
 
 
 def test_an_explanation_has_the_promised_shapes_types_and_ranges():
