@@ -1911,19 +1911,19 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy that needs no gradients for its weights, in float32, in eval mode and in the memory format that pays."""
+def copy_modules(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """A copy of the modules, and of their tensors but for the shared ones."""
     # Tensors that hang on a graph cannot be copied: what a module keeps of its last run, an old weight_norm's weight.
     kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
-    memo = {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf}
-    network = copy.deepcopy(model, memo).eval().requires_grad_(False).float()
+    detached = {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf}
+    return copy.deepcopy(model, detached | {id(tensor): tensor for tensor in shared})
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy that needs no gradients for its weights, in float32, in eval mode and in the memory format that pays."""
+    network = copy_modules(model).eval().requires_grad_(False).float()
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     return network.to(memory_format=memory_format(device))
-
-
-def with_same_weights(network: nn.Module) -> nn.Module:
-    """A copy of the modules around the same weights."""
-    return copy.deepcopy(network, {id(t): t for t in itertools.chain(network.parameters(), network.buffers())})
 
 
 class Explainer:
@@ -1985,7 +1985,8 @@ class Explainer:
         """The calling thread's own network, for hooks to be put on its modules, with the weights common to all."""
         if not hasattr(self._of_thread, "network"):
             with torch.inference_mode(False):
-                self._of_thread.network = with_same_weights(self._common)
+                weights = itertools.chain(self._common.parameters(), self._common.buffers())
+                self._of_thread.network = copy_modules(self._common, shared=weights)
         return self._of_thread.network
 
     def __call__(
