@@ -33,6 +33,7 @@ from cnn_visualizations import (
     explain_photos,
     find_photos,
     find_places,
+    until,
 )
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -418,6 +419,36 @@ def test_a_photo_on_which_the_network_fails_takes_no_other_with_it():
 
     outcomes = dict(map(outcome_of, explain_photos(map(prepared, range(8)), job_of(Fake(fails)), 4)))
     assert outcomes == {f"{n}.jpg": None if n == 5 else float(n) for n in range(8)}
+
+
+def test_several_workers_share_batch_and_cores_and_keep_the_order():
+    threads = set()
+
+    def notes(inputs):
+        threads.add((threading.get_ident(), torch.get_num_threads()))
+        time.sleep(0.02)
+
+    before, explainer = torch.get_num_threads(), Fake(notes)
+    photos = [Failed(f"{n}.jpg", "broken") if n == 7 else prepared(n) for n in range(24)]
+    outcomes = [outcome_of(o) for o in explain_photos(photos, job_of(explainer), 8, workers=4)]
+    assert outcomes == [(f"{n}.jpg", None if n == 7 else float(n)) for n in range(24)]
+    assert max(explainer.sizes) == 2
+    assert len({thread for thread, _ in threads}) > 1
+    assert {cores for _, cores in threads} == {max(1, before // 4)}
+    assert torch.get_num_threads() == before
+
+
+def test_what_takes_long_ends_when_nothing_more_is_wanted():
+    def fails(inputs):
+        if inputs.max() > 0:
+            for _ in until(job.stop, itertools.count()):
+                time.sleep(0.01)
+
+    job = job_of(Fake(fails))
+    outcomes = explain_photos(map(prepared, range(8)), job, 1)
+    assert outcome_of(next(outcomes)) == ("0.jpg", 0.0)
+    outcomes.close()  # would wait for ever
+    assert job.stop.is_set()
 
 
 def test_a_wrong_call_ends_the_run():
