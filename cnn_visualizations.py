@@ -1901,9 +1901,12 @@ def map_by_grad_cam(
     return torch.from_numpy(np.float32(found[0])).to(inputs)
 
 
-def exact_convolutions() -> contextlib.AbstractContextManager[None]:
-    """On a GPU: no TF32, whose ten bits show in the maps, and the same answer from run to run."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+@contextlib.contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """No autocast; on a GPU no TF32, whose ten bits show in the maps, and the same answer from run to run."""
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with torch.autocast(device.type, enabled=False), cudnn if device.type == "cuda" else contextlib.nullcontext():
+        yield
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -2005,7 +2008,7 @@ class Explainer:
             ValueError: the network's answer is not finite.
         """
         # Whatever mode the caller is in, this needs a graph, and leaves the caller's settings alone.
-        with torch.inference_mode(False), torch.enable_grad(), exact_convolutions():
+        with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
             inputs = self._own(inputs)
             with self._tuning:
                 if not self._tuned:
@@ -2018,7 +2021,7 @@ class Explainer:
 
     def answer(self, inputs: Tensor) -> Tensor:
         """The network's logits (N, classes) for inputs (N, 3, H, W), on its device."""
-        with torch.inference_mode(), exact_convolutions():
+        with torch.inference_mode(), exact_arithmetic(self.device):
             return as_logits(self._network(self._own(inputs)))
 
     @property

@@ -1153,14 +1153,18 @@ def test_broken_weights_are_an_error_and_change_nothing(value):
     assert condition(model) == before
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode, torch.enable_grad, partial(torch.autocast, "cpu")]
+)
 def test_the_mode_of_the_caller_does_not_matter_and_stays(mode):
     model, inputs = network("resnet18"), photos(1)
     right = Explainer(model, METHODS, ["layer1"])(inputs, 2)
     with mode():
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        ours = Explainer(model, METHODS, ["layer1"])(photos(1), 2)
-        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == modes
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+        explainer = Explainer(model, METHODS, ["layer1"])
+        ours, logits = explainer(photos(1), 2), explainer.answer(photos(1))
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")) == modes
+    np.testing.assert_allclose(logits.numpy(), right.logits, rtol=1e-5, atol=1e-5)
     assert_same_explanation(ours, right, 1e-6)
 
 
