@@ -2041,8 +2041,9 @@ class Explainer:
             self.target_layers = (find_target_layer(self._common, calls, logits, inputs.shape[2:]),)
         if "fullgrad" not in self.methods:  # which counts the biases of both, convolution and batch norm
             fold_batch_norms(self._common, calls, logits, keep=self.target_layers)
+        # grad-cam's classes look into the convolutions and need them as they are
         if inputs.device.type == "cpu" and not BY_GRAD_CAM.keys() & set(self.methods) and can_pack():
-            pack_convolutions(self._common)  # unless grad-cam's classes are to look into them
+            pack_convolutions(self._common)
         self._tuned, self._of_thread = True, threading.local()
 
     def _smoothed(self, inputs: Tensor, targets: Tensor) -> dict[str, Floats]:
@@ -2749,9 +2750,12 @@ def explain_photos(
     Several workers share the batch and the cores: each photo then takes longer, but no core waits for the others.
     """
     capacity = Capacity(max(1, batch_size // workers))
-    cores = partial(torch.set_num_threads, max(1, torch.get_num_threads() // workers))
+    cores = torch.get_num_threads()
+    shares = iter([max(1, (cores + number) // workers) for number in range(workers)])  # six for four: 1, 1, 2, 2
     batches, explain = fill_batches(photos, capacity), partial(explain_batch, job=job, capacity=capacity)
-    for outcomes in ahead(explain, batches, workers + 1, workers, cores, job.stop):
+    for outcomes in ahead(
+        explain, batches, workers + 1, workers, lambda: torch.set_num_threads(next(shares)), job.stop
+    ):
         yield from outcomes
 
 
