@@ -824,7 +824,9 @@ def _load_safely(path: Path) -> Any:
             ) from error
         if isinstance(error, PermissionError):
             raise CallError(f"{path} cannot be read: permission denied") from error
-        raise CallError(f"{path} is not a checkpoint that torch can read, or not a whole one") from error
+        raise CallError(
+            f"{path} is not a checkpoint that torch can read, or not a whole one; copy it again, or {how_to}"
+        ) from error
 
 
 def _plain_data() -> list[Any]:
