@@ -2368,18 +2368,22 @@ def seen_picture(photo: Photo, box: tuple[float, float, float, float], long_side
 
 def draw_cam(picture: Picture, cam: Floats, look: Look) -> Picture:
     """The map (H, W) in [0, 1] as colours laid over the picture; with jet, blue is 0 and red is 1."""
-    places = 255 * cv2.resize(cam, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR).clip(0, 1)
-    # Between two of the 256 colours is interpolated: no steps are seen, nor does a last bit become a step.
-    heat = cv2.remap(_colours(look.colormap), places, np.zeros_like(places), cv2.INTER_LINEAR)
-    return np.uint8(cv2.addWeighted(np.float32(picture), 1 - look.alpha, heat, look.alpha, 0.5))
+    # Far more colours than 256, since between them nothing is interpolated: no steps are seen, nor does a last bit
+    # become one.
+    colours = _colours(look.colormap)
+    places = cv2.resize(cam * np.float32(colours.shape[1] - 1), picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    heat = cv2.remap(colours, places, np.zeros_like(places), cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.addWeighted(picture, 1 - look.alpha, heat, look.alpha, 0, dtype=cv2.CV_8U)
 
 
 @functools.cache
 def _colours(colormap: str) -> Floats:
-    """One of OpenCV's colormaps as RGB, float32 (1, 256, 3)."""
+    """One of OpenCV's colormaps as RGB, float32 (1, 4081, 3): sixteen steps from each of its 256 colours to the next."""
     number = getattr(cv2, f"COLORMAP_{colormap.upper()}")
     colours = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[None], number)
-    return cv2.cvtColor(colours, cv2.COLOR_BGR2RGB).astype(np.float32)
+    rgb = cv2.cvtColor(colours, cv2.COLOR_BGR2RGB).astype(np.float32)
+    steps = np.arange(255 * 16 + 1, dtype=np.float32)[None] / 16
+    return cv2.remap(rgb, steps, np.zeros_like(steps), cv2.INTER_LINEAR)
 
 
 def draw_gradients(gradients: Floats, width: int, height: int) -> Picture:
@@ -2389,7 +2393,7 @@ def draw_gradients(gradients: Floats, width: int, height: int) -> Picture:
     """
     strongest = float(np.percentile(np.abs(gradients), 99.5)) or float(np.abs(gradients).max()) or 1.0
     enlarged = cv2.resize(gradients.transpose(1, 2, 0), (width, height), interpolation=cv2.INTER_LINEAR)
-    return np.uint8((127.5 + 127.5 * enlarged / strongest).clip(0, 255) + 0.5)
+    return cv2.addWeighted(enlarged, 127.5 / strongest, enlarged, 0, 127.5, dtype=cv2.CV_8U)
 
 
 def draw(output: str, picture: Picture, cam: Floats, guided: Floats | None, look: Look) -> Picture:
