@@ -1521,7 +1521,7 @@ def choose_targets(logits: Tensor, targets: Sequence[int] | Tensor | int | None,
     classes = logits.shape[1]
     if targets is None:
         return logits.detach().argmax(1) if top is None else logits.detach().topk(min(top, classes)).indices
-    chosen = torch.as_tensor(targets, device=logits.device)
+    chosen = torch.as_tensor(targets)
     if chosen.numel() and (chosen.is_floating_point() or chosen.dtype == torch.bool):
         raise CallError(f"target classes are indices, not {chosen.dtype}")
     chosen = chosen.long()
@@ -1530,7 +1530,7 @@ def choose_targets(logits: Tensor, targets: Sequence[int] | Tensor | int | None,
     chosen = chosen.expand(len(logits), *chosen.shape[1:])
     if not ((chosen >= 0) & (chosen < classes)).all():
         raise CallError(f"class {chosen.tolist()} is out of range: the network has {classes} classes, from 0")
-    return chosen
+    return chosen.to(logits.device)
 
 
 @contextlib.contextmanager
@@ -2069,8 +2069,6 @@ class Explainer:
         inputs.requires_grad_(guided)
         with tap(self._network, self.target_layers, with_gradients) as outputs:
             logits = as_logits(self._network(inputs))
-        if not torch.isfinite(logits).all():
-            raise ValueError("the network's answer is not a number (NaN or infinite); its weights are probably broken")
         for layer in self.target_layers:
             if layer not in outputs:
                 raise CallError(f"layer '{layer}' takes no part in the network's answer; choose another one")
@@ -2079,6 +2077,9 @@ class Explainer:
         scores = [logits.gather(1, column[:, None]).sum() for column in classes.T]
         gradients = self._gradients(scores, outputs, inputs, guided) if with_gradients else {}
         guided_maps = torch.stack(guided_gradients(scores, inputs), 1) if guided else None
+        # The first question whose answer is waited for: a GPU has got all of the work above by now.
+        if not torch.isfinite(logits).all():
+            raise ValueError("the network's answer is not a number (NaN or infinite); its weights are probably broken")
         inputs = inputs.detach()
         layers = {layer: self._as_map(layer, outputs[layer].detach(), inputs) for layer in self.target_layers}
         cams = {method: self._cam(method, layers, gradients, inputs, classes) for method in methods}
@@ -2378,7 +2379,7 @@ def draw_cam(picture: Picture, cam: Floats, look: Look) -> Picture:
 
 @functools.cache
 def _colours(colormap: str) -> Floats:
-    """One of OpenCV's colormaps as RGB, float32 (1, 4081, 3): sixteen steps from each of its 256 colours to the next."""
+    """One of OpenCV's colormaps as RGB, float32 (1, 4081, 3): sixteen steps from each of its colours to the next."""
     number = getattr(cv2, f"COLORMAP_{colormap.upper()}")
     colours = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[None], number)
     rgb = cv2.cvtColor(colours, cv2.COLOR_BGR2RGB).astype(np.float32)
