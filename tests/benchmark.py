@@ -11,10 +11,12 @@ Both sides have the same weights and inputs, run in one process, and take turns;
 """
 
 import argparse
+import contextlib
 import copy
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import os
 import platform
 import statistics
@@ -23,10 +25,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -37,10 +40,12 @@ from torchvision.models import get_model
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import cnn_visualizations as program_file
 from cnn_visualizations import (
     METHODS,
     METRICS,
     Explainer,
+    Explanation,
     PhotoError,
     find_photos,
     load_classifier,
@@ -381,6 +386,54 @@ def busy_share(setting: Setting) -> float:
     return (used_more - used) / (wall_more - wall) / (os.cpu_count() or 1)
 
 
+PACE = 0.03  # seconds a photo
+
+
+class Watched:
+    """Explains as told, and notes when it was asked and when it answered; for the program it is on a GPU."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, explainer: Explainer, explain: Callable[[torch.Tensor], Explanation]) -> None:
+        self.explain, self.target_layers = explain, explainer.target_layers
+        self.times: list[float] = []
+
+    def __call__(self, inputs: torch.Tensor, targets: object = None, *, top: object = None) -> Explanation:
+        self.times.append(time.perf_counter())
+        found = self.explain(inputs)
+        self.times.append(time.perf_counter())
+        return found
+
+
+def flow(setting: Setting) -> tuple[float, float]:
+    """Photos of one megapixel a second: through the program, and explained alone, the batch held in memory.
+
+    Without a GPU, something that waits for PACE a photo stands in for the explainer: it leaves the CPU alone, too.
+    """
+    folder = workshop() / "megapixels"
+    folder.mkdir(exist_ok=True)
+    large = Image.fromarray(read_photo(DOG).pixels).resize((1155, 866))
+    for number in range(CROWD):
+        large.rotate(number).save(folder / f"{number:03}.jpg", quality=90)
+    words = ["--ckpt", workshop() / "resnet50.pth", "--device", setting.device, "--output", workshop() / "flow", folder]
+    args = program_file.parse_args([str(word) for word in words])
+    job = program_file.load(args, program_file.Share())
+    batch = torch.stack([program_file.prepare((path, ""), job).inputs for path, _ in args.photos[: args.batch_size]])
+    answer = job.explainer(batch, top=1)
+
+    def wait(inputs: torch.Tensor) -> Explanation:
+        time.sleep(PACE * len(inputs))
+        return answer
+
+    explain = partial(job.explainer, top=1) if setting.device.startswith("cuda") else wait
+    alone = statistics.median(timed(partial(explain, batch), setting.device)[0] for _ in range(10)) / 1000
+    watched = Watched(job.explainer, explain)
+    loaded = patch.object(program_file, "load", lambda *_: replace(job, explainer=watched))
+    with loaded, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        program_file.run(args)
+    return CROWD / (watched.times[-1] - watched.times[0]), len(batch) / alone
+
+
 def our_comparison(setting: Setting) -> Work:
     """Everything that is asked for when maps are compared, as a whole process."""
     options = "--method all --top-k 2 --sheet --metrics --save-arrays --device".split()  # noqa: SIM905
@@ -670,6 +723,18 @@ def cpu_name() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
+def print_shares(setting: Setting) -> None:
+    """How busy the cores are while photos go through, and how little the network waits for the rest."""
+    busy, (rate, alone) = busy_share(setting), flow(setting)
+    of = f"as explanations alone on {setting.device}" if setting.device != "cpu" else "as a stand-in for a GPU answers"
+    lines = {
+        "through that folder, the cores are busy | | | ": busy,
+        f"photos a second of one megapixel, as many {of} | | {alone:.0f} | {rate:.0f} ": rate / alone,
+    }
+    for text, share in lines.items():
+        print(f"| {text}| {share:.0%} | 90% {'yes' if share >= 0.9 else 'NO'} |", flush=True)
+
+
 def chosen_rows(words: list[str]) -> list[Row]:
     """The rows whose names contain a word, or are the word behind a '='; those whose peer is not installed left out."""
     rows = [row for row in ROWS if not words or any(w == f"={row.name}" or w in row.name for w in words)]
@@ -726,9 +791,7 @@ def main() -> None:
         memory = " / ".join("?" if peak is None else f"{peak:.0f}" for peak in peaks)
         print(line(row, found, memory), flush=True)
         if row.name == "folder":
-            share = busy_share(setting)
-            verdict = "yes" if share >= 0.9 else "NO"
-            print(f"| through that folder, the cores are busy | | | | {share:.0%} | 90% {verdict} |", flush=True)
+            print_shares(setting)
 
 
 if __name__ == "__main__":
