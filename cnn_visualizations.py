@@ -966,7 +966,7 @@ def find_architecture(checkpoint: Checkpoint) -> str:
     raise CallError(
         f"{checkpoint.name} fits no torchvision architecture ({count:,} parameters with 1000 classes; nearest: "
         + ", ".join(f"{' or '.join(sizes[size])} with {size:,}" for size in near)
-        + "); choose with --arch"
+        + "); choose with --arch, or give your own network by --arch net.py:build"
     )
 
 
