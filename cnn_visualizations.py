@@ -2261,6 +2261,7 @@ class _Neighbours:
     def __init__(self, missing: Tensor) -> None:
         self.missing = missing
         self.weights = self.sum(torch.ones_like(missing[:1]))
+        self.step = 0.8 * missing / self.weights  # of a damped Jacobi iteration
         self.coarser = None
         if min(missing.shape[2:]) > 4:
             whole = nn.functional.avg_pool2d(missing, 2, ceil_mode=True) > 0.99
@@ -2277,36 +2278,41 @@ class _Neighbours:
         square[..., :-1, :] += rows[..., 1:, :]
         return (square - 4 * values) / 12
 
+    @staticmethod
+    def shrink(values: Tensor) -> Tensor:
+        """To half the height and width, by the transpose of bilinear enlargement, so that the cycle is symmetric."""
+        weights = torch.tensor([0.25, 0.75, 0.75, 0.25]).to(values)
+        height, width = values.shape[2:]
+        single = nn.functional.pad(values.flatten(0, 1)[:, None], (1, 1 + width % 2, 1, 1 + height % 2))
+        smaller = nn.functional.conv2d(single, torch.outer(weights, weights)[None, None], stride=2)
+        return smaller.view(*values.shape[:2], *smaller.shape[2:])
+
     def apply(self, values: Tensor) -> Tensor:
         """How far the missing pixels are from the mean of their neighbours."""
         return (self.weights * values - self.sum(values)) * self.missing
 
-    def smooth(self, values: Tensor, wanted: Tensor) -> Tensor:
-        """A damped Jacobi step."""
-        return values + 0.8 * (wanted - self.apply(values)) / self.weights * self.missing
-
     def cycle(self, wanted: Tensor) -> Tensor:
         """Values for which `apply` gives about `wanted`."""
-        values = self.smooth(torch.zeros_like(wanted), wanted)
-        if self.coarser is None:
-            for _ in range(4):
-                values = self.smooth(values, wanted)
-            return values
-        rest = nn.functional.avg_pool2d(wanted - self.apply(values), 2, ceil_mode=True) * 4
-        coarse = self.coarser.cycle(rest * self.coarser.missing)
-        finer = nn.functional.interpolate(coarse, scale_factor=2.0)[..., : wanted.shape[2], : wanted.shape[3]]
-        return self.smooth(values + finer * self.missing, wanted)
+        values = wanted * self.step
+        if self.coarser is not None:
+            rest = self.shrink(wanted - self.apply(values))
+            coarse = self.coarser.cycle(rest * self.coarser.missing)
+            finer = nn.functional.interpolate(coarse, scale_factor=2.0, mode="bilinear")
+            values = values + finer[..., : wanted.shape[2], : wanted.shape[3]] * self.missing
+        for _ in range(1 if self.coarser else 5):
+            values = values + (wanted - self.apply(values)) * self.step
+        return values
 
 
-def impute(inputs: Tensor, kept: Tensor, steps: int = 12) -> Tensor:
+def impute(inputs: Tensor, kept: Tensor, steps: int = 6) -> Tensor:
     """One input (1, 3, H, W) with the pixels that are not in `kept` (B, H, W) filled from those around: (B, 3, H, W).
 
     ROAD's noisy linear imputation (arXiv:2202.00449, section 4), by conjugate gradients with multigrid: for half a
-    photo missing, 12 steps leave a mean error of 0.001 where the method itself adds noise of 0.01.
+    photo missing, 6 steps leave a mean error below 0.001 where the method itself adds noise of 0.01.
     """
     missing = (~kept)[:, None].to(inputs)
     grid = _Neighbours(missing)
-    known = inputs * (1 - missing)
+    known = (inputs * (1 - missing)).contiguous()
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum((2, 3), keepdim=True)

@@ -126,6 +126,14 @@ def test_missing_pixels_become_the_mean_of_their_neighbours():
     assert torch.equal(filled[0][:, kept[0]], ramp[0][:, kept[0]])
 
 
+def test_the_steps_that_are_taken_solve_the_equations(explained):
+    cam = explained.found.cams["gradcam"][0, 0]
+    kept = torch.from_numpy(np.stack([cam < np.quantile(cam, share) for share in (0.2, 0.5, 0.9)]))
+    difference = (impute(explained.inputs, kept) - impute(explained.inputs, kept, steps=50)).abs()
+    assert difference.mean() < 0.001
+    assert difference.max() < 0.02
+
+
 def test_nothing_missing_changes_nothing():
     assert torch.equal(impute(ONES, torch.ones(1, 8, 8, dtype=torch.bool)), ONES)
 
