@@ -2276,7 +2276,7 @@ class _Neighbours:
         square = rows * 2
         square[..., 1:, :] += rows[..., :-1, :]
         square[..., :-1, :] += rows[..., 1:, :]
-        return (square - 4 * values) / 12
+        return square.sub_(values, alpha=4).div_(12)
 
     @staticmethod
     def shrink(values: Tensor) -> Tensor:
@@ -2289,7 +2289,7 @@ class _Neighbours:
 
     def apply(self, values: Tensor) -> Tensor:
         """How far the missing pixels are from the mean of their neighbours."""
-        return (self.weights * values - self.sum(values)) * self.missing
+        return (self.weights * values).sub_(self.sum(values)).mul_(self.missing)
 
     def cycle(self, wanted: Tensor) -> Tensor:
         """Values for which `apply` gives about `wanted`."""
@@ -2298,9 +2298,9 @@ class _Neighbours:
             rest = self.shrink(wanted - self.apply(values))
             coarse = self.coarser.cycle(rest * self.coarser.missing)
             finer = nn.functional.interpolate(coarse, scale_factor=2.0, mode="bilinear")
-            values = values + finer[..., : wanted.shape[2], : wanted.shape[3]] * self.missing
+            values = torch.addcmul(values, finer[..., : wanted.shape[2], : wanted.shape[3]], self.missing)
         for _ in range(1 if self.coarser else 5):
-            values = values + (wanted - self.apply(values)) * self.step
+            values = torch.addcmul(values, wanted - self.apply(values), self.step)
         return values
 
 
@@ -2324,10 +2324,10 @@ def impute(inputs: Tensor, kept: Tensor, steps: int = 6) -> Tensor:
     for _ in range(steps):
         along = grid.apply(direction)
         step = size / (dot(direction, along) + 1e-20)
-        values, rest = values + step * direction, rest - step * along
+        values, rest = torch.addcmul(values, step, direction), torch.addcmul(rest, step, along, value=-1)
         guess = grid.cycle(rest)
         size, before = dot(rest, guess), size
-        direction = guess + size / (before + 1e-20) * direction
+        direction = torch.addcmul(guess, size / (before + 1e-20), direction)
     noise = torch.randn(known.shape, generator=torch.Generator().manual_seed(0)).to(known)
     return known + values + 0.01 * noise * missing
 
