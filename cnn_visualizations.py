@@ -1672,9 +1672,9 @@ class Packed(nn.Module):
         """The same, for autograd not to see."""
         mkldnn, geometry = torch.ops.mkldnn, (self.padding, self.stride, self.dilation, self.groups)
         shape, weight = self._weights["forward"]
-        if shape != inputs.shape:
+        if shape != (len(inputs) > 1, inputs.shape[1:]):
             weight = mkldnn._reorder_convolution_weight(self.weight, *geometry, inputs.shape)
-            self._weights["forward"] = inputs.shape, weight
+            self._weights["forward"] = (len(inputs) > 1, inputs.shape[1:]), weight
         return mkldnn._convolution_pointwise(inputs, weight, self.bias, *geometry, "none", [], "")
 
     def transposed(self, gradients: Tensor, size: Sequence[int]) -> Tensor:
@@ -1685,9 +1685,9 @@ class Packed(nn.Module):
         ]
         mkldnn, geometry = torch.ops.mkldnn, (self.padding, left_over, self.stride, self.dilation, self.groups)
         shape, weight = self._weights["backward"]
-        if shape != gradients.shape:
+        if shape != (len(gradients) > 1, gradients.shape[1:]):
             weight = mkldnn._reorder_convolution_transpose_weight(self.weight, *geometry, gradients.shape)
-            self._weights["backward"] = gradients.shape, weight
+            self._weights["backward"] = (len(gradients) > 1, gradients.shape[1:]), weight
         return mkldnn._convolution_transpose_pointwise(gradients, weight, None, *geometry, "none", [], "")
 
 
@@ -1838,24 +1838,27 @@ def ablation_weights(
 
 @torch.inference_mode()
 def score_weights(
-    network: nn.Module, activations: Tensor, inputs: Tensor, targets: Tensor, batch_size: int, progress: Progress = iter
+    answer: Callable[[Tensor], Tensor], activations: Tensor, inputs: Tensor, targets: Tensor, each: Any
 ) -> Tensor:
     """Score-CAM (Wang et al., CVPR workshops 2020, arXiv:1910.01279): the softmax of the scores of masked inputs.
 
     Each channel of activations (C, h, w), enlarged to the input (1, 3, H, W) and stretched to [0, 1], masks it once.
     Returns (K, C) for the classes (K,). The mask of a constant channel is zero everywhere, so all of those share one
-    pass.
+    pass. `answer` gives the logits for inputs, `each` what a function gives for each part of a tensor.
     """
     flat = activations.flatten(1)
     varied = (flat.amax(1) > flat.amin(1)).nonzero()[:, 0]
-    scores = as_logits(network(torch.zeros_like(inputs)))[0, targets].repeat(len(flat), 1)
-    for channels in progress(varied.split(batch_size)):
+    scores = answer(torch.zeros_like(inputs))[0, targets].repeat(len(flat), 1)
+
+    @torch.inference_mode()
+    def scores_of(channels: Tensor) -> tuple[Tensor, Tensor]:
         small = activations[channels][:, None]
         masks = nn.functional.interpolate(small, inputs.shape[2:], mode="bilinear", align_corners=True)
         low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
-        masked = inputs * ((masks - low) / (high - low + 1e-8))
-        logits = as_logits(network(masked.contiguous(memory_format=memory_format(masked.device))))
-        scores[channels] = logits[:, targets]
+        return channels, answer(inputs * ((masks - low) / (high - low + 1e-8)))[:, targets]
+
+    for channels, found in each(scores_of, varied):
+        scores[channels] = found
     return scores.softmax(0).T
 
 
@@ -1903,6 +1906,50 @@ def map_by_grad_cam(
     return torch.from_numpy(np.float32(found[0])).to(inputs)
 
 
+THREADS = os.cpu_count() or 1
+
+
+def ahead(
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
+    under_way: int,
+    threads: int = THREADS,
+    start: Callable[[], Any] | None = None,
+    stop: threading.Event | None = None,
+) -> Iterator[Any]:
+    """What the function gives for each item, in order, computed in threads up to `under_way` items ahead.
+
+    Each thread begins with `start`; `stop` is set at the end, for functions that take long.
+    """
+    pool = ThreadPoolExecutor(threads, initializer=start)
+    pending: deque[Future[Any]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= under_way:
+                yield result_of(pending.popleft())
+        while pending:
+            yield result_of(pending.popleft())
+    finally:
+        if stop:
+            stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def result_of(future: Future[Any]) -> Any:
+    """The future's result; on Windows, Ctrl-C ends only such waits as have a limit."""
+    while not future.done():
+        concurrent.futures.wait([future], timeout=0.2)
+    return future.result()
+
+
+def shared_cores(threads: int) -> Callable[[], None]:
+    """What each of several threads calls at its start, to compute with its share of the calling thread's cores."""
+    cores = torch.get_num_threads()
+    shares = iter([max(1, (cores + number) // threads) for number in range(threads)])  # six for four: 1, 1, 2, 2
+    return lambda: torch.set_num_threads(next(shares))
+
+
 @contextlib.contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """No autocast; on a GPU no TF32, whose ten bits show in the maps, and the same answer from run to run."""
@@ -1947,8 +1994,8 @@ class Explainer:
         guided: whether guided backpropagation is wanted too.
         aug_smooth: average the maps over six variants of the input, mirrored and brightened (ttach, as in grad-cam).
         eigen_smooth: take the first principal component of the contributions of the channels in place of their sum.
-        batch_size: how many inputs Score-CAM runs at once; None: 6 on the CPU, on a GPU what half of its
-            free memory takes.
+        batch_size: how many inputs Score-CAM and `answer` run at once; None: 3 in each thread on the CPU, on a GPU what
+            half of its free memory takes.
         progress: wraps the passes of Score-CAM and Ablation-CAM, such as tqdm.
 
     Raises:
@@ -2023,8 +2070,31 @@ class Explainer:
 
     def answer(self, inputs: Tensor) -> Tensor:
         """The network's logits (N, classes) for inputs (N, 3, H, W), on its device."""
+        return torch.cat([*self._each(self._logits, inputs, inputs)])
+
+    def _logits(self, inputs: Tensor) -> Tensor:
         with torch.inference_mode(), exact_arithmetic(self.device):
             return as_logits(self._network(self._own(inputs)))
+
+    def _each(
+        self, function: Callable[[Tensor], Any], items: Tensor, inputs: Tensor, progress: Progress = iter
+    ) -> Iterator[Any]:
+        """What a function that asks the network about `inputs` or their like gives for each part of the items, in order.
+
+        On the CPU by up to four threads that share its cores: none then waits for the others after each layer.
+        """
+        if self.batch_size is None:
+            on_cuda = self.device.type == "cuda"
+            self.batch_size = affordable_batch(self._network, self._own(inputs[:1])) if on_cuda else 3
+        parts, cores = items.split(self.batch_size), torch.get_num_threads()
+        threads = min(4, cores, len(parts)) if self.device.type == "cpu" else 1
+        if threads < 2:
+            yield from map(function, progress(parts))
+            return
+        try:
+            yield from ahead(function, progress(parts), threads + 1, threads, shared_cores(threads))
+        finally:
+            torch.set_num_threads(cores)  # the last thread to be told its number tells it to all that are new
 
     @property
     def device(self) -> torch.device:
@@ -2163,9 +2233,8 @@ class Explainer:
         """The channel weights (K, C) of the methods that ask the network again, for one input."""
         if method == "ablationcam":
             return ablation_weights(self._network, layer, inputs, classes, self.progress)
-        if self.batch_size is None:
-            self.batch_size = 6 if inputs.device.type != "cuda" else affordable_batch(self._network, inputs)
-        return score_weights(self._network, activations, inputs, classes, self.batch_size, self.progress)
+        each = partial(self._each, inputs=inputs, progress=self.progress)
+        return score_weights(self._logits, activations, inputs, classes, each)
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
@@ -2193,9 +2262,7 @@ CURVE_STEPS = 20  # of the deletion and insertion curves
 ROAD_SHARES = (0.2, 0.4, 0.6, 0.8)  # of the pixels that stay
 
 
-def measure_trust(
-    explainer: Explainer, inputs: Tensor, cam: Floats, target: int, batch_size: int = 16
-) -> dict[str, float]:
+def measure_trust(explainer: Explainer, inputs: Tensor, cam: Floats, target: int) -> dict[str, float]:
     """What a map is worth, by how the probability p of the class changes with the input.
 
     - average_drop, in [0, 1], lower is better: the share of p that is lost when the input is multiplied by the map.
@@ -2213,7 +2280,6 @@ def measure_trust(
         inputs: one, (1, 3, H, W).
         cam: its map, (H, W) in [0, 1].
         target: the class, an index.
-        batch_size: how many changed inputs are asked about at once.
     """
     inputs = inputs.to(explainer.device)
     heat = torch.from_numpy(cam).to(inputs)
@@ -2222,8 +2288,7 @@ def measure_trust(
     kept = [turned < np.quantile(turned, ROAD_SHARES)[:, None, None] for turned in (cam, 1 - cam)]
     imputed = [impute(inputs, torch.from_numpy(k).to(inputs.device)) for k in kept]
     asked = [inputs, inputs * heat, inputs * ~masks, inputs * masks, *imputed]
-    answers = [probabilities(explainer.answer(part))[:, target] for part in torch.cat(asked).split(batch_size)]
-    chances = torch.cat(answers).cpu().double()
+    chances = probabilities(explainer.answer(torch.cat(asked)))[:, target].cpu().double()
     before, masked, deletion, insertion, *road = chances.split([len(part) for part in asked])
     values = {
         "average_drop": (before - masked).clamp(min=0) / (before + 1e-7),
@@ -2621,8 +2686,6 @@ def write_arrays(path: Path, arrays: Mapping[str, Any], photo: str) -> None:
 # 7  Run. Threads read ahead, the network explains batches, threads draw and write; a photo that fails stops nothing.
 # ---------------------------------------------------------------------------------------------------------------------
 
-THREADS = os.cpu_count() or 1
-
 
 @dataclass(frozen=True)
 class Job:
@@ -2701,40 +2764,6 @@ class Share:
         return cls(*(int(os.environ.get(name, default)) for name, default in names.items()))
 
 
-def ahead(
-    function: Callable[[Any], Any],
-    items: Iterable[Any],
-    under_way: int,
-    threads: int = THREADS,
-    start: Callable[[], Any] | None = None,
-    stop: threading.Event | None = None,
-) -> Iterator[Any]:
-    """What the function gives for each item, in order, computed in threads up to `under_way` items ahead.
-
-    Each thread begins with `start`; `stop` is set at the end, for functions that take long.
-    """
-    pool = ThreadPoolExecutor(threads, initializer=start)
-    pending: deque[Future[Any]] = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) >= under_way:
-                yield result_of(pending.popleft())
-        while pending:
-            yield result_of(pending.popleft())
-    finally:
-        if stop:
-            stop.set()
-        pool.shutdown(cancel_futures=True)
-
-
-def result_of(future: Future[Any]) -> Any:
-    """The future's result; on Windows, Ctrl-C ends only such waits as have a limit."""
-    while not future.done():
-        concurrent.futures.wait([future], timeout=0.2)
-    return future.result()
-
-
 def prepare(photo: tuple[str, str], job: Job) -> Prepared | Failed:
     """Reads a photo and keeps only what is needed further on, so that large photos do not pile up in memory."""
     path, place = photo
@@ -2763,12 +2792,8 @@ def explain_photos(
     Several workers share the batch and the cores: each photo then takes longer, but no core waits for the others.
     """
     capacity = Capacity(max(1, batch_size // workers))
-    cores = torch.get_num_threads()
-    shares = iter([max(1, (cores + number) // workers) for number in range(workers)])  # six for four: 1, 1, 2, 2
     batches, explain = fill_batches(photos, capacity), partial(explain_batch, job=job, capacity=capacity)
-    for outcomes in ahead(
-        explain, batches, workers + 1, workers, lambda: torch.set_num_threads(next(shares)), job.stop
-    ):
+    for outcomes in ahead(explain, batches, workers + 1, workers, shared_cores(workers), job.stop):
         yield from outcomes
 
 

@@ -5,6 +5,7 @@ import copy
 import gc
 import importlib
 import sys
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -793,7 +794,7 @@ def test_the_same_answer_twice(arch):
 
 
 def test_threads_share_an_explainer_and_its_weights():
-    explainer = Explainer(network("resnet18"), ["gradcam", "ablationcam", "scorecam"], ["layer3"])
+    explainer = Explainer(network("resnet18"), ["gradcam", "ablationcam", "scorecam"], ["layer1"])
     inputs = [photos(1 + seed % 3, seed=seed) for seed in range(12)]
     networks = set()
 
@@ -810,6 +811,58 @@ def test_threads_share_an_explainer_and_its_weights():
     weights = {id(w) for each in networks for m in each.modules() for w in [getattr(m, "_weights", None)] if w}
     assert len(weights) <= 20  # the convolutions of a ResNet-18
     assert len({each.fc.weight.data_ptr() for each in networks}) == 1
+
+
+@pytest.fixture
+def five_cores():
+    torch.set_num_threads(5)
+    yield
+    torch.set_num_threads(1)
+
+
+def cores_of_a_new_thread():
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
+def test_many_passes_are_done_in_threads_that_share_the_cores(five_cores, monkeypatch):
+    model, inputs, by_thread, run = network("resnet18"), photos(2), {}, Explainer._logits
+
+    def watched(self, batch):
+        by_thread.setdefault(threading.get_ident(), []).append((torch.get_num_threads(), len(batch)))
+        return run(self, batch)
+
+    monkeypatch.setattr(Explainer, "_logits", watched)
+    found = Explainer(model, ["scorecam"], ["layer1"])(inputs)
+    here = by_thread.pop(threading.get_ident())
+    assert {cores for cores, _ in here} == {5}
+    assert len(by_thread) > 1
+    assert sorted({cores for ran in by_thread.values() for cores, _ in ran}) == [1, 2]
+    assert max(size for ran in by_thread.values() for _, size in ran) == 3
+    assert torch.get_num_threads() == cores_of_a_new_thread() == 5
+    torch.set_num_threads(1)
+    assert_same_explanation(found, Explainer(model, ["scorecam"], ["layer1"])(inputs))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_the_threads_end_when_the_passes_are_broken_off(five_cores, error):
+    passes = []
+
+    def broken(steps):
+        for step in steps:
+            passes.append(step)
+            if len(passes) == 7:
+                raise error
+            yield step
+
+    explainer, before = (
+        Explainer(network("resnet18"), ["scorecam"], ["layer1"], progress=broken),
+        threading.active_count(),
+    )
+    with pytest.raises(error):
+        explainer(photos())
+    assert threading.active_count() == before
+    assert torch.get_num_threads() == cores_of_a_new_thread() == 5
 
 
 def test_an_explanation_has_the_promised_shapes_types_and_ranges():
