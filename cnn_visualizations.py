@@ -1647,15 +1647,15 @@ class Packed(nn.Module):
     """A frozen convolution on the CPU that keeps its weights in the order in which oneDNN computes with them.
 
     torch brings them into that order anew at each call, forward and backward: a fifth of a ResNet-50's time for one
-    photo. Which order is the best depends on the inputs' shape, so where that changes they are packed again. The
-    operators are not public: they are those that torch's compiler uses on CPUs, see `can_pack`.
+    photo. Which order is the best depends on the situation, so where that changes they are packed again. The operators
+    are not public: they are those that torch's compiler uses on CPUs, see `can_pack`.
     """
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         self.kernel_size, self.stride, self.padding = convolution.kernel_size, convolution.stride, convolution.padding
         self.dilation, self.groups, self.bias = convolution.dilation, convolution.groups, convolution.bias
-        # each with the shape that it is for
+        # each with the situation that it is for
         self._weights = _Shared(forward=(None, convolution.weight.detach()), backward=(None, None))
 
     @property
@@ -1664,6 +1664,11 @@ class Packed(nn.Module):
         _, weight = self._weights["forward"]
         return (weight.to_dense() if weight.is_mkldnn else weight).contiguous(memory_format=torch.channels_last)
 
+    @staticmethod
+    def situation(inputs: Tensor) -> tuple[bool, Sequence[int]]:
+        """What the best order was found to depend on: whether there is an input for each thread, and its shape."""
+        return len(inputs) >= torch.get_num_threads(), inputs.shape[1:]
+
     def forward(self, inputs: Tensor) -> Tensor:
         """(N, in, H, W) -> (N, out, h, w), differentiable with respect to the inputs."""
         return _PackedConvolution.apply(inputs, self)
@@ -1671,10 +1676,10 @@ class Packed(nn.Module):
     def convolve(self, inputs: Tensor) -> Tensor:
         """The same, for autograd not to see."""
         mkldnn, geometry = torch.ops.mkldnn, (self.padding, self.stride, self.dilation, self.groups)
-        shape, weight = self._weights["forward"]
-        if shape != (len(inputs) > 1, inputs.shape[1:]):
+        situation, weight = self._weights["forward"]
+        if situation != self.situation(inputs):
             weight = mkldnn._reorder_convolution_weight(self.weight, *geometry, inputs.shape)
-            self._weights["forward"] = (len(inputs) > 1, inputs.shape[1:]), weight
+            self._weights["forward"] = self.situation(inputs), weight
         return mkldnn._convolution_pointwise(inputs, weight, self.bias, *geometry, "none", [], "")
 
     def transposed(self, gradients: Tensor, size: Sequence[int]) -> Tensor:
@@ -1684,10 +1689,10 @@ class Packed(nn.Module):
             for i in (0, 1)
         ]
         mkldnn, geometry = torch.ops.mkldnn, (self.padding, left_over, self.stride, self.dilation, self.groups)
-        shape, weight = self._weights["backward"]
-        if shape != (len(gradients) > 1, gradients.shape[1:]):
+        situation, weight = self._weights["backward"]
+        if situation != self.situation(gradients):
             weight = mkldnn._reorder_convolution_transpose_weight(self.weight, *geometry, gradients.shape)
-            self._weights["backward"] = (len(gradients) > 1, gradients.shape[1:]), weight
+            self._weights["backward"] = self.situation(gradients), weight
         return mkldnn._convolution_transpose_pointwise(gradients, weight, None, *geometry, "none", [], "")
 
 
@@ -1994,7 +1999,7 @@ class Explainer:
         guided: whether guided backpropagation is wanted too.
         aug_smooth: average the maps over six variants of the input, mirrored and brightened (ttach, as in grad-cam).
         eigen_smooth: take the first principal component of the contributions of the channels in place of their sum.
-        batch_size: how many inputs Score-CAM and `answer` run at once; None: 3 in each thread on the CPU, on a GPU what
+        batch_size: how many inputs Score-CAM and `answer` run at once; None: 2 in each thread on the CPU, on a GPU what
             half of its free memory takes.
         progress: wraps the passes of Score-CAM and Ablation-CAM, such as tqdm.
 
@@ -2079,13 +2084,13 @@ class Explainer:
     def _each(
         self, function: Callable[[Tensor], Any], items: Tensor, inputs: Tensor, progress: Progress = iter
     ) -> Iterator[Any]:
-        """What a function that asks the network about `inputs` or their like gives for each part of the items, in order.
+        """What a function that asks the network about inputs like these gives for each part of the items, in order.
 
         On the CPU by up to four threads that share its cores: none then waits for the others after each layer.
         """
         if self.batch_size is None:
             on_cuda = self.device.type == "cuda"
-            self.batch_size = affordable_batch(self._network, self._own(inputs[:1])) if on_cuda else 3
+            self.batch_size = affordable_batch(self._network, self._own(inputs[:1])) if on_cuda else 2
         parts, cores = items.split(self.batch_size), torch.get_num_threads()
         threads = min(4, cores, len(parts)) if self.device.type == "cpu" else 1
         if threads < 2:
