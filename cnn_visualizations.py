@@ -1657,6 +1657,7 @@ class Packed(nn.Module):
         self.dilation, self.groups, self.bias = convolution.dilation, convolution.groups, convolution.bias
         # each with the situation that it is for
         self._weights = _Shared(forward=(None, convolution.weight.detach()), backward=(None, None))
+        self._packing = _Shared(lock=threading.Lock())
 
     @property
     def weight(self) -> Tensor:
@@ -1664,10 +1665,18 @@ class Packed(nn.Module):
         _, weight = self._weights["forward"]
         return (weight.to_dense() if weight.is_mkldnn else weight).contiguous(memory_format=torch.channels_last)
 
-    @staticmethod
-    def situation(inputs: Tensor) -> tuple[bool, Sequence[int]]:
-        """What the best order was found to depend on: whether there is an input for each thread, and its shape."""
-        return len(inputs) >= torch.get_num_threads(), inputs.shape[1:]
+    def _packed(self, direction: str, inputs: Tensor, reorder: Any, *geometry: Any) -> Tensor:
+        """The weights in the best order, which was found to depend on the shape, and whether each thread has an input.
+
+        Of several threads one packs, and the others wait, or there would be as many copies.
+        """
+        situation = len(inputs) >= torch.get_num_threads(), inputs.shape[1:]
+        with self._packing["lock"]:
+            packed_for, weight = self._weights[direction]
+            if packed_for != situation:
+                weight = reorder(self.weight, *geometry, inputs.shape)
+                self._weights[direction] = situation, weight
+        return weight
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(N, in, H, W) -> (N, out, h, w), differentiable with respect to the inputs."""
@@ -1676,10 +1685,7 @@ class Packed(nn.Module):
     def convolve(self, inputs: Tensor) -> Tensor:
         """The same, for autograd not to see."""
         mkldnn, geometry = torch.ops.mkldnn, (self.padding, self.stride, self.dilation, self.groups)
-        situation, weight = self._weights["forward"]
-        if situation != self.situation(inputs):
-            weight = mkldnn._reorder_convolution_weight(self.weight, *geometry, inputs.shape)
-            self._weights["forward"] = self.situation(inputs), weight
+        weight = self._packed("forward", inputs, mkldnn._reorder_convolution_weight, *geometry)
         return mkldnn._convolution_pointwise(inputs, weight, self.bias, *geometry, "none", [], "")
 
     def transposed(self, gradients: Tensor, size: Sequence[int]) -> Tensor:
@@ -1689,10 +1695,7 @@ class Packed(nn.Module):
             for i in (0, 1)
         ]
         mkldnn, geometry = torch.ops.mkldnn, (self.padding, left_over, self.stride, self.dilation, self.groups)
-        situation, weight = self._weights["backward"]
-        if situation != self.situation(gradients):
-            weight = mkldnn._reorder_convolution_transpose_weight(self.weight, *geometry, gradients.shape)
-            self._weights["backward"] = self.situation(gradients), weight
+        weight = self._packed("backward", gradients, mkldnn._reorder_convolution_transpose_weight, *geometry)
         return mkldnn._convolution_transpose_pointwise(gradients, weight, None, *geometry, "none", [], "")
 
 
