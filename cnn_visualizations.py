@@ -2099,8 +2099,12 @@ class Explainer:
         if threads < 2:
             yield from map(function, progress(parts))
             return
+        left, start = iter(progress(parts)), shared_cores(threads)
         try:
-            yield from ahead(function, progress(parts), threads + 1, threads, shared_cores(threads))
+            # The first one here: what it packs for the others then lies in this thread's memory, which is used again.
+            torch.set_num_threads(max(1, cores // threads))
+            yield function(next(left))
+            yield from ahead(function, left, threads + 1, threads, start)
         finally:
             torch.set_num_threads(cores)  # the last thread to be told its number tells it to all that are new
 
