@@ -399,7 +399,9 @@ def photo_fault(path: Path) -> str | None:
         return f"cannot be read: {error.strerror}" if isinstance(error, PermissionError) else "is not there"
     if not start:
         return "is empty"
-    return None if start.startswith(SIGNATURES) else "is not a picture (JPEG, PNG, WebP, BMP, TIFF or GIF)"
+    if start.startswith(SIGNATURES):
+        return None
+    return "is not a picture in a known format; convert it to JPEG, PNG, WebP, BMP, TIFF or GIF"
 
 
 def find_photos(inputs: Sequence[str], stdin: Iterable[str] = ()) -> list[tuple[str, str]]:
@@ -1655,9 +1657,9 @@ class Packed(nn.Module):
         super().__init__()
         self.kernel_size, self.stride, self.padding = convolution.kernel_size, convolution.stride, convolution.padding
         self.dilation, self.groups, self.bias = convolution.dilation, convolution.groups, convolution.bias
-        # each with the situation that it is for
-        self._weights = _Shared(forward=(None, convolution.weight.detach()), backward=(None, None))
-        self._packing = _Shared(lock=threading.Lock())
+        # the weights for each direction with the situation that they are for
+        packed = {"forward": (None, convolution.weight.detach()), "backward": (None, None)}
+        self._weights = _Shared(packed, lock=threading.Lock())
 
     @property
     def weight(self) -> Tensor:
@@ -1666,12 +1668,12 @@ class Packed(nn.Module):
         return (weight.to_dense() if weight.is_mkldnn else weight).contiguous(memory_format=torch.channels_last)
 
     def _packed(self, direction: str, inputs: Tensor, reorder: Any, *geometry: Any) -> Tensor:
-        """The weights in the best order, which was found to depend on the shape, and whether each thread has an input.
+        """The weights in the best order, which depends on the inputs' shape and on how many threads share the work.
 
         Of several threads one packs, and the others wait, or there would be as many copies.
         """
-        situation = len(inputs) >= torch.get_num_threads(), inputs.shape[1:]
-        with self._packing["lock"]:
+        situation = torch.get_num_threads(), inputs.shape
+        with self._weights["lock"]:
             packed_for, weight = self._weights[direction]
             if packed_for != situation:
                 weight = reorder(self.weight, *geometry, inputs.shape)
@@ -1951,11 +1953,12 @@ def result_of(future: Future[Any]) -> Any:
     return future.result()
 
 
-def shared_cores(threads: int) -> Callable[[], None]:
-    """What each of several threads calls at its start, to compute with its share of the calling thread's cores."""
-    cores = torch.get_num_threads()
-    shares = iter([max(1, (cores + number) // threads) for number in range(threads)])  # six for four: 1, 1, 2, 2
-    return lambda: torch.set_num_threads(next(shares))
+def even_threads(most: int) -> int:
+    """How many threads, four or `most` at the most, can share this thread's cores with none left over.
+
+    Were their shares not equal, each would want other packed weights.
+    """
+    return max(threads for threads in range(1, 5) if threads <= max(1, most) and torch.get_num_threads() % threads == 0)
 
 
 @contextlib.contextmanager
@@ -2095,16 +2098,16 @@ class Explainer:
             on_cuda = self.device.type == "cuda"
             self.batch_size = affordable_batch(self._network, self._own(inputs[:1])) if on_cuda else 2
         parts, cores = items.split(self.batch_size), torch.get_num_threads()
-        threads = min(4, cores, len(parts)) if self.device.type == "cpu" else 1
-        if threads < 2:
+        threads = even_threads(len(parts)) if self.device.type == "cpu" else 1
+        if threads == 1:
             yield from map(function, progress(parts))
             return
-        left, start = iter(progress(parts)), shared_cores(threads)
+        left, share_cores = iter(progress(parts)), partial(torch.set_num_threads, cores // threads)
         try:
             # The first one here: what it packs for the others then lies in this thread's memory, which is used again.
-            torch.set_num_threads(max(1, cores // threads))
+            share_cores()
             yield function(next(left))
-            yield from ahead(function, left, threads + 1, threads, start)
+            yield from ahead(function, left, threads + 1, threads, share_cores)
         finally:
             torch.set_num_threads(cores)  # the last thread to be told its number tells it to all that are new
 
@@ -2805,7 +2808,8 @@ def explain_photos(
     """
     capacity = Capacity(max(1, batch_size // workers))
     batches, explain = fill_batches(photos, capacity), partial(explain_batch, job=job, capacity=capacity)
-    for outcomes in ahead(explain, batches, workers + 1, workers, shared_cores(workers), job.stop):
+    share_cores = partial(torch.set_num_threads, max(1, torch.get_num_threads() // workers))
+    for outcomes in ahead(explain, batches, workers + 1, workers, share_cores, job.stop):
         yield from outcomes
 
 
@@ -3155,7 +3159,7 @@ def outcomes_of(todo: Sequence[tuple[str, str]], job: Job, args: argparse.Namesp
     batch_size, workers = max(1, args.batch_size // classes), 1
     # grad-cam's classes change settings of the weights, which the workers share
     if job.explainer.device.type == "cpu" and not BY_GRAD_CAM.keys() & set(args.methods):
-        workers = min(4, torch.get_num_threads(), batch_size, len(todo))
+        workers = even_threads(min(batch_size, len(todo)))
     return explain_photos(ahead(partial(prepare, job=job), todo, 2 * args.batch_size), job, batch_size, workers)
 
 

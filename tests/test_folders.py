@@ -433,11 +433,11 @@ def test_several_workers_share_batch_and_cores_and_keep_the_order(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", given.append)
     explainer = Fake(notes)
     photos = [Failed(f"{n}.jpg", "broken") if n == 7 else prepared(n) for n in range(24)]
-    outcomes = [outcome_of(o) for o in explain_photos(photos, job_of(explainer), 8, workers=4)]
+    outcomes = [outcome_of(o) for o in explain_photos(photos, job_of(explainer), 8, workers=3)]
     assert outcomes == [(f"{n}.jpg", None if n == 7 else float(n)) for n in range(24)]
     assert max(explainer.sizes) == 2
     assert len(threads) > 1
-    assert sorted(given) == [1, 1, 2, 2]
+    assert set(given) == {2}
 
 
 def test_what_takes_long_ends_when_nothing_more_is_wanted():
