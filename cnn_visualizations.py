@@ -740,22 +740,46 @@ def find_device(name: str | torch.device | None, local_rank: int | None = None) 
     Under torchrun each process of a machine takes the GPU with the number `local_rank`, unless one is named.
 
     Raises:
-        CallError: it is not there.
+        CallError: it is not there or cannot be used.
     """
     if name is None and not torch.cuda.is_available():
         if not local_rank:
-            note("no CUDA GPU found, computing on the CPU")
+            note(f"{why_no_gpu()}, computing on the CPU")
         return torch.device("cpu")
-    if local_rank is not None and str(name or "cuda") == "cuda":
+    name = str(name or "cuda")
+    if local_rank is not None and name == "cuda":
         name = f"cuda:{local_rank}"
+    have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    have += ["mps"] if torch.backends.mps.is_available() else []
     try:
-        device = torch.device(name or "cuda")
-        torch.empty(1, device=device)
+        device = torch.device(name)
+        torch.zeros(1, device=device).add_(1).item()  # whether this torch has code for this GPU shows only now
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        have += ["mps"] if torch.backends.mps.is_available() else []
-        raise CallError(f"device {name} is not there; this machine has: {', '.join(have)}") from error
+        if name in have or f"{name}:0" in have:
+            why = first_line(error)
+            raise CallError(f"device {name} cannot be used: {why}; make room on it, or pass --device cpu") from error
+        why = f" ({why_no_gpu()})" if name.startswith("cuda") and not torch.cuda.is_available() else ""
+        raise CallError(f"device {name} is not there; this machine has: {', '.join(have)}{why}") from error
     return device
+
+
+def why_no_gpu() -> str:
+    """Why torch finds no CUDA GPU."""
+    if not has_gpu_driver():
+        return "no CUDA GPU found"
+    if not torch.backends.cuda.is_built():
+        return "this torch is built without CUDA (on Windows pip's is; pytorch.org/get-started has the other one)"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # an old driver, an empty CUDA_VISIBLE_DEVICES
+        return f"no CUDA GPU found: {first_line(error)}"
+    return "no CUDA GPU found"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is what was missing, the GPU's or the CPU's."""
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # of CUDA, of its libraries, of torch on the CPU
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 @dataclass(frozen=True)
@@ -2840,8 +2864,10 @@ def explain_batch(batch: Sequence[Prepared | Failed], job: Job, capacity: Capaci
             outcomes += [Explained(*pair, trust_in(*pair, job)) for pair in zip(now, singles, strict=True)]
         except CallError:
             raise
-        except (RuntimeError, ValueError) as error:  # the input is too small for the network, the memory is full ...
-            if len(now) > 1 and (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+        except (RuntimeError, ValueError, MemoryError) as error:  # too small an input for the network, full memory ...
+            if "CUDA error" in str(error) and not is_out_of_memory(error):  # after that the GPU answers no process more
+                raise CallError(f"the GPU has failed: {first_line(error)}; go on with --skip-existing") from error
+            if len(now) > 1 and is_out_of_memory(error):
                 note_once("the memory does not suffice for so many photos at once; going on with smaller batches")
                 capacity.photos = len(now) // 2
             elif len(now) > 1:  # it may be one of them only
@@ -3210,6 +3236,11 @@ def main(args: argparse.Namespace) -> int:
         return run(args)
     except CallError as error:
         say(f"error: {error}", sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        say(f"error: the network needs more memory than there is: {first_line(error)}", sys.stderr)
         return 2
     except OSError as error:  # stdout: `| head` has read enough, or the disk that it goes to is full
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (its last flush would fail as well)

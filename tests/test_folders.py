@@ -385,11 +385,22 @@ def test_batches_fill_up_across_broken_photos():
     assert outcomes == sorted((f"{n}.jpg", None if n in (1, 2, 5, 9) else float(n)) for n in range(14))
 
 
-@pytest.mark.parametrize("word", ["CUDA out of memory", "more\nlines"])
-def test_too_little_memory_halves_the_batch_goes_on_and_says_so_once(capsys, word):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
+        torch.OutOfMemoryError("more\nlines"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+def test_too_little_memory_halves_the_batch_goes_on_and_says_so_once(capsys, error):
     def fails(inputs):
         if len(inputs) > 3:
-            raise torch.OutOfMemoryError(word)
+            raise error
 
     program_file.note_once.cache_clear()
     explainer = Fake(fails)
@@ -410,6 +421,18 @@ def test_a_photo_for_which_the_memory_does_not_suffice_alone_is_an_error():
 
     outcomes = dict(map(outcome_of, explain_photos(map(prepared, range(8)), job_of(Fake(fails)), 8)))
     assert outcomes == {f"{n}.jpg": None if n == 5 else float(n) for n in range(8)}
+
+
+def test_a_gpu_that_has_failed_ends_the_run_instead_of_failing_photo_by_photo():
+    def fails(inputs):
+        if len(explainer.sizes) == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ...")
+
+    explainer = Fake(fails)
+    done = []
+    with pytest.raises(CallError, match=r"^the GPU has failed: CUDA error: an .* encountered; .*--skip-existing$"):
+        done.extend(map(outcome_of, explain_photos(map(prepared, range(100)), job_of(explainer), 4)))
+    assert done == [(f"{n}.jpg", float(n)) for n in range(8)]
 
 
 def test_a_photo_on_which_the_network_fails_takes_no_other_with_it():

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.transforms import functional
 
+import cnn_visualizations as program_file
 from cnn_visualizations import (
     CallError,
     Checkpoint,
@@ -1091,6 +1092,48 @@ def test_without_a_gpu_the_cpu_is_taken_and_it_is_said(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert find_device(None) == torch.device("cpu")
     assert re.fullmatch(r"note: .*CPU\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("driver", "built", "torch_says", "expected"),
+    [
+        (False, True, "", "no CUDA GPU found, computing"),
+        (True, False, "", r"built without CUDA.*pytorch\.org"),
+        (True, True, "The NVIDIA driver on your system is too old\nmore", "on your system is too old, computing"),
+        (True, True, "No CUDA GPUs are available", "No CUDA GPUs are available, computing"),
+    ],
+)
+def test_it_is_said_why_a_gpu_is_not_used(monkeypatch, capsys, driver, built, torch_says, expected):
+    def init():
+        raise RuntimeError(torch_says)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    monkeypatch.setattr(program_file, "has_gpu_driver", lambda: driver)
+    find_device(None)
+    stderr = capsys.readouterr().err
+    assert re.search(expected, stderr)
+    assert stderr.count("\n") == 1
+    with pytest.raises(CallError, match=expected.removesuffix(", computing")):
+        find_device("cuda:1")
+
+
+@pytest.mark.parametrize("name", [None, "cuda", "cuda:0"])
+@pytest.mark.parametrize("fault", ["CUDA error: out of memory", "CUDA error: no kernel image is available"])
+def test_a_gpu_that_is_there_but_cannot_be_used_is_not_called_missing(monkeypatch, name, fault):
+    def fails(*_, **__):
+        raise RuntimeError(f"{fault}\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "zeros", fails)
+    with pytest.raises(CallError, match=f"^device {name or 'cuda'} cannot be used: {fault}; .*--device cpu") as caught:
+        find_device(name)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CallError, match="cuda:1 is not there; this machine has: cpu, cuda:0"):
+        find_device("cuda:1")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

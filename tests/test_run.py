@@ -265,6 +265,15 @@ def test_named_classes_stand_in_the_names_and_each_has_its_own_heat(main, tmp_pa
     assert np.abs(first - second).mean() > 5
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), MemoryError()], ids=repr)
+def test_a_network_for_which_the_memory_does_not_suffice_is_one_line(main, monkeypatch, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    assert "more memory than there is" in refused(main(DOG))
+
+
 def test_more_of_the_likeliest_classes_than_there_are_is_all_of_them(main, tmp_path):
     status, _, stderr = main("--top-k", 99, "--outputs", "cam", "--method", "eigencam", DOG)
     assert status == 0
