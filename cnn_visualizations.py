@@ -1458,6 +1458,7 @@ RECIPES = {
 BY_PASSES = ("scorecam", "ablationcam")  # these ask the network again, channel by channel
 BY_GRAD_CAM = {"fullgrad": "FullGrad", "shapleycam": "ShapleyCAM", "finercam": "FinerCAM"}  # of another score or layer
 
+SMALLER_BATCHES = "the memory does not suffice for such large batches; going on with smaller ones"
 ABLATION_COPIES = 256  # of the layer's output at once,
 ABLATION_BYTES = 2**25  # but no more of them than fit in here
 
@@ -2030,7 +2031,7 @@ class Explainer:
         aug_smooth: average the maps over six variants of the input, mirrored and brightened (ttach, as in grad-cam).
         eigen_smooth: take the first principal component of the contributions of the channels in place of their sum.
         batch_size: how many inputs Score-CAM and `answer` run at once; None: 2 in each thread on the CPU, on a GPU what
-            half of its free memory takes.
+            half of its free memory takes. It is halved where that turns out to be too many.
         progress: wraps the passes of Score-CAM and Ablation-CAM, such as tqdm.
 
     Raises:
@@ -2108,8 +2109,15 @@ class Explainer:
         return torch.cat([*self._each(self._logits, inputs, inputs)])
 
     def _logits(self, inputs: Tensor) -> Tensor:
-        with torch.inference_mode(), exact_arithmetic(self.device):
-            return as_logits(self._network(self._own(inputs)))
+        try:
+            with torch.inference_mode(), exact_arithmetic(self.device):
+                return as_logits(self._network(self._own(inputs)))
+        except (RuntimeError, MemoryError) as error:
+            if len(inputs) == 1 or not is_out_of_memory(error):
+                raise
+        note_once(SMALLER_BATCHES)  # here, where the error does not hold on to memory any more
+        self.batch_size = (len(inputs) + 1) // 2
+        return torch.cat([self._logits(half) for half in inputs.chunk(2)])
 
     def _each(
         self, function: Callable[[Tensor], Any], items: Tensor, inputs: Tensor, progress: Progress = iter
@@ -2868,7 +2876,7 @@ def explain_batch(batch: Sequence[Prepared | Failed], job: Job, capacity: Capaci
             if "CUDA error" in str(error) and not is_out_of_memory(error):  # after that the GPU answers no process more
                 raise CallError(f"the GPU has failed: {first_line(error)}; go on with --skip-existing") from error
             if len(now) > 1 and is_out_of_memory(error):
-                note_once("the memory does not suffice for so many photos at once; going on with smaller batches")
+                note_once(SMALLER_BATCHES)
                 capacity.photos = len(now) // 2
             elif len(now) > 1:  # it may be one of them only
                 outcomes += [outcome for photo in now for outcome in explain_batch([photo], job, capacity)]

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import importlib
+import re
 import sys
 import threading
 from collections import Counter
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 from unittest.mock import Mock
 
 import numpy as np
@@ -52,6 +54,7 @@ from cnn_visualizations import (
     Packed,
     can_pack,
     load_classifier,
+    note_once,
     read_photo,
 )
 
@@ -842,6 +845,45 @@ def test_many_passes_are_done_in_threads_that_share_the_cores(six_cores, monkeyp
     assert torch.get_num_threads() == cores_of_a_new_thread() == 6
     torch.set_num_threads(1)
     assert_same_explanation(found, Explainer(model, ["scorecam"], ["layer1"])(inputs))
+
+
+class Narrow(nn.Sequential):
+    """A network for which the memory suffices for three inputs at once."""
+
+    asked: ClassVar = []
+
+    def forward(self, inputs):
+        self.asked.append(len(inputs))
+        if len(inputs) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        return super().forward(inputs)
+
+
+def test_too_little_memory_for_the_passes_halves_their_batches_and_says_so_once(capsys):
+    inner, photo = network("resnet18"), photos(1)
+    note_once.cache_clear()
+    Narrow.asked.clear()
+    explainer = Explainer(Narrow(inner), ["scorecam"], ["0.layer1"], batch_size=16)
+    found = explainer(photo)
+    assert_same_explanation(found, Explainer(inner, ["scorecam"], ["layer1"])(photo))
+    np.testing.assert_allclose(explainer.answer(photo.repeat(7, 1, 1, 1))[0], found.logits[0], atol=1e-4)
+    assert explainer.batch_size == 2
+    stderr = capsys.readouterr().err
+    assert re.fullmatch("note: the memory does not suffice .*smaller ones\n", stderr)
+    Narrow.asked.clear()
+    explainer(photo)
+    assert max(Narrow.asked) == 2  # it is not tried again
+
+
+def test_memory_that_does_not_suffice_for_one_is_an_error():
+    class TooLarge(Narrow):
+        def forward(self, inputs):
+            if inputs.is_inference():
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(inputs)
+
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        Explainer(TooLarge(network("resnet18")), ["scorecam"], ["0.layer1"])(photos(1))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
