@@ -69,7 +69,7 @@ examples:
 """
 
 
-class CallError(ValueError):
+class CallError(ValueError, argparse.ArgumentTypeError):  # argparse passes the messages of the latter on
     """The call cannot be carried out; the message is one line that says what to do about it. Exit status 2."""
 
 
@@ -129,9 +129,7 @@ def _names_from(known: Sequence[str], kind: str, text: str) -> list[str]:
     names = list(dict.fromkeys(name.strip().lower() for name in text.split(",") if name.strip()))
     for name in names or [""]:
         if name not in known:
-            raise argparse.ArgumentTypeError(
-                f"unknown {kind} '{name}'{closest(name, known)} (known: {', '.join(known)})"
-            )
+            raise CallError(f"unknown {kind} '{name}'{closest(name, known)} (known: {', '.join(known)})")
     return names
 
 
@@ -147,11 +145,11 @@ def _outputs(text: str) -> list[str]:
 
 def _device(text: str) -> str:
     if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"unknown device '{text}' (known: cpu, cuda, cuda:1, mps, xpu)")
+        raise CallError(f"unknown device '{text}' (known: cpu, cuda, cuda:1, mps, xpu)")
     if text.startswith("cuda") and not has_gpu_driver():
-        raise argparse.ArgumentTypeError(f"device {text} is not there: no GPU driver is installed; leave --device out")
+        raise CallError(f"device {text} is not there: no GPU driver is installed; leave --device out")
     if text.startswith("mps") and sys.platform != "darwin":
-        raise argparse.ArgumentTypeError(f"device {text} is not there: it is the GPU of a Mac; leave --device out")
+        raise CallError(f"device {text} is not there: it is the GPU of a Mac; leave --device out")
     return text
 
 
@@ -169,11 +167,11 @@ def _architecture(text: str) -> str:
     if file.endswith(".py"):
         _file(file)
         if not function.isidentifier():
-            raise argparse.ArgumentTypeError(f"'{text}' names no function; pass --arch file.py:function")
+            raise CallError(f"'{text}' names no function; pass --arch file.py:function")
         return text
     known = architecture_names()
     if known and text not in known:
-        raise argparse.ArgumentTypeError(
+        raise CallError(
             f"unknown architecture '{text}'{closest(text, known)} (torchvision has {len(known)}: alexnet ... "
             "wide_resnet50_2; the README lists the families)"
         )
@@ -185,16 +183,16 @@ def _between(low: int, high: int) -> Any:
 
     def number(text: str) -> int:
         if not re.fullmatch(r"-?\d+", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {low} to {high}")
+            raise CallError(f"'{text}' is not a whole number from {low} to {high}")
         return int(text)
 
     return number
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     """An argparse type: a number from 0 to 1."""
     if not re.fullmatch(r"\d*\.?\d+|\d+\.", text) or not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
+        raise CallError(f"'{text}' is not a number from 0 to 1")
     return float(text)
 
 
@@ -211,9 +209,9 @@ def _one_of(known: Iterable[str], kind: str) -> Any:
 def _file(text: str) -> Path:
     path = Path(text)
     if not path.is_file():
-        raise argparse.ArgumentTypeError(f"'{text}' is {'a folder, not a file' if path.is_dir() else 'not there'}")
+        raise CallError(f"'{text}' is {'a folder, not a file' if path.is_dir() else 'not there'}")
     if path.stat().st_size == 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is empty")
+        raise CallError(f"'{text}' is empty")
     return path
 
 
@@ -247,10 +245,7 @@ def _ordered_names(classes: Any) -> list[str]:
 
 
 def _class_names(text: str) -> list[str]:
-    try:
-        return read_class_names(_file(text))
-    except CallError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return read_class_names(_file(text))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -271,7 +266,8 @@ HELP = {
     "num-classes": "How many classes the network tells apart. Left out, the checkpoint tells it.",
     "class-names": "The names of the classes in the order of their indices, one a line, or as JSON. They win over "
     "names in the checkpoint.",
-    "device": "Where to compute: cuda, cuda:1, mps or cpu. Left out: the CUDA GPU if there is one, else the CPU.",
+    "device": "Where to compute: cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. Left out: the CUDA GPU if there is "
+    "one, else the CPU.",
     "input-size": "Side of the square that the network sees. Left out: the checkpoint's, else that of torchvision's "
     "preset for the architecture.",
     "resize": "crop: shorten the photo to a square as torchvision's preset does (the default). squash: show the whole "
@@ -284,7 +280,7 @@ HELP = {
     "target-class": "The class that is explained, by name or index. May be given several times. Left out: the "
     "likeliest one for each photo.",
     "top-k": "Explain the N likeliest classes of each photo.",
-    "aug-smooth": "Average the maps over six variants of the photo, mirrored and brightened: smoother, but slow.",
+    "aug-smooth": "Average the maps over six variants of the photo, mirrored, with more and less contrast: slow.",
     "eigen-smooth": "Keep only the first principal component of what the channels contribute: less noise.",
     "metrics": "Measure how far each map can be trusted: average drop and increase in confidence, deletion, insertion, "
     "ROAD.",
@@ -346,7 +342,7 @@ def _parser() -> _Parser:
     add("sheet", action="store_true")
     add("save-arrays", action="store_true")
     add("colormap", type=_one_of(COLORMAPS, "colormap"), default="jet", metavar="NAME")
-    add("alpha", type=_share, default=0.5, metavar="A")
+    add("alpha", type=_fraction, default=0.5, metavar="A")
     add("format", type=_one_of(FORMATS, "format"), default="jpg", metavar="NAME")
     add("quality", type=_between(1, 100), default=98, metavar="Q")
     add("skip-existing", action="store_true")
@@ -357,8 +353,8 @@ def _parser() -> _Parser:
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"GIF8")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
-# Stands near the beginning or the end of every file that this program writes. So a folder can be given with earlier
-# results in it, and no file that is not ours, or that was made from another photo, is ever overwritten.
+# Stands near the beginning or the end of every picture and .npz that this program writes. So a folder can be given with
+# earlier results in it, and no file that is not ours, or that was made from another photo, is ever overwritten.
 MARK = "made by cnn_visualizations.py"
 
 
@@ -391,11 +387,11 @@ def may_write(path: str | Path, photo: str | Path) -> bool:
 def photo_fault(path: Path) -> str | None:
     """Why this cannot be a photo, from a glance at the file; None where nothing speaks against it."""
     try:
+        if path.exists() and not path.is_file():
+            return "is a folder" if path.is_dir() else "is not a file"
         with path.open("rb") as file:
             start = file.read(16)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        if path.is_dir():
-            return "is a folder"
         return f"cannot be read: {error.strerror}" if isinstance(error, PermissionError) else "is not there"
     if not start:
         return "is empty"
@@ -438,6 +434,7 @@ def _walk(top: str, common: str) -> Iterator[tuple[str, str]]:
         mirrored = os.path.relpath(absolute, common) if common else os.path.splitdrive(absolute)[1].lstrip("\\/")
         for name in sorted(files):
             path = os.path.join(folder, name)
+            # all names that we give have an underscore: no other file need be opened
             if name.lower().endswith(SUFFIXES) and not name.startswith(".") and not ("_" in name and is_ours(path)):
                 yield path, mirrored
 
@@ -562,7 +559,8 @@ def read_photo(path: Path) -> Photo:
                 raise PhotoError(f"{path} has {width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
             with _one_giant if width * height > GIANT else contextlib.nullcontext():
                 image.load()
-                return Photo(path, np.asarray(_to_rgb(ImageOps.exif_transpose(image))))
+                ImageOps.exif_transpose(image, in_place=True)
+                return Photo(path, np.asarray(_to_rgb(image)))
     except PhotoError:
         raise
     except Exception as error:  # decoders raise nearly anything on a hostile file, from struct.error to MemoryError
@@ -577,7 +575,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(np.clip(values * (255 / white) + 0.5, 0, 255).astype(np.uint8))
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # a palette may hold transparency, which only this conversion reads
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def faults_of_all(paths: Iterable[str]) -> list[str]:
@@ -646,9 +644,10 @@ class Classifier:
 
     Attributes:
         model: on `device`, float32, in eval mode.
-        arch: its torchvision name.
+        arch: its torchvision name, or file.py:function.
         class_names: one for each output.
-        preset: torchvision's preprocessing for the architecture; PIL image -> float32 (3, S, S), normalised.
+        preset: torchvision's preprocessing for the architecture (resnet50's for a network of your own); PIL image ->
+            float32 (3, S, S), normalised.
         device: where the weights are.
         squash: whether the network is shown the whole photo (True) or the central square (False).
     """
@@ -697,7 +696,7 @@ def load_classifier(
     input_size: int | None = None,
     resize: str = "crop",
 ) -> Classifier:
-    """Builds a torchvision classifier and fills it with the weights of a checkpoint.
+    """Builds a classifier and fills it with the weights of a checkpoint.
 
     Args:
         arch: a name from `torchvision.models.list_models`, or "file.py:function" for a network of your own; None: the
@@ -714,9 +713,12 @@ def load_classifier(
         CallError: whatever does not fit, in one line.
     """
     target = find_device(device)
+    if resize not in ("crop", "squash"):
+        raise CallError(f"unknown resize '{resize}' (known: crop, squash)")
     own = arch is not None and ".py:" in arch
-    if arch is not None and not own and arch not in list_models(module=torchvision.models):
-        raise CallError(f"unknown architecture '{arch}'{closest(arch, architecture_names())}")
+    known = list_models(module=torchvision.models)
+    if arch is not None and not own and arch not in known:
+        raise CallError(f"unknown architecture '{arch}'{closest(arch, known)}")
     if ckpt is None:
         arch = arch or "resnet50"
         checkpoint = Checkpoint("the network", {}) if own else download_weights(arch)
@@ -750,7 +752,7 @@ def find_device(name: str | torch.device | None, local_rank: int | None = None) 
     if local_rank is not None and name == "cuda":
         name = f"cuda:{local_rank}"
     have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    have += ["mps"] if torch.backends.mps.is_available() else []
+    have += ["mps"] * torch.backends.mps.is_available() + ["xpu"] * torch.xpu.is_available()
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).add_(1).item()  # whether this torch has code for this GPU shows only now
@@ -778,7 +780,11 @@ def why_no_gpu() -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory is what was missing, the GPU's or the CPU's."""
-    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # of CUDA, of its libraries, of torch on the CPU
+    words = (
+        *("out of memory", "can't allocate memory", "not enough memory"),  # torch of GPUs and CPUs
+        *("ALLOC_FAILED", "NOT_INITIALIZED", "unable to find an engine"),  # CUDA's libraries
+        *("OUT_OF_DEVICE_MEMORY", "OUT_OF_RESOURCES"),  # Intel's
+    )
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
@@ -1011,7 +1017,7 @@ def architectures_that_fit(checkpoint: Checkpoint) -> list[str]:
     The published parameter counts leave one or none; where a changed head spoils the count, those are tried whose
     count leaves a possible size for a head: VGG's and AlexNet's are large, all others have at most ten million.
     """
-    trunk = sum(v.numel() for k, v in _trunk(checkpoint.state, HEAD_ROOTS, checkpoint.beside).items())
+    trunk = sum(v.numel() for v in _trunk(checkpoint.state, HEAD_ROOTS, checkpoint.beside).values())
     sizes = _published_sizes()
     counted = sizes.get(count_parameters(checkpoint), [])
     possible = [
@@ -1046,8 +1052,7 @@ def build_model(
     Raises:
         CallError: the checkpoint does not fit the architecture, or the architecture the input size.
     """
-    entry = checkpoint.entries.get("input_size")
-    size = input_size or _side(entry, checkpoint.name)
+    size = input_size or _side(checkpoint.entries.get("input_size"), checkpoint.name)
     state = dict(checkpoint.state)
     head = _head_weight(state, checkpoint.beside)
     classes = state[head].shape[0] if head else num_classes or 1000
@@ -1088,7 +1093,7 @@ def build_own_model(
         parameters = inspect.signature(build).parameters.values()
         takes_number = any(each.name == "num_classes" or each.kind is each.VAR_KEYWORD for each in parameters)
         model = build(num_classes=classes) if takes_number and classes else build()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         hint = "; is it --num-classes that it needs?" if isinstance(error, TypeError) and not classes else ""
         raise CallError(f"--arch {arch}: {type(error).__name__}: {first_line(error)}{hint}") from error
     finally:
@@ -1167,6 +1172,14 @@ def _load(model: nn.Module, arch: str, state: State, checkpoint: Checkpoint) -> 
         if k in state and state[k].shape != wanted[k].shape
     ]
     if not missing and not differ and set(unexpected) <= checkpoint.beside:
+        head = _head_weight(state)
+        outputs = state[head].shape[0] if head else 0
+        on_top = [k for k in unexpected if state[k].ndim == 2 and state[k].shape[1] == outputs]
+        if on_top:
+            raise CallError(
+                f"{checkpoint.name}: {on_top[0]} lies on top of {arch}'s {outputs} outputs; give the whole network by "
+                "--arch net.py:build"
+            )
         unexpected = []  # weights of a loss or a metric that was saved along
     if missing or unexpected or differ:
         found = [("missing", missing), ("unexpected", unexpected), ("of another shape", differ)]
@@ -1176,6 +1189,9 @@ def _load(model: nn.Module, arch: str, state: State, checkpoint: Checkpoint) -> 
         others = [a for a in architectures_that_fit(checkpoint) if a != arch]
         hint = f"; it would fit {' or '.join(others)}: pass --arch {others[0]}" if others else ""
         raise CallError(f"{checkpoint.name} does not fit {arch}: {', '.join(parts)}{hint}")
+    whole = [k for k in wanted if k in state and wanted[k].is_floating_point() > state[k].is_floating_point()]
+    if whole:
+        raise CallError(f"{checkpoint.name}: {whole[0]} is quantised; save the weights from before that")
     for key in list(wanted):  # into its own dict, which has the version marks that MNASNet insists on
         if key in state:
             wanted[key] = state[key].contiguous()
@@ -1213,17 +1229,15 @@ def _preset(arch: str, size: int | None, entries: Mapping[str, Any]) -> Any:
         resize = resize or next(iter(same), None) or round(size * preset.resize_size[0] / preset.crop_size[0])
         preset.crop_size, preset.resize_size = [size], [resize]
     for entry in ("mean", "std"):
-        values = entries.get(entry)
-        if values is not None:
-            try:
-                values = torch.as_tensor(values, dtype=torch.float64).tolist()
-            except (TypeError, ValueError, RuntimeError):
-                values = []
-            if not isinstance(values, list) or len(values) != 3 or not all(map(math.isfinite, values)):
-                values = []
-            if not values or (entry == "std" and min(values) <= 0):
-                raise CallError(f"the checkpoint's entry {entry} is not three numbers, one for each colour")
-            setattr(preset, entry, values)
+        if entries.get(entry) is None:
+            continue
+        try:
+            values = torch.as_tensor(entries[entry], dtype=torch.float64).flatten()  # (3, 1, 1) is common, too
+        except (TypeError, ValueError, RuntimeError):
+            values = torch.empty(0)
+        if len(values) != 3 or not values.isfinite().all() or (entry == "std" and values.min() <= 0):
+            raise CallError(f"the checkpoint's entry {entry} is not three numbers, one for each colour")
+        setattr(preset, entry, values.tolist())
     return preset
 
 
@@ -1294,8 +1308,9 @@ class Explanation:
     """What the explainer found for N inputs of H x W.
 
     Attributes:
-        cams: for each method the maps, float32 (N, H, W) in [0, 1]: 1 where the evidence for the class is strongest in
-            this photo. A map that is 0 everywhere says that nothing in the layer speaks for the class.
+        cams: for each method the maps, float32 (N, H, W) in [0, 1]: highest where the evidence for the class is
+            strongest in this photo (1, if it is no average of several). A map that is 0 everywhere says that nothing
+            in the layer speaks for the class, or every place equally.
         guided: guided-backpropagation gradients, float32 (N, 3, H, W), in units of logit per normalised input value;
             None if they were not asked for. In a network without activations they are the plain gradients.
         logits: float32 (N, classes).
@@ -1396,13 +1411,11 @@ def principal_component(contributions: Tensor) -> Tensor:
     computed on the CPU.
     """
 
-    def projection(columns: Floats) -> Floats:
-        return columns @ np.linalg.svd(columns, full_matrices=False)[2][0]
-
-    shape = contributions.shape
-    columns = contributions.detach().reshape(-1, shape[-3], shape[-2] * shape[-1]).transpose(1, 2).cpu().numpy()
-    projections = [projection(each - each.mean(0)) for each in columns]
-    return torch.from_numpy(np.stack(projections)).to(contributions).view(*shape[:-3], *shape[-2:])
+    columns = contributions.detach().flatten(-2).transpose(-2, -1).cpu().numpy()  # (..., h * w, C)
+    columns = columns - columns.mean(-2, keepdims=True)
+    first = np.linalg.svd(columns, full_matrices=False)[2][..., :1, :]
+    projections = torch.from_numpy(columns @ first.swapaxes(-2, -1)).to(contributions)
+    return projections.view(*contributions.shape[:-3], *contributions.shape[-2:])
 
 
 def signed_component(contributions: Tensor) -> Tensor:
@@ -1459,8 +1472,8 @@ BY_PASSES = ("scorecam", "ablationcam")  # these ask the network again, channel 
 BY_GRAD_CAM = {"fullgrad": "FullGrad", "shapleycam": "ShapleyCAM", "finercam": "FinerCAM"}  # of another score or layer
 
 SMALLER_BATCHES = "the memory does not suffice for such large batches; going on with smaller ones"
-ABLATION_COPIES = 256  # of the layer's output at once,
-ABLATION_BYTES = 2**25  # but no more of them than fit in here
+ABLATION_COPIES = 256  # of the layer's output at once, at most
+ABLATION_BYTES = 2**25  # that these copies may take together
 
 
 def normalise(maps: Tensor) -> Tensor:
@@ -1548,7 +1561,7 @@ def choose_targets(logits: Tensor, targets: Sequence[int] | Tensor | int | None,
     classes = logits.shape[1]
     if targets is None:
         return logits.detach().argmax(1) if top is None else logits.detach().topk(min(top, classes)).indices
-    chosen = torch.as_tensor(targets)
+    chosen = torch.as_tensor(targets).clone()
     if chosen.numel() and (chosen.is_floating_point() or chosen.dtype == torch.bool):
         raise CallError(f"target classes are indices, not {chosen.dtype}")
     chosen = chosen.long()
@@ -1576,12 +1589,10 @@ def tap(network: nn.Module, layers: Sequence[str], differentiable: bool = False)
         outputs[name] = output
         return output.clone()  # what follows may change it in place, and it is wanted as the layer gave it
 
-    handles = [network.get_submodule(name).register_forward_hook(partial(collect, name)) for name in layers]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name in layers:
+            hooks.enter_context(network.get_submodule(name).register_forward_hook(partial(collect, name)))
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -1604,13 +1615,10 @@ def watch(network: nn.Module, inputs: Tensor) -> tuple[list[Call], Tensor]:
         if isinstance(output, Tensor) and args and isinstance(args[0], Tensor):
             calls.append(Call(name, module, args[0], args[0].grad_fn, output, output.grad_fn))
 
-    handles = [module.register_forward_hook(partial(record, name)) for name, module in network.named_modules()]
-    try:
-        logits = as_logits(network(inputs.detach().requires_grad_()))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, logits
+    with contextlib.ExitStack() as hooks:
+        for name, module in network.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(record, name)))
+        return calls, as_logits(network(inputs.detach().requires_grad_()))
 
 
 def find_target_layer(network: nn.Module, calls: Sequence[Call], logits: Tensor, size: tuple[int, int]) -> str:
@@ -1744,7 +1752,7 @@ def can_pack() -> bool:
     """Whether this torch has the operators on this machine, and they give what its public convolution gives."""
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return False
-    plain = nn.Conv2d(16, 32, 3, 2, 1, device="meta").to_empty(device="cpu").requires_grad_(False)
+    plain = nn.utils.skip_init(nn.Conv2d, 16, 32, 3, 2, 1).requires_grad_(False)
     plain.load_state_dict({name: torch.linspace(-1, 1, v.numel()).view_as(v) for name, v in plain.state_dict().items()})
     inputs = torch.linspace(-1, 1, 16 * 12 * 12).view(1, 16, 12, 12).requires_grad_()
     try:
@@ -1795,14 +1803,12 @@ class Suffix:
                 finished[name] = output.clone()
 
         started: list[bool] = []
-        handles = [m.register_forward_hook(partial(keep, name)) for name, m in network.named_modules() if name]
-        handles.append(self._layer.register_forward_pre_hook(lambda *_: started.append(True)))
-        try:
-            with tap(network, [layer]) as outputs:
-                self.logits = as_logits(network(inputs))
-        finally:
-            for handle in handles:
-                handle.remove()
+        with contextlib.ExitStack() as hooks:
+            for name, module in [*network.named_modules()][1:]:
+                hooks.enter_context(module.register_forward_hook(partial(keep, name)))
+            hooks.enter_context(self._layer.register_forward_pre_hook(lambda *_: started.append(True)))
+            outputs = hooks.enter_context(tap(network, [layer]))
+            self.logits = as_logits(network(inputs))
         self.output = outputs[layer]
         # A module that is called again later (ResNet's relu) cannot stand for one result.
         self._before = {network.get_submodule(k): v for k, v in finished.items() if times_called[k] == 1}
@@ -1853,8 +1859,9 @@ def ablation_weights(
 ) -> Tensor:
     """Ablation-CAM (Desai and Ramaswamy, WACV 2020): the share of the score that is lost when a channel is set to zero.
 
-    For one input (1, 3, H, W) and the classes (K,); returns (K, C). A channel that is zero anyway loses nothing and is
-    not run.
+    For one input (1, 3, H, W) and the classes (K,); returns (K, C). The paper divides by the score itself, by which a
+    negative one would turn the map upside down; its absolute value does not. A channel that is zero anyway loses
+    nothing and is not run.
     """
     suffix = Suffix(network, layer, inputs)
     axis = channel_axis(suffix.output, inputs.shape[2:])
@@ -1868,18 +1875,18 @@ def ablation_weights(
             changed = channels_first.repeat(len(channels), *[1] * (channels_first.ndim - 1))
             changed[torch.arange(len(channels), device=channels.device), channels] = 0
             ablated[channels] = suffix(changed.movedim(1, axis))[:, targets]
-    return ((score - ablated) / torch.where(score == 0, 1, score)).T
+    return ((score - ablated) / torch.where(score == 0, 1, score.abs())).T
 
 
 @torch.inference_mode()
 def score_weights(
-    answer: Callable[[Tensor], Tensor], activations: Tensor, inputs: Tensor, targets: Tensor, each: Any
+    answer: Callable[[Tensor], Tensor], activations: Tensor, inputs: Tensor, targets: Tensor, map_parts: Any
 ) -> Tensor:
     """Score-CAM (Wang et al., CVPR workshops 2020, arXiv:1910.01279): the softmax of the scores of masked inputs.
 
     Each channel of activations (C, h, w), enlarged to the input (1, 3, H, W) and stretched to [0, 1], masks it once.
     Returns (K, C) for the classes (K,). The mask of a constant channel is zero everywhere, so all of those share one
-    pass. `answer` gives the logits for inputs, `each` what a function gives for each part of a tensor.
+    pass. `answer` gives the logits for inputs, `map_parts` what a function gives for each part of a tensor.
     """
     flat = activations.flatten(1)
     varied = (flat.amax(1) > flat.amin(1)).nonzero()[:, 0]
@@ -1892,7 +1899,7 @@ def score_weights(
         low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
         return channels, answer(inputs * ((masks - low) / (high - low + 1e-8)))[:, targets]
 
-    for channels, found in each(scores_of, varied):
+    for channels, found in map_parts(scores_of, varied):
         scores[channels] = found
     return scores.softmax(0).T
 
@@ -1929,9 +1936,9 @@ def map_by_grad_cam(
         # Behind grad-cam's hooks stands tap's, so that what follows cannot change the activations that grad-cam keeps.
         with tap(network, [layer]):
             found = cam(inputs.detach().clone().requires_grad_(), [wanted], eigen_smooth=eigen_smooth)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # Shapley-CAM takes no tokens, Finer-CAM no single output, FullGrad no layer that is called twice.
         raise CallError(f"{method} does not work on layer '{layer}': {first_line(error)}") from error
     finally:
@@ -1995,8 +2002,12 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """Channels last on the CPU, where it pays; on a GPU it is for half precision and TF32, which are not used here."""
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    """Channels last where oneDNN computes; without it depthwise convolutions would take twice as long so.
+
+    On a GPU it is for half precision and TF32, which are not used here.
+    """
+    on_cpu = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return torch.channels_last if on_cpu else torch.contiguous_format
 
 
 def copy_modules(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
@@ -2007,11 +2018,17 @@ def copy_modules(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     return copy.deepcopy(model, detached | {id(tensor): tensor for tensor in shared})
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Where the network is; one without any weights is on the CPU."""
+    return next(
+        (tensor.device for tensor in itertools.chain(network.parameters(), network.buffers())), torch.device("cpu")
+    )
+
+
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy that needs no gradients for its weights, in float32, in eval mode and in the memory format that pays."""
     network = copy_modules(model).eval().requires_grad_(False).float()
-    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    return network.to(memory_format=memory_format(device))
+    return network.to(memory_format=memory_format(device_of(network)))
 
 
 class Explainer:
@@ -2028,7 +2045,8 @@ class Explainer:
         target_layers: dotted names of layers (or the modules) whose maps are averaged; None: found on the first call,
             the last layer that gives a spatial map on which the score depends.
         guided: whether guided backpropagation is wanted too.
-        aug_smooth: average the maps over six variants of the input, mirrored and brightened (ttach, as in grad-cam).
+        aug_smooth: average the maps over six variants of the input, mirrored and multiplied by 0.9 to 1.1 (ttach, as in
+            grad-cam).
         eigen_smooth: take the first principal component of the contributions of the channels in place of their sum.
         batch_size: how many inputs Score-CAM and `answer` run at once; None: 2 in each thread on the CPU, on a GPU what
             half of its free memory takes. It is halved where that turns out to be too many.
@@ -2065,6 +2083,7 @@ class Explainer:
         self.target_layers = tuple(layer_name(model, layer) for layer in target_layers or ())
         with torch.inference_mode(False):
             self._common = frozen_copy(model)
+        self.device = device_of(self._common)
         self._tuned, self._tuning = False, threading.Lock()
         self._of_thread = threading.local()
 
@@ -2109,6 +2128,8 @@ class Explainer:
         return torch.cat([*self._each(self._logits, inputs, inputs)])
 
     def _logits(self, inputs: Tensor) -> Tensor:
+        if self.batch_size and len(inputs) > self.batch_size:  # which has shrunk meanwhile
+            return torch.cat([self._logits(part) for part in inputs.split(self.batch_size)])
         try:
             with torch.inference_mode(), exact_arithmetic(self.device):
                 return as_logits(self._network(self._own(inputs)))
@@ -2117,7 +2138,9 @@ class Explainer:
                 raise
         note_once(SMALLER_BATCHES)  # here, where the error does not hold on to memory any more
         self.batch_size = (len(inputs) + 1) // 2
-        return torch.cat([self._logits(half) for half in inputs.chunk(2)])
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # cuDNN and cuBLAS take memory that torch does not keep for itself
+        return self._logits(inputs)
 
     def _each(
         self, function: Callable[[Tensor], Any], items: Tensor, inputs: Tensor, progress: Progress = iter
@@ -2142,12 +2165,6 @@ class Explainer:
             yield from ahead(function, left, threads + 1, threads, share_cores)
         finally:
             torch.set_num_threads(cores)  # the last thread to be told its number tells it to all that are new
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        tensors = itertools.chain(self._common.parameters(), self._common.buffers())
-        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def _own(self, inputs: Tensor) -> Tensor:
         """A copy of the inputs as the network wants them."""
@@ -2280,8 +2297,8 @@ class Explainer:
         """The channel weights (K, C) of the methods that ask the network again, for one input."""
         if method == "ablationcam":
             return ablation_weights(self._network, layer, inputs, classes, self.progress)
-        each = partial(self._each, inputs=inputs, progress=self.progress)
-        return score_weights(self._logits, activations, inputs, classes, each)
+        map_parts = partial(self._each, inputs=inputs, progress=self.progress)
+        return score_weights(self._logits, activations, inputs, classes, map_parts)
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
@@ -2391,7 +2408,7 @@ class _Neighbours:
         return square.sub_(values, alpha=4).div_(12)
 
     @staticmethod
-    def shrink(values: Tensor) -> Tensor:
+    def restrict(values: Tensor) -> Tensor:
         """To half the height and width, by the transpose of bilinear enlargement, so that the cycle is symmetric."""
         weights = torch.tensor([0.25, 0.75, 0.75, 0.25]).to(values)
         height, width = values.shape[2:]
@@ -2403,16 +2420,16 @@ class _Neighbours:
         """How far the missing pixels are from the mean of their neighbours."""
         return (self.weights * values).sub_(self.sum(values)).mul_(self.missing)
 
-    def cycle(self, wanted: Tensor) -> Tensor:
-        """Values for which `apply` gives about `wanted`."""
-        values = wanted * self.step
+    def cycle(self, right_side: Tensor) -> Tensor:
+        """Values for which `apply` gives about `right_side`."""
+        values = right_side * self.step
         if self.coarser is not None:
-            rest = self.shrink(wanted - self.apply(values))
-            coarse = self.coarser.cycle(rest * self.coarser.missing)
+            residual = self.restrict(right_side - self.apply(values))
+            coarse = self.coarser.cycle(residual * self.coarser.missing)
             finer = nn.functional.interpolate(coarse, scale_factor=2.0, mode="bilinear")
-            values = torch.addcmul(values, finer[..., : wanted.shape[2], : wanted.shape[3]], self.missing)
+            values = torch.addcmul(values, finer[..., : right_side.shape[2], : right_side.shape[3]], self.missing)
         for _ in range(1 if self.coarser else 5):
-            values = torch.addcmul(values, wanted - self.apply(values), self.step)
+            values = torch.addcmul(values, right_side - self.apply(values), self.step)
         return values
 
 
@@ -2430,16 +2447,16 @@ def impute(inputs: Tensor, kept: Tensor, steps: int = 6) -> Tensor:
         return (a * b).sum((2, 3), keepdim=True)
 
     values = torch.zeros_like(known)
-    rest = grid.sum(known) * missing
-    guess = direction = grid.cycle(rest)
-    size = dot(rest, guess)
+    residual = grid.sum(known) * missing
+    preconditioned = direction = grid.cycle(residual)
+    rho = dot(residual, preconditioned)
     for _ in range(steps):
         along = grid.apply(direction)
-        step = size / (dot(direction, along) + 1e-20)
-        values, rest = torch.addcmul(values, step, direction), torch.addcmul(rest, step, along, value=-1)
-        guess = grid.cycle(rest)
-        size, before = dot(rest, guess), size
-        direction = torch.addcmul(guess, size / (before + 1e-20), direction)
+        step = rho / (dot(direction, along) + 1e-20)
+        values, residual = torch.addcmul(values, step, direction), torch.addcmul(residual, step, along, value=-1)
+        preconditioned = grid.cycle(residual)
+        rho, before = dot(residual, preconditioned), rho
+        direction = torch.addcmul(preconditioned, rho / (before + 1e-20), direction)
     noise = torch.randn(known.shape, generator=torch.Generator().manual_seed(0)).to(known)
     return known + values + 0.01 * noise * missing
 
@@ -2452,9 +2469,9 @@ Picture = NDArray[np.uint8]  # RGB, (h, w, 3)
 FileKey = tuple[str, str, str]  # one of OUTPUTS, method, label of the class; see Wanted.files
 
 DEFAULT_LONG_SIDE = 1024  # pixels
-CELL = 320  # long side of a picture on a sheet, in pixels; less where a sheet would be taller than
-TALLEST = 16_000  # pixels, which is as much as WebP takes, and
-MOST_ROWS = 200
+CELL = 320  # pixels: long side of a picture on a sheet; less where the sheet would be taller than TALLEST
+TALLEST = 16_000  # pixels, which is about as much as WebP takes
+MOST_ROWS = 200  # of a sheet
 TEXT = 24  # height of the writing on a sheet, in pixels
 
 
@@ -2468,6 +2485,13 @@ class Look:
     quality: int = 98  # a difference in the last bit of a float then shows as two levels at most
 
 
+def resized(picture: Picture, long_side: int) -> Picture:
+    """The picture enlarged or shrunk to that long side."""
+    scale = long_side / max(picture.shape[:2])
+    size = tuple(max(1, round(length * scale)) for length in picture.shape[1::-1])
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+
+
 def seen_picture(photo: Photo, box: tuple[float, float, float, float], long_side: int | None = None) -> Picture:
     """The part of the photo that the network saw, at the photo's own resolution but at most 1024 pixels long.
 
@@ -2479,10 +2503,7 @@ def seen_picture(photo: Photo, box: tuple[float, float, float, float], long_side
     left, top = min(round(box[0]), photo.pixels.shape[1] - 1), min(round(box[1]), photo.pixels.shape[0] - 1)
     width, height = max(1, round(box[2] - box[0])), max(1, round(box[3] - box[1]))
     part = photo.pixels[top : top + height, left : left + width]
-    longest = max(part.shape[:2])
-    scale = (long_side or min(longest, DEFAULT_LONG_SIDE)) / longest
-    width, height = max(1, round(part.shape[1] * scale)), max(1, round(part.shape[0] * scale))
-    return cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    return resized(part, long_side or min(max(part.shape[:2]), DEFAULT_LONG_SIDE))
 
 
 def draw_cam(picture: Picture, cam: Floats, look: Look) -> Picture:
@@ -2530,7 +2551,7 @@ def draw_sheet(picture: Picture, headings: Sequence[str], rows: Sequence[tuple[s
         rows = rows[:MOST_ROWS]
     gap, line = 8, TEXT + 16
     side = min(CELL, (TALLEST - line - gap) // len(rows) - line)
-    small = in_cell(picture, side)
+    small = resized(picture, side)
     height, width = small.shape[:2]
     columns, across = len(headings) + 1, width + gap
     sheet = Image.new("RGB", (columns * across + gap, line + len(rows) * (line + height) + gap), "white")
@@ -2540,16 +2561,9 @@ def draw_sheet(picture: Picture, headings: Sequence[str], rows: Sequence[tuple[s
     for number, (caption, pictures) in enumerate(rows):
         top = line + number * (line + height)
         write_text(pen, gap, top + 8, caption, columns * across - gap, "black")
-        for column, cell in enumerate([small, *(in_cell(each, side) for each in pictures)]):
+        for column, cell in enumerate([small, *(resized(each, side) for each in pictures)]):
             sheet.paste(Image.fromarray(cell), (gap + column * across, top + line))
     return np.asarray(sheet)
-
-
-def in_cell(picture: Picture, side: int = CELL) -> Picture:
-    """A picture with `side` as its long side, as it stands on a sheet."""
-    scale = side / max(picture.shape[:2])
-    size = tuple(max(1, round(length * scale)) for length in picture.shape[1::-1])
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
 
 
 def write_text(pen: ImageDraw.ImageDraw, left: int, top: int, text: str, width: int, colour: str) -> None:
@@ -2873,7 +2887,8 @@ def explain_batch(batch: Sequence[Prepared | Failed], job: Job, capacity: Capaci
         except CallError:
             raise
         except (RuntimeError, ValueError, MemoryError) as error:  # too small an input for the network, full memory ...
-            if "CUDA error" in str(error) and not is_out_of_memory(error):  # after that the GPU answers no process more
+            fatal = re.search("(CUDA|HIP) error", str(error)) and not is_out_of_memory(error)
+            if fatal:  # after that the GPU answers this process no more
                 raise CallError(f"the GPU has failed: {first_line(error)}; go on with --skip-existing") from error
             if len(now) > 1 and is_out_of_memory(error):
                 note_once(SMALLER_BATCHES)
@@ -2917,15 +2932,11 @@ def until(stop: threading.Event, steps: Iterable[Any]) -> Iterator[Any]:
 class Options:
     """The options that decide what is in the files, so that a resumed run knows which photos it need not do again."""
 
-    NAMES = (
-        *("arch", "ckpt", "num_classes", "class_names", "input_size", "resize", "methods", "target_layers"),
-        *("target_classes", "top_k", "aug_smooth", "eigen_smooth", "metrics", "outputs", "output_size", "sheet"),
-        *("save_arrays", "colormap", "alpha", "format", "quality"),
-    )
+    ELSE = ("images", "photos", "one_by_one", "device", "batch_size", "output", "skip_existing")
 
     def __init__(self, args: argparse.Namespace) -> None:
-        of_file = [args.ckpt.stat().st_mtime_ns] if args.ckpt else []  # trained on since then?
-        self._text = repr([str(getattr(args, name)) for name in self.NAMES] + of_file)
+        of_file = args.ckpt.stat().st_mtime_ns if args.ckpt else 0  # trained on since then?
+        self._text = repr([(n, str(v)) for n, v in sorted(vars(args).items()) if n not in self.ELSE] + [of_file])
 
     def digest(self, place: str) -> str:
         """A short name for the options and the place of a photo's files."""
@@ -2946,7 +2957,8 @@ class Results:
         names = [f"results.{rank}.jsonl" for rank in range(share.world)] if share.world > 1 else ["results.jsonl"]
         self._of_rank = [folder / name for name in names]
         self._own = self._of_rank[share.rank]
-        self._all = sorted({*self._of_rank, *folder.glob("results*.jsonl")})
+        ours = (path for path in folder.glob("results*.jsonl") if re.fullmatch(r"results(\.\d+)?\.jsonl", path.name))
+        self._all = sorted({*self._of_rank, *ours})
         # Files that an earlier run with other processes has left belong to the first process of this one.
         left = [path for path in self._all if path not in self._of_rank and share.rank == 0]
         self._writable = [self._own, *left]
@@ -2969,8 +2981,10 @@ class Results:
     def forget(self, again: set[Key], elsewhere: Mapping[Key, Path]) -> None:
         """Drops the lines of photos that are done again, and those that stand in another file too. Raises OSError."""
         for path in filter(Path.exists, self._writable):
-            lines = ((line, (record["image"], record["method"])) for line, record in whole_lines(path))
-            kept = [line for line, key in lines if key not in again and elsewhere.get(key, path) == path]
+            keys = {line: (record["image"], record["method"]) for line, record in whole_lines(path)}
+            dropped = {line for line, key in keys.items() if key in again or elsewhere.get(key, path) != path}
+            with path.open("rb") as file:  # another program's lines stay, half a line of ours does not
+                kept = [line for line in file if line not in dropped and (line in keys or not line.startswith(b'{"im'))]
             write_file(path, b"".join(kept))
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -2989,7 +3003,8 @@ def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         for line in file:
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
-                if line.endswith(b"\n") and isinstance(record, dict) and {"image", "method"} <= record.keys():
+                key = (record.get("image"), record.get("method")) if isinstance(record, dict) else (None, None)
+                if line.endswith(b"\n") and all(isinstance(part, str) for part in key):
                     yield line, record
 
 
@@ -3048,7 +3063,7 @@ def save_files(
     for key, picture in draw_all(done, job, labels):
         write_picture(files[key], picture, job.look, done.photo.path)
         if job.wanted.sheet:
-            on_sheet[key] = in_cell(picture)
+            on_sheet[key] = resized(picture, CELL)
     if job.wanted.sheet:
         classes = record.get("classes", [record["class"]])
         rows = [
@@ -3107,7 +3122,7 @@ def save(outcome: Explained | Failed, job: Job, options: Options, results: Resul
         for method, cams in outcome.explanation.cams.items():
             for target in targets[~cams[0].any((1, 2))]:
                 where, name = record["target_layer"], job.classifier.class_names[target]
-                note(f"{path}: the {method} map is zero everywhere: nothing in {where} speaks for {name}")
+                note(f"{path}: the {method} map is 0 everywhere: nothing in {where} speaks for {name}, or all alike")
         save_files(outcome, job, record, labels, files)
         results.append({**record, "options": options.digest(outcome.photo.place)})
     except OSError as error:
