@@ -1172,7 +1172,7 @@ def _load(model: nn.Module, arch: str, state: State, checkpoint: Checkpoint) -> 
         if k in state and state[k].shape != wanted[k].shape
     ]
     if not missing and not differ and set(unexpected) <= checkpoint.beside:
-        head = _head_weight(state)
+        head = _head_weight({key: tensor for key, tensor in state.items() if key not in checkpoint.beside})
         outputs = state[head].shape[0] if head else 0
         on_top = [k for k in unexpected if state[k].ndim == 2 and state[k].shape[1] == outputs]
         if on_top:
@@ -1859,9 +1859,8 @@ def ablation_weights(
 ) -> Tensor:
     """Ablation-CAM (Desai and Ramaswamy, WACV 2020): the share of the score that is lost when a channel is set to zero.
 
-    For one input (1, 3, H, W) and the classes (K,); returns (K, C). The paper divides by the score itself, by which a
-    negative one would turn the map upside down; its absolute value does not. A channel that is zero anyway loses
-    nothing and is not run.
+    For one input (1, 3, H, W) and the classes (K,); returns (K, C). A channel that is zero anyway loses nothing and is
+    not run.
     """
     suffix = Suffix(network, layer, inputs)
     axis = channel_axis(suffix.output, inputs.shape[2:])
@@ -1875,7 +1874,7 @@ def ablation_weights(
             changed = channels_first.repeat(len(channels), *[1] * (channels_first.ndim - 1))
             changed[torch.arange(len(channels), device=channels.device), channels] = 0
             ablated[channels] = suffix(changed.movedim(1, axis))[:, targets]
-    return ((score - ablated) / torch.where(score == 0, 1, score.abs())).T
+    return ((score - ablated) / torch.where(score == 0, 1, score)).T
 
 
 @torch.inference_mode()
@@ -2985,6 +2984,8 @@ class Results:
             dropped = {line for line, key in keys.items() if key in again or elsewhere.get(key, path) != path}
             with path.open("rb") as file:  # another program's lines stay, half a line of ours does not
                 kept = [line for line in file if line not in dropped and (line in keys or not line.startswith(b'{"im'))]
+            if kept and not kept[-1].endswith(b"\n"):
+                kept.append(b"\n")
             write_file(path, b"".join(kept))
 
     def append(self, record: Mapping[str, Any]) -> None:

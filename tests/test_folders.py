@@ -675,6 +675,18 @@ def test_a_folder_of_broken_photos_only_has_its_records(main, tmp_path):
     assert all("is not a picture" in record["error"] for record in records(tmp_path / "out"))
 
 
+def test_what_other_programs_have_written_stays(main, album, tmp_path):
+    out, foreign = tmp_path / "out", b'{"epoch": 1, "loss": 0.3}\nmy notes'
+    out.mkdir()
+    for name in ("results.jsonl", "results_training.jsonl", "results-old.jsonl"):
+        (out / name).write_bytes(foreign)
+    main("--outputs", "cam", album)
+    assert (out / "results_training.jsonl").read_bytes() == foreign
+    assert (out / "results-old.jsonl").read_bytes() == foreign
+    assert (out / "results.jsonl").read_bytes().startswith(foreign + b"\n")
+    assert "6 skipped" in main("--outputs", "cam", "--skip-existing", album)[2]
+
+
 def test_a_mended_photo_replaces_its_error_and_a_broken_one_is_tried_again(main, album, tmp_path):
     whole = (album / "b.jpg").read_bytes()
     for name in ("b.jpg", "x/1.jpg"):

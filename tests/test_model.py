@@ -203,6 +203,29 @@ def test_prefixes_that_torch_itself_writes_are_taken_off(saved):
     assert_same_answer(load(saved({"model_ema": averaged.state_dict()}), arch="resnet18"), resnet18())
 
 
+@pytest.mark.parametrize("head", ["classifier", "head", "linear"])
+def test_a_head_on_top_of_a_whole_network_is_not_thrown_away(head, saved):
+    state = {f"model.{key}": tensor for key, tensor in resnet18().state_dict().items()}
+    state |= {f"{head}.weight": torch.ones(3, 5), f"{head}.bias": torch.ones(3)}
+    assert re.search(rf"{head}\.weight lies on top of resnet18's 5 outputs.*net\.py:build", refusal(saved(state)))
+
+
+def test_quantised_weights_are_one_line(saved):
+    state = {**resnet18().state_dict(), "conv1.weight": torch.ones(64, 3, 7, 7, dtype=torch.int8)}
+    assert "conv1.weight is quantised" in refusal(saved(state), arch="resnet18")
+
+
+@pytest.mark.parametrize("entry", ["mean", "std"])
+def test_means_in_the_shape_of_a_photo_are_taken(entry, saved):
+    values = torch.tensor([0.4, 0.5, 0.6])
+    preset = load(saved({"state_dict": resnet18().state_dict(), entry: values.view(3, 1, 1)}), arch="resnet18").preset
+    assert getattr(preset, entry) == pytest.approx(values.tolist())
+
+
+def test_a_resize_that_is_none_is_refused(saved):
+    assert "unknown resize 'sqash'" in refusal(saved(resnet18().state_dict()), resize="sqash")
+
+
 @pytest.mark.parametrize("extra", ["criterion.weight", "loss_fn.pos_weight", "train_acc.total"])
 def test_a_lightning_checkpoint_with_the_losss_weights_is_read(extra, saved):
     state = {f"model.{key}": tensor for key, tensor in resnet18().state_dict().items()}
