@@ -797,12 +797,14 @@ class Checkpoint:
         state: the weights, floating point ones in float32, their keys without the prefixes of wrappers.
         beside: keys of `state` that lie outside of the wrapper that held most: a loss's weights, or the head.
         entries: whatever else the file holds (`arch`, `classes`, `input_size` ...).
+        raw: the weights under the keys that they have in the file.
     """
 
     name: str
     state: State
     beside: frozenset[str] = frozenset()
     entries: Mapping[str, Any] = field(default_factory=dict)
+    raw: State = field(default_factory=dict)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -820,12 +822,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     tensors = {str(k): v.detach() for k, v in raw.items() if isinstance(v, Tensor)}
     if not all(v.layout is torch.strided and v.numel() for v in tensors.values()):
         raise CallError(f"{path} holds sparse or empty tensors; save the weights as ordinary ones")
-    state, beside = _strip_prefixes({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+    raw = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    state, beside = _strip_prefixes(raw)
     # Before 2018 torchvision's DenseNet called its layers norm.1 and conv.2 instead of norm1 and conv2.
     old_densenet = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
     state = {old_densenet.sub(r"\1\2", key): tensor for key, tensor in state.items()}
     state = {key: tensor for key, tensor in state.items() if not key.startswith(AUXILIARY)}
-    return Checkpoint(str(path), state, frozenset(beside), {str(k): v for k, v in entries.items()})
+    return Checkpoint(str(path), state, frozenset(beside), {str(k): v for k, v in entries.items()}, raw)
 
 
 def _load_safely(path: Path) -> Any:
@@ -1100,6 +1103,9 @@ def build_own_model(
         sys.path.remove(folder)
     if not isinstance(model, nn.Module):
         raise CallError(f"--arch {arch} returned a {type(model).__name__}, not a torch.nn.Module")
+    wanted = model.state_dict().keys()
+    if wanted <= checkpoint.raw.keys() and not wanted <= state.keys():
+        state = dict(checkpoint.raw)  # what looks like a wrapper's prefix may be a part of the network
     if state:
         _load(model, arch, state, checkpoint)
     size = input_size or _side(checkpoint.entries.get("input_size"), checkpoint.name)
@@ -1187,7 +1193,8 @@ def _load(model: nn.Module, arch: str, state: State, checkpoint: Checkpoint) -> 
             f"{len(keys)} {what} ({'; '.join(keys[:3])}{'; ...' * (len(keys) > 3)})" for what, keys in found if keys
         ]
         others = [a for a in architectures_that_fit(checkpoint) if a != arch]
-        hint = f"; it would fit {' or '.join(others)}: pass --arch {others[0]}" if others else ""
+        hint = "" if ".py:" in arch else "; give a changed network by --arch net.py:build"
+        hint = f"; it would fit {' or '.join(others)}: pass --arch {others[0]}" if others and hint else hint
         raise CallError(f"{checkpoint.name} does not fit {arch}: {', '.join(parts)}{hint}")
     whole = [k for k in wanted if k in state and wanted[k].is_floating_point() > state[k].is_floating_point()]
     if whole:

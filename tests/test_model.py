@@ -210,6 +210,23 @@ def test_a_head_on_top_of_a_whole_network_is_not_thrown_away(head, saved):
     assert re.search(rf"{head}\.weight lies on top of resnet18's 5 outputs.*net\.py:build", refusal(saved(state)))
 
 
+def test_such_a_network_can_be_given_as_ones_own(saved, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nfrom torchvision.models import resnet18\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.model, self.head = resnet18(num_classes=5), nn.Linear(5, 3)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(self.model(x))\n"
+    )
+    state = {f"model.{key}": tensor for key, tensor in resnet18().state_dict().items()}
+    state |= {"head.weight": torch.ones(3, 5), "head.bias": torch.ones(3)}
+    classifier = load_classifier(f"{tmp_path / 'net.py'}:Net", saved(state), device="cpu")
+    assert torch.equal(classifier.model.head.weight, state["head.weight"])
+    torch.testing.assert_close(classifier.model.model.conv1.weight, state["model.conv1.weight"])
+
+
 def test_quantised_weights_are_one_line(saved):
     state = {**resnet18().state_dict(), "conv1.weight": torch.ones(64, 3, 7, 7, dtype=torch.int8)}
     assert "conv1.weight is quantised" in refusal(saved(state), arch="resnet18")
