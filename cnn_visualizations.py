@@ -1864,10 +1864,10 @@ class Suffix:
 def ablation_weights(
     network: nn.Module, layer: str, inputs: Tensor, targets: Tensor, progress: Progress = iter
 ) -> Tensor:
-    """Ablation-CAM (Desai and Ramaswamy, WACV 2020): the share of the score that is lost when a channel is set to zero.
+    """Ablation-CAM (Desai and Ramaswamy, WACV 2020): how much of the score is lost when a channel is set to zero.
 
     For one input (1, 3, H, W) and the classes (K,); returns (K, C). A channel that is zero anyway loses nothing and is
-    not run.
+    not run. The paper divides by the score: that scales the map, and turns it upside down where the score is negative.
     """
     suffix = Suffix(network, layer, inputs)
     axis = channel_axis(suffix.output, inputs.shape[2:])
@@ -1881,7 +1881,7 @@ def ablation_weights(
             changed = channels_first.repeat(len(channels), *[1] * (channels_first.ndim - 1))
             changed[torch.arange(len(channels), device=channels.device), channels] = 0
             ablated[channels] = suffix(changed.movedim(1, axis))[:, targets]
-    return ((score - ablated) / torch.where(score == 0, 1, score)).T
+    return (score - ablated).T
 
 
 @torch.inference_mode()

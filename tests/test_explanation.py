@@ -9,7 +9,7 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -185,7 +185,7 @@ RESHAPE = {
 }
 
 
-@cache
+@lru_cache(maxsize=2)  # the largest are half a gigabyte
 def frozen_copy(model):
     return copy.deepcopy(model).requires_grad_(False)
 
@@ -213,6 +213,15 @@ def quiet_grad_cam(monkeypatch):
     for name in ("ablation_cam", "score_cam"):
         module = importlib.import_module(f"pytorch_grad_cam.{name}")
         monkeypatch.setattr(module.tqdm, "tqdm", lambda steps, *_, **__: steps)
+
+
+def lifted(model, inputs, target):
+    """A copy whose score for the class is 1 where it is negative, which turns grad-cam's Ablation-CAM upside down."""
+    model = copy.deepcopy(model)
+    score = model(inputs)[0, target].detach()
+    lift = 1 - score if score < 0 else 0
+    model.register_forward_hook(lambda module, args, logits: logits + lift)
+    return model
 
 
 def stretched(maps):
@@ -273,10 +282,10 @@ def output_and_gradient_free(model, layer, inputs):
 
 
 def ablation_picture(model, layer, inputs, target, axis=1, to_map=lambda output: output):
-    """Ablation-CAM as its paper defines it."""
+    """Ablation-CAM as its paper defines it, but for the sign of a negative score."""
     whole, scores = ablated_scores(model, layer, inputs, target, axis)
     activations = to_map(output_and_gradient_free(model, layer, inputs))[0]
-    return picture_of((whole - scores) / whole, activations, inputs.shape[-1])
+    return picture_of((whole - scores) / whole.abs(), activations, inputs.shape[-1])
 
 
 class Rectified(torch.autograd.Function):
@@ -364,10 +373,10 @@ def assert_equals_grad_cam(model, layer, inputs, reshape=None):
         np.testing.assert_allclose(ours.cams[method], theirs, rtol=0, atol=1e-4, err_msg=method)
 
 
-def lively_target(model, layer, inputs, reshape=None):
+def lively_target(model, layer, inputs, reshape=None, method="gradcam"):
     """A class for which the map has something in it."""
     for target in range(7):
-        if grad_cams("gradcam", model, [layer], inputs, [target], reshape).any():
+        if grad_cams(method, lifted(model, inputs, target), [layer], inputs, [target], reshape).any():
             return target
     raise AssertionError("every map is empty")
 
@@ -380,8 +389,10 @@ with_narrow = [(arch, size, narrow) for arch, size, _, narrow in ARCHITECTURES i
 def test_methods_that_ask_again_equal_grad_cam(arch, size, layer, method):
     model, inputs = network(arch, size), photos(1, size)
     assert output_and_gradient_free(model, layer, inputs).min() == 0  # else grad-cam's ablation is not one
-    ours = Explainer(model, [method], [layer], guided=False)(inputs, 3)
-    assert_same_maps(ours.cams[method], grad_cams(method, model, [layer], inputs, [3]))
+    target = lively_target(model, layer, inputs, method=method)
+    ours = Explainer(model, [method], [layer], guided=False)(inputs, target)
+    theirs = grad_cams(method, lifted(model, inputs, target), [layer], inputs, [target])
+    assert_same_maps(ours.cams[method], theirs)
 
 
 @pytest.mark.parametrize(
@@ -412,13 +423,28 @@ def test_scorecam_equals_grad_cam_where_activations_are_negative(arch, size, lay
 )
 def test_ablation_sets_channels_to_zero_where_grad_cam_sets_them_to_minus_ten_million(arch, size, layer, axis, to_map):
     model, inputs = network(arch, size), photos(1, size)
-    target = 3 if arch != "small swin" else 0
+    target = {"small swin": 0, "mobilenet_v3_small": 1}.get(arch, 3)  # for which there is something in the map
     right = ablation_picture(model, layer, inputs, target, axis, to_map)
     ours = Explainer(model, ["ablationcam"], [layer], guided=False)(inputs, target).cams["ablationcam"]
     assert_same_maps(ours[0], right)
     if axis == 1:  # grad-cam has another class for the others
         theirs = grad_cams("ablationcam", model, [layer], inputs, [target])
         assert np.abs(np.nan_to_num(theirs[0]) - right).max() > 0.1
+
+
+def test_ablation_is_the_same_for_a_negative_score_where_grad_cams_is_upside_down():
+    """A constant added to the scores says nothing of the photo."""
+    model, inputs, layer = network("mobilenet_v2"), photos(), "features.1.conv.0"
+    positive = lifted(model, inputs, 3)
+    negative = copy.deepcopy(positive)
+    negative.register_forward_hook(lambda module, args, logits: logits - 2)
+    ours, theirs = [], []
+    for shifted in (positive, negative):
+        ours += [Explainer(shifted, ["ablationcam"], [layer], guided=False)(inputs, 3).cams["ablationcam"]]
+        theirs += [grad_cams("ablationcam", shifted, [layer], inputs, [3])]
+    assert_same_maps(ours[0], theirs[0])
+    assert_same_maps(ours[1], ours[0])
+    assert np.corrcoef(theirs[1].ravel(), theirs[0].ravel())[0, 1] < 0
 
 
 @pytest.mark.parametrize(("arch", "layer"), [("densenet121", "features"), ("resnet18", "layer4.1.bn1")])
@@ -445,8 +471,9 @@ def test_activations_are_those_before_an_in_place_relu_where_grad_cam_reads_thos
 )
 def test_ablation_beside_a_bypass_equals_one_whole_pass_for_each_channel(arch, layer):
     model, inputs = network(arch), photos(1)
-    right = ablation_picture(model, layer, inputs, 3)
-    ours = Explainer(model, ["ablationcam"], [layer], guided=False)(inputs, 3).cams["ablationcam"]
+    target = 3 if layer != "layer2.0.downsample.0" else 0  # of whose map nothing is left
+    right = ablation_picture(model, layer, inputs, target)
+    ours = Explainer(model, ["ablationcam"], [layer], guided=False)(inputs, target).cams["ablationcam"]
     assert_same_maps(ours[0], right)
 
 
@@ -508,6 +535,7 @@ def test_the_demo_equals_grad_cam(husky, method):
         inputs = F.interpolate(inputs, (97, 97), mode="bilinear")
     ours = Explainer(model, [method], guided=False)(inputs)
     assert ours.targets.tolist() == [int(model(inputs).argmax())]
+    model = lifted(model, inputs, int(ours.targets[0]))
     assert_same_maps(ours.cams[method], grad_cams(method, model, ["features"], inputs, ours.targets))
 
 
@@ -519,7 +547,7 @@ def test_the_demo_equals_grad_cam_to_the_fifth_digit_on_the_same_activations(hus
     model, inputs = husky
     inputs = F.interpolate(inputs, (97, 97), mode="bilinear")
     ours = Explainer(model, [method], guided=False)(inputs)
-    theirs = grad_cams(method, model, ["features"], inputs, ours.targets)
+    theirs = grad_cams(method, lifted(model, inputs, int(ours.targets[0])), ["features"], inputs, ours.targets)
     assert_same_maps(ours.cams[method], theirs, 1e-5)
 
 

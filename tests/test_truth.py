@@ -23,7 +23,7 @@ THRESHOLDS = {  # measured on 300 of each:
     "gradcam": (0.85, 0.8),  # 0.95 0.91
     "scorecam": (0.85, 0.58),  # 0.96 0.71
     "gradcam++": (0.85, 0.8),  # 0.96 0.89
-    "ablationcam": (0.85, 0.64),  # 0.96 0.76
+    "ablationcam": (0.85, 0.8),  # 0.96 0.91
     "xgradcam": (0.85, 0.8),  # 0.95 0.91
     "eigencam": (0.85, 0.4),  # 0.95 0.49
     "eigengradcam": (0.85, 0.58),  # 0.95 0.69
