@@ -2786,12 +2786,14 @@ class Prepared:
 
     Attributes:
         path, place: where it comes from, and the beginning of its files' names.
+        stamp: of its file, before it was read.
         width, height, box: its size, and the part of it that the network sees, in its own pixels.
         picture, inputs: that part to draw on, and as the network gets it, (3, H, W).
     """
 
     path: str
     place: str
+    stamp: tuple[int, int]
     width: int
     height: int
     box: tuple[float, float, float, float]
@@ -2835,11 +2837,12 @@ def prepare(photo: tuple[str, str], job: Job) -> Prepared | Failed:
     """Reads a photo and keeps only what is needed further on, so that large photos do not pile up in memory."""
     path, place = photo
     try:
+        stamp = stamp_of(path)
         decoded = read_photo(Path(path))
         height, width = decoded.pixels.shape[:2]
         box = job.classifier.seen_box(height, width)
         picture = seen_picture(decoded, box, job.output_size)
-        return Prepared(path, place, width, height, box, picture, job.classifier.preprocess(decoded))
+        return Prepared(path, place, stamp, width, height, box, picture, job.classifier.preprocess(decoded))
     except PhotoError as error:
         return Failed(path, str(error))
 
@@ -2935,18 +2938,31 @@ def until(stop: threading.Event, steps: Iterable[Any]) -> Iterator[Any]:
         yield step
 
 
-class Options:
-    """The options that decide what is in the files, so that a resumed run knows which photos it need not do again."""
+def stamp_of(path: str | Path) -> tuple[int, int]:
+    """Size and time of a file, by which a changed one is known; zeros where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
-    ELSE = ("images", "photos", "one_by_one", "device", "batch_size", "output", "skip_existing")
+
+class Options:
+    """The options that decide what is in the files, so that a resumed run knows which photos it need not do again.
+
+    The methods are not among them: they are in the files' names and in the key of the record.
+    """
+
+    ELSE = ("images", "photos", "one_by_one", "methods", "device", "batch_size", "output", "skip_existing")
 
     def __init__(self, args: argparse.Namespace) -> None:
-        of_file = args.ckpt.stat().st_mtime_ns if args.ckpt else 0  # trained on since then?
-        self._text = repr([(n, str(v)) for n, v in sorted(vars(args).items()) if n not in self.ELSE] + [of_file])
+        options = [(name, str(value)) for name, value in sorted(vars(args).items()) if name not in self.ELSE]
+        own_network = (args.arch or "").rpartition(":")[0]
+        self._text = repr((options, stamp_of(args.ckpt or ""), stamp_of(own_network)))  # trained on since then?
 
-    def digest(self, place: str) -> str:
-        """A short name for the options and the place of a photo's files."""
-        return hashlib.sha256(f"{self._text} {place}".encode("utf-8", "backslashreplace")).hexdigest()[:16]
+    def digest(self, place: str, stamp: tuple[int, int]) -> str:
+        """A short name for the options, the place of a photo's files and the stamp of the photo."""
+        return hashlib.sha256(f"{self._text} {place} {stamp}".encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 Key = tuple[str, str]  # image, methods
@@ -2971,13 +2987,21 @@ class Results:
         self._lock = threading.Lock()
 
     def finished(self) -> dict[Key, dict[Path, int]]:
-        """The photos that an earlier run has finished, their files all there: in which results files, how it ran."""
+        """The photos that an earlier run has finished: in which results files, and the hash of how it ran.
+
+        All their files are there, and no run with other options has written over one of them (the picture of guided
+        backpropagation has the same name for all methods).
+        """
+        last: dict[int, int] = {}  # by the hashes of the files' names, since there may be millions
+        for path in self._all:
+            of_path = {hash(file): options for record, options in finished_lines(path) for file in record["files"]}
+            # Of two results files nobody knows which run was later.
+            last |= {file: options if last.get(file, options) == options else 0 for file, options in of_path.items()}
         found: dict[Key, dict[Path, int]] = {}
         for path in self._all:
-            for _, record in whole_lines(path):
-                files = record.get("files")
-                if files and "options" in record and all(map(os.path.isfile, files)):
-                    found.setdefault((record["image"], record["method"]), {})[path] = hash(record["options"])
+            for record, options in finished_lines(path):
+                if all(last[hash(file)] == options and os.path.isfile(file) for file in record["files"]):
+                    found.setdefault((record["image"], record["method"]), {})[path] = options
         return found
 
     def file_of(self, rank: int) -> Path:
@@ -3014,6 +3038,14 @@ def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 key = (record.get("image"), record.get("method")) if isinstance(record, dict) else (None, None)
                 if line.endswith(b"\n") and all(isinstance(part, str) for part in key):
                     yield line, record
+
+
+def finished_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The records of photos that were explained, each with the hash of the options."""
+    for _, record in whole_lines(path):
+        files, options = record.get("files"), record.get("options")
+        if isinstance(options, str) and isinstance(files, list) and all(isinstance(file, str) for file in files):
+            yield record, hash(options)
 
 
 def describe(done: Explained, job: Job, files: Iterable[Path]) -> dict[str, Any]:
@@ -3132,7 +3164,7 @@ def save(outcome: Explained | Failed, job: Job, options: Options, results: Resul
                 where, name = record["target_layer"], job.classifier.class_names[target]
                 note(f"{path}: the {method} map is 0 everywhere: nothing in {where} speaks for {name}, or all alike")
         save_files(outcome, job, record, labels, files)
-        results.append({**record, "options": options.digest(outcome.photo.place)})
+        results.append({**record, "options": options.digest(outcome.photo.place, outcome.photo.stamp)})
     except OSError as error:
         return Failed(path, f"{path}: its results cannot be written: {error.strerror or error}")
     return as_line(record)
@@ -3146,7 +3178,7 @@ def plan(args: argparse.Namespace, share: Share, results: Results) -> tuple[list
     for index, (path, place) in enumerate(find_places(args.photos, args.output, as_wanted(args))):
         key, rank = (path, ",".join(args.methods)), index % share.world
         recorded = finished.get(key, {})
-        done = bool(recorded) and hash(options.digest(place)) in recorded.values()
+        done = bool(recorded) and hash(options.digest(place, stamp_of(path))) in recorded.values()
         if not done:
             again.add(key)
         elif results.file_of(rank) in recorded:

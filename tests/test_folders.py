@@ -362,7 +362,7 @@ class Fake:
 def prepared(number):
     picture = np.zeros((4, 4, 3), np.uint8)
     inputs = torch.full((3, 4, 4), float(number))
-    return program_file.Prepared(f"{number}.jpg", f"out/{number}", 4, 4, (0, 0, 4, 4), picture, inputs)
+    return program_file.Prepared(f"{number}.jpg", f"out/{number}", (0, 0), 4, 4, (0, 0, 4, 4), picture, inputs)
 
 
 def job_of(explainer):
@@ -638,6 +638,29 @@ def test_a_checkpoint_that_was_trained_on_is_not_taken_for_the_same(main, album,
     assert "6 skipped" in main("--skip-existing", album, ckpt=ckpt)[2]
     os.utime(ckpt, (1, 1))
     assert "0 skipped" in main("--skip-existing", album, ckpt=ckpt)[2]
+
+
+def test_a_photo_that_was_changed_is_done_again(main, album):
+    main("--outputs", "cam", album)
+    paint(album / "b.jpg", 30)
+    status, stdout, stderr = main("--outputs", "cam", "--skip-existing", album)
+    assert (status, "1 done, 5 skipped" in stderr) == (0, True)
+    assert stdout.startswith(f"{album / 'b.jpg'}: ")
+
+
+def test_pictures_that_a_run_with_other_options_has_written_over_are_done_again(main, album, tmp_path):
+    gb, again = tmp_path / "out" / "gb_a.jpg", ["--target-class", "0", "--skip-existing", album]
+    main("--target-class", "0", album)
+    first = gb.read_bytes()
+    main("--target-class", "0", "--method", "eigencam", album)
+    assert gb.read_bytes() == first
+    assert "6 skipped" in main(*again)[2]  # another method's run with the same options has drawn the same
+    main("--target-class", "1", "--method", "xgradcam", album)
+    assert gb.read_bytes() != first
+    assert "6 done, 0 skipped" in main(*again)[2]
+    assert gb.read_bytes() == first
+    assert "6 skipped" in main(*again)[2]
+    assert len(records(tmp_path / "out")) == 18
 
 
 @pytest.mark.parametrize("lost", ["gradcam_cam_1.jpg", "gb_1.jpg", "gradcam_cam_gb_1.jpg"])
