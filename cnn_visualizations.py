@@ -518,12 +518,9 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_PIXELS = 250_000_000  # above every camera's largest photo; a few kilobytes of hostile PNG can claim to be more
-GIANT = 50_000_000  # pixels; above that, one photo is decoded at a time
+MAX_RESIZED = 50_000_000  # pixels; a strip of 700 x 1 has them where the short side becomes 256
 MIN_SIDE = 8  # pixels; below that there is nothing to point at
 DECODERS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-
-
-_one_giant = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -539,6 +536,30 @@ class Photo:
     pixels: NDArray[np.uint8]
 
 
+class Room:
+    """So many pixels are in memory at once, of all threads together: each waits until there is room for its photo."""
+
+    def __init__(self, pixels: int) -> None:
+        self._free = pixels
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def holding(self, pixels: int) -> Iterator[None]:
+        """Not more pixels than the room has."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_room = Room(MAX_PIXELS)
+
+
 def read_photo(path: Path) -> Photo:
     """Decodes a photo: the first frame or page, as 8-bit RGB, turned upright.
 
@@ -547,6 +568,19 @@ def read_photo(path: Path) -> Photo:
     Raises:
         PhotoError: the file is missing, not a picture, broken, too large or too small.
     """
+    with open_photo(path) as photo:
+        return photo
+
+
+@contextlib.contextmanager
+def open_photo(path: Path) -> Iterator[Photo]:
+    """`read_photo` for many threads: inside `with`, the photo takes its part of the memory that all of them share."""
+    with contextlib.ExitStack() as room:
+        photo = _decode(path, room)
+        yield photo
+
+
+def _decode(path: Path, room: contextlib.ExitStack) -> Photo:
     fault = photo_fault(path)
     if fault:
         raise PhotoError(f"{path} {fault}")
@@ -557,10 +591,10 @@ def read_photo(path: Path) -> Photo:
                 raise PhotoError(f"{path} has {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} megapixels")
             if min(width, height) < MIN_SIDE:
                 raise PhotoError(f"{path} has {width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
-            with _one_giant if width * height > GIANT else contextlib.nullcontext():
-                image.load()
-                ImageOps.exif_transpose(image, in_place=True)
-                return Photo(path, np.asarray(_to_rgb(image)))
+            room.enter_context(_room.holding(width * height))
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return Photo(path, np.asarray(_to_rgb(image)))
     except PhotoError:
         raise
     except Exception as error:  # decoders raise nearly anything on a hostile file, from struct.error to MemoryError
@@ -663,10 +697,11 @@ class Classifier:
         """The photo as the network sees it: float32 (3, S, S), normalised.
 
         Raises:
-            PhotoError: a strip so long that the preset would blow it up beyond MAX_PIXELS.
+            PhotoError: a strip so long that the preset would blow it up beyond MAX_RESIZED.
         """
         height, width = photo.pixels.shape[:2]
-        if not self.squash and self.preset.resize_size[0] ** 2 * max(height, width) / min(height, width) > MAX_PIXELS:
+        pixels = self.preset.resize_size[0] ** 2 * max(height, width) / min(height, width)
+        if not self.squash and pixels > MAX_RESIZED:
             raise PhotoError(
                 f"{photo.path} is {width} x {height} pixels, too long a strip for --resize crop; use squash"
             )
@@ -2838,11 +2873,11 @@ def prepare(photo: tuple[str, str], job: Job) -> Prepared | Failed:
     path, place = photo
     try:
         stamp = stamp_of(path)
-        decoded = read_photo(Path(path))
-        height, width = decoded.pixels.shape[:2]
-        box = job.classifier.seen_box(height, width)
-        picture = seen_picture(decoded, box, job.output_size)
-        return Prepared(path, place, stamp, width, height, box, picture, job.classifier.preprocess(decoded))
+        with open_photo(Path(path)) as decoded:
+            height, width = decoded.pixels.shape[:2]
+            box = job.classifier.seen_box(height, width)
+            picture = seen_picture(decoded, box, job.output_size)
+            return Prepared(path, place, stamp, width, height, box, picture, job.classifier.preprocess(decoded))
     except PhotoError as error:
         return Failed(path, str(error))
 

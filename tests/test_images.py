@@ -3,7 +3,9 @@
 import os
 import struct
 import sys
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from torchvision import transforms
 from torchvision.datasets.folder import default_loader
 from torchvision.models import get_model, get_model_weights
 
-from cnn_visualizations import Photo, PhotoError, load_classifier, read_photo
+import cnn_visualizations
+from cnn_visualizations import Photo, PhotoError, Room, load_classifier, open_photo, read_photo
 
 ARCHITECTURES = ["shufflenet_v2_x0_5", "efficientnet_b1", "regnet_y_400mf", "squeezenet1_1"]
 SIZES = [(40, 60), (60, 40), (50, 50), (8, 8), (301, 97), (97, 301), (640, 480)]
@@ -318,6 +321,35 @@ def test_a_compressed_text_that_unpacks_to_gigabytes_is_bounded(tmp_path):
     before = peak_memory()
     read_or_refused(tmp_path / "a.png")
     assert peak_memory() - before < 150 * 2**20
+
+
+def test_of_all_threads_together_so_many_pixels_are_in_memory_at_once(tmp_path, monkeypatch):
+    sizes = [(100, 80), (90, 90), (10, 20), (70, 60), (8, 8), (100, 100)] * 3
+    paths = [saved(tmp_path, f"{number}.png", Image.new("RGB", size)) for number, size in enumerate(sizes)]
+    monkeypatch.setattr(cnn_visualizations, "_room", Room(10_000))  # the largest takes all of it
+    held, most = [], []
+
+    def use(path):
+        with open_photo(path) as photo:
+            held.append(photo.pixels.size // 3)
+            most.append(sum(held))
+            time.sleep(0.01)
+            held.remove(photo.pixels.size // 3)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(use, paths))
+    assert len(most) == len(paths)
+    assert 8_500 < max(most) <= 10_000
+
+
+def test_a_broken_photo_gives_its_room_back(tmp_path, monkeypatch):
+    path = saved(tmp_path, "a.png", Image.effect_noise((100, 100), 50))
+    monkeypatch.setattr(cnn_visualizations, "_room", Room(10_000))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    refused(path)
+    path.write_bytes(whole)
+    assert read_or_refused(path)
 
 
 def read_or_refused(path):
