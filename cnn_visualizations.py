@@ -2034,11 +2034,55 @@ def even_threads(most: int) -> int:
     return max(threads for threads in range(1, 5) if threads <= max(1, most) and torch.get_num_threads() % threads == 0)
 
 
+class ExactArithmetic:
+    """Inside `with`: on a GPU no TF32, whose ten bits show in the maps, and the same answer from run to run.
+
+    The settings are the process's: of several threads the first one makes them, and the last one puts back what was.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                wanted = self._settings()
+                self._before = [(place, name, getattr(place, name)) for place, name, _ in wanted]
+                self._put(wanted)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._put(self._before)
+
+    @staticmethod
+    def _settings() -> list[tuple[Any, str, Any]]:
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        settings = [(cudnn, "enabled", True), (cudnn, "benchmark", False), (cudnn, "deterministic", True)]
+        try:
+            _ = cudnn.allow_tf32, matmul.allow_tf32
+            return [*settings, (cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+        except RuntimeError:  # so it is where somebody has used what replaces them since torch 2.9
+            return settings + [(place, "fp32_precision", "ieee") for place in (cudnn.conv, cudnn.rnn, matmul)]
+
+    @staticmethod
+    def _put(settings: Sequence[tuple[Any, str, Any]]) -> None:
+        for place, name, value in settings:
+            if getattr(place, name) != value:
+                setattr(place, name, value)
+
+
+_exact = ExactArithmetic()
+
+
 @contextlib.contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """No autocast; on a GPU no TF32, whose ten bits show in the maps, and the same answer from run to run."""
-    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    with torch.autocast(device.type, enabled=False), cudnn if device.type == "cuda" else contextlib.nullcontext():
+    """No autocast, and on a GPU `ExactArithmetic`."""
+    with torch.autocast(device.type, enabled=False), _exact if device.type == "cuda" else contextlib.nullcontext():
         yield
 
 

@@ -50,6 +50,7 @@ from cnn_visualizations import (
     METHODS,
     MORE_METHODS,
     CallError,
+    ExactArithmetic,
     Explainer,
     Packed,
     can_pack,
@@ -1307,6 +1308,57 @@ def test_backend_settings_stay():
     before = settings()
     Explainer(Tiny(), METHODS)(photos(1, 12))
     assert settings() == before
+
+
+def tf32():
+    """What the two libraries may use TF32 for, in the words of whichever of torch's settings answers."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    try:
+        return cudnn.allow_tf32, matmul.allow_tf32
+    except RuntimeError:
+        return cudnn.conv.fp32_precision == "tf32", matmul.fp32_precision == "tf32"
+
+
+OLD = [(torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")]
+NEW = [
+    (place, "fp32_precision")
+    for place in (getattr(torch.backends.cudnn, "conv", None), torch.backends.cuda.matmul)
+    if hasattr(place, "fp32_precision")
+]
+
+
+@pytest.fixture
+def tf32_settings():
+    """Puts them back."""
+    before = [(place, name, getattr(place, name)) for place, name in NEW + OLD]
+    yield
+    for place, name, value in before:
+        setattr(place, name, value)
+
+
+@pytest.mark.usefixtures("tf32_settings")
+@pytest.mark.parametrize("places", [OLD, pytest.param(NEW, marks=pytest.mark.skipif(not NEW, reason="torch < 2.9"))])
+@pytest.mark.parametrize("allowed", [(True, True), (True, False), (False, True)])
+def test_on_a_gpu_there_is_no_tf32_whichever_way_it_was_allowed(places, allowed):
+    for (place, name), yes in zip(places, allowed, strict=True):
+        setattr(place, name, yes if places is OLD else "tf32" if yes else "ieee")
+    assert tf32() == allowed
+    with ExactArithmetic():
+        assert tf32() == (False, False)
+        assert torch.backends.cudnn.deterministic
+    assert tf32() == allowed
+
+
+def test_the_last_thread_puts_the_settings_back():
+    exact, cudnn = ExactArithmetic(), torch.backends.cudnn
+    before = cudnn.deterministic, tf32()
+    first, second = contextlib.ExitStack(), contextlib.ExitStack()
+    first.enter_context(exact)
+    second.enter_context(exact)
+    first.close()  # which came first, goes first
+    assert (cudnn.deterministic, tf32()) == (True, (False, False))
+    second.close()
+    assert (cudnn.deterministic, tf32()) == before
 
 
 # --- any nn.Module classifier ----------------------------------------------------------------------------------------
