@@ -1612,7 +1612,7 @@ def choose_targets(logits: Tensor, targets: Sequence[int] | Tensor | int | None,
     chosen = chosen.expand(len(logits), *chosen.shape[1:])
     if not ((chosen >= 0) & (chosen < classes)).all():
         raise CallError(f"class {chosen.tolist()} is out of range: the network has {classes} classes, from 0")
-    return chosen.to(logits.device)
+    return moved(chosen, logits.device)
 
 
 @contextlib.contextmanager
@@ -2103,6 +2103,11 @@ def copy_modules(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     return copy.deepcopy(model, detached | {id(tensor): tensor for tensor in shared})
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; what a GPU has still to do is not waited for."""
+    return tensor.to(device, non_blocking=device.type == "cuda")  # a copy to the CPU must be waited for
+
+
 def device_of(network: nn.Module) -> torch.device:
     """Where the network is; one without any weights is on the CPU."""
     return next(
@@ -2430,12 +2435,11 @@ def measure_trust(explainer: Explainer, inputs: Tensor, cam: Floats, target: int
         cam: its map, (H, W) in [0, 1].
         target: the class, an index.
     """
-    inputs = inputs.to(explainer.device)
-    heat = torch.from_numpy(cam).to(inputs)
-    counts, masks = curve_masks(heat)
-    masks = masks[:, None]
     kept = [turned < np.quantile(turned, ROAD_SHARES)[:, None, None] for turned in (cam, 1 - cam)]
-    imputed = [impute(inputs, torch.from_numpy(k).to(inputs.device)) for k in kept]
+    arrays = (torch.from_numpy(array) for array in (cam, *kept))
+    inputs, heat, *kept = (moved(tensor, explainer.device) for tensor in (inputs, *arrays))
+    counts, masks = curve_masks(heat)
+    masks, imputed = masks[:, None], [impute(inputs, of_map) for of_map in kept]
     asked = [inputs, inputs * heat, inputs * ~masks, inputs * masks, *imputed]
     chances = probabilities(explainer.answer(torch.cat(asked)))[:, target].cpu().double()
     before, masked, deletion, insertion, *road = chances.split([len(part) for part in asked])
@@ -2462,24 +2466,29 @@ def curve_masks(heat: Tensor) -> tuple[Tensor, Tensor]:
     pixels = heat.numel()
     counts = [*range(0, pixels, -(-pixels // CURVE_STEPS)), pixels]
     ranks = heat.flatten().argsort(descending=True, stable=True).argsort().view(heat.shape)
-    return torch.tensor(counts).double() / pixels, ranks < torch.tensor(counts, device=heat.device)[:, None, None]
+    points = torch.tensor(counts)
+    return points.double() / pixels, ranks < moved(points, heat.device)[:, None, None]
 
 
 class _Neighbours:
     """The equations of ROAD's imputation on one grid, and a multigrid cycle that nearly solves them.
 
     Every missing pixel is the mean of its eight neighbours, those beside it counting double. `missing` is (B, 1, H, W),
-    1 where a pixel is missing and 0 elsewhere.
+    1 where a pixel is missing and 0 elsewhere. A coarser grid takes the finer one's kernel.
     """
 
-    def __init__(self, missing: Tensor) -> None:
+    def __init__(self, missing: Tensor, kernel: Tensor | None = None) -> None:
+        if kernel is None:
+            taps = moved(torch.tensor([0.25, 0.75, 0.75, 0.25]), missing.device)
+            kernel = torch.outer(taps, taps)[None, None]
+        self.kernel = kernel
         self.missing = missing
         self.weights = self.sum(torch.ones_like(missing[:1]))
         self.step = 0.8 * missing / self.weights  # of a damped Jacobi iteration
         self.coarser = None
         if min(missing.shape[2:]) > 4:
             whole = nn.functional.avg_pool2d(missing, 2, ceil_mode=True) > 0.99
-            self.coarser = _Neighbours(whole.to(missing))
+            self.coarser = _Neighbours(whole.to(missing), kernel)
 
     @staticmethod
     def sum(values: Tensor) -> Tensor:
@@ -2492,13 +2501,11 @@ class _Neighbours:
         square[..., :-1, :] += rows[..., 1:, :]
         return square.sub_(values, alpha=4).div_(12)
 
-    @staticmethod
-    def restrict(values: Tensor) -> Tensor:
+    def restrict(self, values: Tensor) -> Tensor:
         """To half the height and width, by the transpose of bilinear enlargement, so that the cycle is symmetric."""
-        weights = torch.tensor([0.25, 0.75, 0.75, 0.25]).to(values)
         height, width = values.shape[2:]
         single = nn.functional.pad(values.flatten(0, 1)[:, None], (1, 1 + width % 2, 1, 1 + height % 2))
-        smaller = nn.functional.conv2d(single, torch.outer(weights, weights)[None, None], stride=2)
+        smaller = nn.functional.conv2d(single, self.kernel, stride=2)
         return smaller.view(*values.shape[:2], *smaller.shape[2:])
 
     def apply(self, values: Tensor) -> Tensor:
@@ -2542,8 +2549,13 @@ def impute(inputs: Tensor, kept: Tensor, steps: int = 6) -> Tensor:
         preconditioned = grid.cycle(residual)
         rho, before = dot(residual, preconditioned), rho
         direction = torch.addcmul(preconditioned, rho / (before + 1e-20), direction)
-    noise = torch.randn(known.shape, generator=torch.Generator().manual_seed(0)).to(known)
-    return known + values + 0.01 * noise * missing
+    return known + values + 0.01 * _noise(known.shape, known.device) * missing
+
+
+@functools.lru_cache(maxsize=4)
+def _noise(shape: torch.Size, device: torch.device) -> Tensor:
+    """The same for every photo, on every device."""
+    return moved(torch.randn(shape, generator=torch.Generator().manual_seed(0)), device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2972,21 +2984,22 @@ def explain_batch(batch: Sequence[Prepared | Failed], job: Job, capacity: Capaci
             explanation = job.explainer(torch.stack([photo.inputs for photo in now]), job.targets, top=job.top)
             singles = [explanation.only(index) for index in range(len(now))]
             outcomes += [Explained(*pair, trust_in(*pair, job)) for pair in zip(now, singles, strict=True)]
+            continue
         except CallError:
             raise
         except (RuntimeError, ValueError, MemoryError) as error:  # too small an input for the network, full memory ...
-            fatal = re.search("(CUDA|HIP) error", str(error)) and not is_out_of_memory(error)
-            if fatal:  # after that the GPU answers this process no more
-                raise CallError(f"the GPU has failed: {first_line(error)}; go on with --skip-existing") from error
-            if len(now) > 1 and is_out_of_memory(error):
-                note_once(SMALLER_BATCHES)
-                capacity.photos = len(now) // 2
-            elif len(now) > 1:  # it may be one of them only
-                outcomes += [outcome for photo in now for outcome in explain_batch([photo], job, capacity)]
-            else:
-                size = " x ".join(map(str, now[0].inputs.shape[1:]))
-                message = f"{now[0].path}: the network failed at {size}: {first_line(error)}"
-                outcomes.append(Failed(now[0].path, message))
+            message, too_much = first_line(error), is_out_of_memory(error)
+            if re.search("(CUDA|HIP) error", str(error)) and not too_much:  # the GPU answers this process no more
+                raise CallError(f"the GPU has failed: {message}; go on with --skip-existing") from error
+        # From here on the error does not hold on to the batch's memory any more.
+        if len(now) > 1 and too_much:
+            note_once(SMALLER_BATCHES)
+            capacity.photos = len(now) // 2
+        elif len(now) > 1:  # it may be one of them only
+            outcomes += [outcome for photo in now for outcome in explain_batch([photo], job, capacity)]
+        else:
+            size = " x ".join(map(str, now[0].inputs.shape[1:]))
+            outcomes.append(Failed(now[0].path, f"{now[0].path}: the network failed at {size}: {message}"))
     return outcomes
 
 

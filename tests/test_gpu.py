@@ -46,7 +46,7 @@ class PretendedGPU(TorchFunctionMode):
     """Inside `with`, "cuda" is there.
 
     Attributes:
-        waits: how often the host had to wait for the GPU, by the function: a copy to the CPU, or a question.
+        waits: how often the host had to wait for the GPU, by the function: a copy from or to the CPU, or a question.
     """
 
     def __init__(self):
@@ -59,9 +59,10 @@ class PretendedGPU(TorchFunctionMode):
         ours = [tensor for tensor in tensors if isinstance(tensor, OnGPU)]
         if not ours:
             if name in ("to", "cuda"):
-                return self.moved(args[0], *self.destination(name, args, kwargs))
+                return self.transferred(name, args, kwargs)
             if torch.device(kwargs.get("device") or "cpu").type != "cuda":
                 return function(*args, **kwargs)
+            self.waits["to the GPU"] += name in ("tensor", "as_tensor", "asarray")
             return on_gpu(function(*args, **{**kwargs, "device": "cpu"}))
         special = getattr(self, f"on_{name.strip('_')}", None)
         if special:
@@ -94,8 +95,14 @@ class PretendedGPU(TorchFunctionMode):
         copied.__class__ = Tensor
         return on_gpu(copied) if there else copied
 
+    def transferred(self, name, args, kwargs):
+        before, result = args[0], self.moved(args[0], *self.destination(name, args, kwargs))
+        uploaded = isinstance(result, OnGPU) and not isinstance(before, OnGPU)
+        self.waits["to the GPU"] += uploaded and not kwargs.get("non_blocking")
+        return result
+
     def on_to(self, function, args, kwargs):
-        return self.moved(args[0], *self.destination("to", args, kwargs))
+        return self.transferred("to", args, kwargs)
 
     def on_cpu(self, function, args, kwargs):
         return self.moved(args[0], torch.device("cpu"), args[0].dtype)
@@ -145,10 +152,12 @@ def test_what_is_pretended_is_as_strict_as_a_gpu(gpu):
         nn.Linear(3, 3)(there)
     with pytest.raises(TypeError, match="numpy"):
         there.numpy()
-    assert gpu.waits == {}
+    assert gpu.waits == {"to the GPU": 0}
     assert there.cpu().device == here.device
     assert bool((there == 1).all())
-    assert gpu.waits == {"to the CPU": 1, "__bool__": 1}
+    assert gpu.waits == {"to the CPU": 1, "__bool__": 1, "to the GPU": 0}
+    assert here.to("cuda", non_blocking=True).device == torch.tensor([1], device="cuda").device == here.to(there).device
+    assert gpu.waits["to the GPU"] == 2
     assert nn.Linear(3, 3).to("cuda")(there).device == GPU
 
 
@@ -175,8 +184,9 @@ def test_the_host_waits_once_and_then_takes_the_results(gpu):
     explainer(photos(1))
     for count in (1, 8):
         gpu.waits.clear()
-        explainer(photos(count), top=3)
-        assert gpu.waits == {"__bool__": 1, "to the CPU": 6}  # finite? - three maps, gradients, logits, targets
+        explainer(photos(count), [index % 7 for index in range(count)])
+        # the inputs - finite? - three maps, gradients, logits, targets
+        assert gpu.waits == {"to the GPU": 1, "__bool__": 1, "to the CPU": 6}
 
 
 @pytest.mark.parametrize(("method", "at_once"), [("ablationcam", "ABLATION_COPIES"), ("scorecam", None)])
@@ -220,7 +230,7 @@ def test_smoothing_and_metrics_compute_on_the_gpu(gpu):
         cam = explainer(photos(), 2).cams["gradcam"]
         gpu.waits.clear()
         of_device.append((cam, measure_trust(explainer, photos(), cam[0], 2)))
-    assert gpu.waits == {"to the CPU": 1}
+    assert gpu.waits == {"to the CPU": 1, "to the GPU": 0}
     (of_cpu, trust_of_cpu), (of_gpu, trust_of_gpu) = of_device
     np.testing.assert_allclose(of_gpu, of_cpu, atol=1e-4)
     assert trust_of_gpu == pytest.approx(trust_of_cpu, abs=1e-3)
