@@ -664,7 +664,10 @@ STATE_ENTRIES = (
     *("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params"),
     *("ema", "model_ema", "ema_state_dict", "state_dict_ema"),
 )
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.")
+TRUNKS = re.compile(  # how torchvision's own keys begin where most of a network's begin alike; else it is a wrapper
+    r"(layer|stage)\d\.\d|layers\.\d|blocks\.\d|features\.(\d|conv0|norm\d|denseblock|transition)|"
+    r"encoder\.(layers\.encoder|pos_embedding|ln)|trunk_output\.block"
+)
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # training-time heads of googlenet and inception_v3; never needed here
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index", "relative_coords_table")
 DISPENSABLE = BUFFERS[2:]  # the network comes with these; without its running statistics it would answer wrongly
@@ -832,14 +835,14 @@ class Checkpoint:
         state: the weights, floating point ones in float32, their keys without the prefixes of wrappers.
         beside: keys of `state` that lie outside of the wrapper that held most: a loss's weights, or the head.
         entries: whatever else the file holds (`arch`, `classes`, `input_size` ...).
-        raw: the weights under the keys that they have in the file.
+        wrapped: the weights under the keys that they had before each wrapper's prefix was taken off.
     """
 
     name: str
     state: State
     beside: frozenset[str] = frozenset()
     entries: Mapping[str, Any] = field(default_factory=dict)
-    raw: State = field(default_factory=dict)
+    wrapped: Sequence[State] = ()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -850,20 +853,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     content = _load_safely(path)
     entries = content if isinstance(content, dict) else {}
-    raw = _find_state(content)
-    if not raw:
+    found = _find_state(content)
+    if not found:
         held = ", ".join(map(str, list(entries)[:8])) or type(content).__name__
         raise CallError(f"{path} holds no weights (found: {held}); save them with torch.save(model.state_dict(), ...)")
-    tensors = {str(k): v.detach() for k, v in raw.items() if isinstance(v, Tensor)}
+    tensors = {str(k): v.detach() for k, v in found.items() if isinstance(v, Tensor)}
     if not all(v.layout is torch.strided and v.numel() for v in tensors.values()):
         raise CallError(f"{path} holds sparse or empty tensors; save the weights as ordinary ones")
-    raw = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
-    state, beside = _strip_prefixes(raw)
+    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    *wrapped, state = unwrapped(state)
+    beside = frozenset(key for key in state if wrapped and wrapped[0].get(key) is state[key])
     # Before 2018 torchvision's DenseNet called its layers norm.1 and conv.2 instead of norm1 and conv2.
     old_densenet = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
     state = {old_densenet.sub(r"\1\2", key): tensor for key, tensor in state.items()}
     state = {key: tensor for key, tensor in state.items() if not key.startswith(AUXILIARY)}
-    return Checkpoint(str(path), state, frozenset(beside), {str(k): v for k, v in entries.items()}, raw)
+    return Checkpoint(str(path), state, beside, {str(k): v for k, v in entries.items()}, wrapped)
 
 
 def _load_safely(path: Path) -> Any:
@@ -921,21 +925,20 @@ def _find_state(content: Any, depth: int = 0) -> Mapping[str, Any]:
     return max(inner, key=len, default={})
 
 
-def _strip_prefixes(state: State) -> tuple[State, set[str]]:
-    """Takes the prefixes of wrappers off the keys that have them, as long as most have one.
+def unwrapped(state: State) -> Iterator[State]:
+    """The state, then again and again without what most of its keys begin with, until that is torchvision's own.
 
-    Returns the state and the keys that had none; those belong to something beside the network, or are its head.
+    So a wrapper's `module.`, `model.` or `backbone.` is taken off. Keys outside of it stay as they are: they belong to
+    something beside the network, or are its head.
     """
-    beside: set[str] = set()
     while True:
-        for prefix in PREFIXES:
-            inside = {key for key in state if key.startswith(prefix)}
-            if len(inside) > len(state) / 2:
-                beside |= {key for key in state if key not in inside}
-                state = {key.removeprefix(prefix) if key in inside else key: tensor for key, tensor in state.items()}
-                break
-        else:
-            return state, beside
+        yield state
+        ((root, count),) = Counter(key.partition(".")[0] + "." for key in state).most_common(1)
+        inside = {key for key in state if key.startswith(root) and not TRUNKS.match(key)}
+        stripped = {key.removeprefix(root) if key in inside else key: tensor for key, tensor in state.items()}
+        if not len(state) / 2 < len(inside) == count or len(stripped) < len(state):
+            return
+        state = stripped
 
 
 def download_weights(arch: str) -> Checkpoint:
@@ -1116,9 +1119,8 @@ def build_own_model(
         CallError: there is no such function, it fails, or the checkpoint does not fit its network.
     """
     file, _, function = arch.rpartition(":")
-    state = dict(checkpoint.state)
-    head = _head_weight(state, checkpoint.beside)
-    classes = num_classes or (state[head].shape[0] if head else None)
+    head = _head_weight(checkpoint.state, checkpoint.beside)
+    classes = num_classes or (checkpoint.state[head].shape[0] if head else None)
     folder = os.path.dirname(os.path.abspath(file))
     sys.path.insert(0, folder)  # its neighbours can be imported
     try:
@@ -1138,11 +1140,10 @@ def build_own_model(
         sys.path.remove(folder)
     if not isinstance(model, nn.Module):
         raise CallError(f"--arch {arch} returned a {type(model).__name__}, not a torch.nn.Module")
-    wanted = model.state_dict().keys()
-    if wanted <= checkpoint.raw.keys() and not wanted <= state.keys():
-        state = dict(checkpoint.raw)  # what looks like a wrapper's prefix may be a part of the network
-    if state:
-        _load(model, arch, state, checkpoint)
+    if checkpoint.state:
+        # What looks like a wrapper's prefix may be a part of the network.
+        named, wanted = [checkpoint.state, *checkpoint.wrapped], model.state_dict().keys()
+        _load(model, arch, max(named, key=lambda state: len(wanted & state.keys())), checkpoint)
     size = input_size or _side(checkpoint.entries.get("input_size"), checkpoint.name)
     return model.eval(), _preset("resnet50", size, checkpoint.entries)
 

@@ -27,6 +27,7 @@ from torchvision.transforms import functional
 
 import cnn_visualizations as program_file
 from cnn_visualizations import (
+    HEAD_ROOTS,
     CallError,
     Checkpoint,
     Classifier,
@@ -40,6 +41,7 @@ from cnn_visualizations import (
     load_classifier,
     read_class_names,
     read_photo,
+    unwrapped,
 )
 
 ARCHITECTURES = list_models(module=torchvision.models)
@@ -185,6 +187,11 @@ PREFIXES = (
     "model.backbone.",
     "module.model.",
     "_orig_mod.module.model.",
+    "base.",
+    "encoder.",
+    "features.",
+    "my_resnet.cnn.",
+    "0.",
 )
 
 
@@ -194,6 +201,21 @@ def test_prefixes_of_wrappers_are_taken_off(prefix, saved):
     classifier = load(saved({"state_dict": state}))
     assert classifier.arch == "resnet18"
     assert_same_answer(classifier, resnet18())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_most_of_torchvisions_own_keys_begin_with_is_not_taken_for_a_wrapper(arch):
+    state = dict(hollow_state(arch))
+    trunk = {key: tensor for key, tensor in state.items() if not key.startswith(HEAD_ROOTS)}
+    for keys in (state, trunk):
+        assert list(unwrapped(keys)) == [keys]
+        *_, found = unwrapped({f"encoder.{key}": tensor for key, tensor in keys.items()})
+        assert found.keys() == keys.keys()
+
+
+def test_a_prefix_stays_where_two_keys_would_be_the_same_without_it():
+    state = {f"0.{key}": tensor for key, tensor in resnet18().state_dict().items()} | {"fc.bias": torch.zeros(5)}
+    assert list(unwrapped(state)) == [state]
 
 
 def test_prefixes_that_torch_itself_writes_are_taken_off(saved):
@@ -222,9 +244,11 @@ def test_such_a_network_can_be_given_as_ones_own(saved, tmp_path):
     )
     state = {f"model.{key}": tensor for key, tensor in resnet18().state_dict().items()}
     state |= {"head.weight": torch.ones(3, 5), "head.bias": torch.ones(3)}
-    classifier = load_classifier(f"{tmp_path / 'net.py'}:Net", saved(state), device="cpu")
-    assert torch.equal(classifier.model.head.weight, state["head.weight"])
-    torch.testing.assert_close(classifier.model.model.conv1.weight, state["model.conv1.weight"])
+    for prefix in ("", "module.", "_orig_mod.module."):
+        wrapped = {f"{prefix}{key}": tensor for key, tensor in state.items()}
+        classifier = load_classifier(f"{tmp_path / 'net.py'}:Net", saved(wrapped), device="cpu")
+        assert torch.equal(classifier.model.head.weight, state["head.weight"])
+        torch.testing.assert_close(classifier.model.model.conv1.weight, state["model.conv1.weight"])
 
 
 def test_quantised_weights_are_one_line(saved):
