@@ -35,7 +35,8 @@ import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from datetime import datetime
+from pathlib import Path, PurePath
 from typing import Any, NoReturn, TextIO
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,6 +170,8 @@ def _architecture(text: str) -> str:
         if not function.isidentifier():
             raise CallError(f"'{text}' names no function; pass --arch file.py:function")
         return text
+    if text.endswith(".py"):
+        raise CallError(f"'{text}' names no function; pass --arch {text}:function")
     known = architecture_names()
     if known and text not in known:
         raise CallError(
@@ -352,10 +355,12 @@ def _parser() -> _Parser:
 # The first bytes of the files that we read: enough to tell a text file named .jpg without decoding anything.
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"GIF8")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+NOT_READ = (".heic", ".heif", ".avif")  # photos, too, but Pillow needs further packages for them
 
 # Stands near the beginning or the end of every picture and .npz that this program writes. So a folder can be given with
 # earlier results in it, and no file that is not ours, or that was made from another photo, is ever overwritten.
 MARK = "made by cnn_visualizations.py"
+OUR_NAMES = re.compile(rf"(gb|({'|'.join(map(re.escape, METHODS + MORE_METHODS))})_cam(_gb)?)_|.*_sheet\.")
 
 
 def mark_of(path: str | Path, photo: str | Path) -> str:
@@ -377,6 +382,11 @@ def is_ours(path: str | Path, photo: str | Path | None = None) -> bool:
             return mark.encode() in start + file.read()
     except (OSError, ValueError):
         return False
+
+
+def is_our_picture(path: str) -> bool:
+    """`is_ours` for many files, of which few are: only those are opened that bear such a name as we give."""
+    return bool(OUR_NAMES.match(os.path.basename(path))) and is_ours(path)
 
 
 def may_write(path: str | Path, photo: str | Path) -> bool:
@@ -419,7 +429,7 @@ def find_photos(inputs: Sequence[str], stdin: Iterable[str] = ()) -> list[tuple[
         elif os.path.isdir(name):
             found.update(_walk(os.path.normpath(name), common))
         elif glob.has_magic(name) and not os.path.lexists(name):  # a shell that leaves patterns to the program
-            matches = sorted(m for m in glob.glob(name, recursive=True) if os.path.isfile(m) and not is_ours(m))
+            matches = sorted(m for m in glob.glob(name, recursive=True) if os.path.isfile(m) and not is_our_picture(m))
             found.update((match, "") for match in matches or [name])
         else:
             found.setdefault(str(Path(name)), "")
@@ -427,21 +437,33 @@ def find_photos(inputs: Sequence[str], stdin: Iterable[str] = ()) -> list[tuple[
 
 
 def _walk(top: str, common: str) -> Iterator[tuple[str, str]]:
-    """The photos below a folder, each with its folder relative to `common`; not hidden files nor our own pictures."""
-    for folder, inner, files in os.walk(top, onerror=lambda error: note(f"{error.filename} cannot be listed")):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
+    """The photos below a folder, each with its folder relative to `common`; not hidden files nor our own pictures.
+
+    Links to folders are followed, as torchvision's ImageFolder does, but no folder is walked twice.
+    """
+    walked, unknown = set(), 0
+    for folder, inner, files in os.walk(
+        top, onerror=lambda error: note(f"{error.filename} cannot be listed"), followlinks=True
+    ):
+        real = os.path.realpath(folder)
+        inner[:] = [] if real in walked else sorted(name for name in inner if not name.startswith("."))
+        if real in walked:
+            continue
+        walked.add(real)
+        unknown += sum(name.lower().endswith(NOT_READ) for name in files)
         absolute = os.path.abspath(folder)
         mirrored = os.path.relpath(absolute, common) if common else os.path.splitdrive(absolute)[1].lstrip("\\/")
         for name in sorted(files):
             path = os.path.join(folder, name)
-            # all names that we give have an underscore: no other file need be opened
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".") and not ("_" in name and is_ours(path)):
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".") and not is_our_picture(path):
                 yield path, mirrored
+    if unknown:
+        note(f"{unknown} photos in {top} are left out, since {' '.join(NOT_READ)} cannot be read; convert them to JPEG")
 
 
 def check_writable(folder: Path) -> None:
     """Makes the folder and a file in it, and removes the file again. Raises CallError where that fails."""
-    probe = folder / ".check.part"
+    probe = folder / f".check{os.getpid()}.part"  # of several processes each has its own
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
@@ -469,6 +491,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--num-classes {args.num_classes}, but --class-names has {len(args.class_names)} names")
     if args.top_k and args.target_classes:
         parser.error("--top-k and --target-class exclude each other: pass one of the two")
+    methods = [name for name in args.images if name in METHODS + MORE_METHODS and not os.path.lexists(name)]
+    if methods:
+        parser.error(f"{methods[0]} is a method, not a photo: pass --method {','.join([*args.methods, *methods])}")
     args.photos = find_photos(args.images, sys.stdin if "-" in args.images else ())
     if not args.photos:
         parser.error(f"no photos in {', '.join(args.images)} (looked for {' '.join(SUFFIXES)})")
@@ -492,6 +517,7 @@ if __name__ == "__main__":
 import concurrent.futures
 import copy
 import errno
+import faulthandler
 import io
 import itertools
 import logging
@@ -636,6 +662,7 @@ def own_stderr() -> None:
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
+    faulthandler.enable(sys.stderr)  # so that a crash of theirs says something
 
 
 if __name__ == "__main__":
@@ -908,7 +935,9 @@ def _plain_data() -> list[Any]:
     # Pickles name NumPy's two builders after its module, which is called otherwise since NumPy 2.
     builders = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
     named = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in builders for core in ("core", "_core")]
-    return [argparse.Namespace, np.ndarray, np.dtype, *named, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
+    paths = [(PurePath, f"pathlib{where}.{kind}Path") for where in ("", "._local") for kind in ("Posix", "Windows")]
+    dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefdU"}
+    return [argparse.Namespace, datetime, np.ndarray, np.dtype, *named, *paths, *dtypes]
 
 
 def _find_state(content: Any, depth: int = 0) -> Mapping[str, Any]:
@@ -1123,6 +1152,7 @@ def build_own_model(
     classes = num_classes or (checkpoint.state[head].shape[0] if head else None)
     folder = os.path.dirname(os.path.abspath(file))
     sys.path.insert(0, folder)  # its neighbours can be imported
+    arguments, sys.argv = sys.argv, [file]  # which are not for the file
     try:
         # under a name of our own: a file that is called torch.py must not stand in for torch
         spec = importlib.util.spec_from_file_location(f"own_{Path(file).stem}", file)
@@ -1135,8 +1165,11 @@ def build_own_model(
         model = build(num_classes=classes) if takes_number and classes else build()
     except (Exception, SystemExit) as error:
         hint = "; is it --num-classes that it needs?" if isinstance(error, TypeError) and not classes else ""
+        if isinstance(error, SystemExit):
+            hint = "; put what is not to be run by an import behind if __name__ == '__main__':"
         raise CallError(f"--arch {arch}: {type(error).__name__}: {first_line(error)}{hint}") from error
     finally:
+        sys.argv = arguments
         sys.path.remove(folder)
     if not isinstance(model, nn.Module):
         raise CallError(f"--arch {arch} returned a {type(model).__name__}, not a torch.nn.Module")
@@ -1158,14 +1191,21 @@ def as_logits(answer: Any) -> Tensor:
 
 
 def count_outputs(model: nn.Module, side: int) -> int:
-    """How many classes a network tells apart, found out by asking it. Raises CallError if it does not answer."""
+    """How many classes a network tells apart, found out by asking it.
+
+    Raises:
+        CallError: it does not answer, or with probabilities.
+    """
     try:
         with torch.inference_mode():
-            return as_logits(model(torch.zeros(1, 3, side, side))).shape[1]
+            logits = as_logits(model(torch.zeros(1, 3, side, side)))
     except Exception as error:
         raise CallError(
             f"the network fails at an input of 3 x {side} x {side} ({first_line(error)}); pass another --input-size"
         ) from error
+    if logits.shape[1] > 1 and logits.min() >= 0 and abs(logits.sum() - 1) < 1e-4:
+        raise CallError("the network ends in a softmax; let it return the logits, before that (nn.Identity() instead)")
+    return logits.shape[1]
 
 
 def _fit_head(model: nn.Module, state: State, beside: Iterable[str]) -> None:
@@ -1271,6 +1311,7 @@ def _preset(arch: str, size: int | None, entries: Mapping[str, Any]) -> Any:
         resize = preset.resize_size[0] if preset.crop_size[0] == size else None
         resize = resize or next(iter(same), None) or round(size * preset.resize_size[0] / preset.crop_size[0])
         preset.crop_size, preset.resize_size = [size], [resize]
+    found = {}
     for entry in ("mean", "std"):
         if entries.get(entry) is None:
             continue
@@ -1280,20 +1321,25 @@ def _preset(arch: str, size: int | None, entries: Mapping[str, Any]) -> Any:
             values = torch.empty(0)
         if len(values) != 3 or not values.isfinite().all() or (entry == "std" and values.min() <= 0):
             raise CallError(f"the checkpoint's entry {entry} is not three numbers, one for each colour")
-        setattr(preset, entry, values.tolist())
+        found[entry] = values
+    white = 255 if "mean" in found and found["mean"].max() > 1 else 1  # the largest value of a colour
+    for entry, values in found.items():
+        setattr(preset, entry, (values / white).tolist())
     return preset
 
 
 def name_classes(given: Sequence[str] | None, checkpoint: Checkpoint, count: int) -> tuple[str, ...]:
     """A name for each of the network's outputs: those given, else the checkpoint's, else ImageNet's for 1000 classes.
 
+    Of two names for a single output it gets the second, since that is what it speaks for.
+
     Raises:
         CallError: names were given, but not as many as there are classes.
     """
     if given is not None:
-        if len(given) != count:
+        if len(given) != count and (len(given), count) != (2, 1):
             raise CallError(f"{len(given)} class names were given, but the network has {count} classes")
-        return tuple(given)
+        return tuple(given[-count:])
     for entry in ("classes", "class_names", "class_to_idx", "idx_to_class"):
         if checkpoint.entries.get(entry) is not None:
             try:
@@ -1301,8 +1347,8 @@ def name_classes(given: Sequence[str] | None, checkpoint: Checkpoint, count: int
             except (ValueError, TypeError) as error:
                 note(f"the entry {entry} of {checkpoint.name} is not used: {first_line(error)}")
                 continue
-            if len(names) == count:
-                return tuple(names)
+            if len(names) == count or (len(names), count) == (2, 1):
+                return tuple(names[-count:])
             note(f"the entry {entry} of {checkpoint.name} is not used: {len(names)} names for {count} classes")
     if count == 1000:
         return tuple(get_model_weights("resnet50").DEFAULT.meta["categories"])
@@ -2139,8 +2185,8 @@ class Explainer:
         aug_smooth: average the maps over six variants of the input, mirrored and multiplied by 0.9 to 1.1 (ttach, as in
             grad-cam).
         eigen_smooth: take the first principal component of the contributions of the channels in place of their sum.
-        batch_size: how many inputs Score-CAM and `answer` run at once; None: 2 in each thread on the CPU, on a GPU what
-            half of its free memory takes. It is halved where that turns out to be too many.
+        batch_size: how many inputs Score-CAM and `answer` run at once; None: 2 in each thread on the CPU, on CUDA what
+            half of its free memory takes, else 32. It is halved where that turns out to be too many.
         progress: wraps the passes of Score-CAM and Ablation-CAM, such as tqdm.
 
     Raises:
@@ -2176,6 +2222,7 @@ class Explainer:
             self._common = frozen_copy(model)
         self.device = device_of(self._common)
         self._tuned, self._tuning = False, threading.Lock()
+        self._by_grad_cam = threading.Lock()  # its classes change settings of the weights, which all threads share
         self._of_thread = threading.local()
 
     @property
@@ -2241,8 +2288,10 @@ class Explainer:
         On the CPU by up to four threads that share its cores: none then waits for the others after each layer.
         """
         if self.batch_size is None:
-            on_cuda = self.device.type == "cuda"
-            self.batch_size = affordable_batch(self._network, self._own(inputs[:1])) if on_cuda else 2
+            if self.device.type == "cuda":
+                self.batch_size = affordable_batch(self._network, self._own(inputs[:1]))
+            else:
+                self.batch_size = 2 if self.device.type == "cpu" else 32
         parts, cores = items.split(self.batch_size), torch.get_num_threads()
         threads = even_threads(len(parts)) if self.device.type == "cpu" else 1
         if threads == 1:
@@ -2349,12 +2398,13 @@ class Explainer:
         """The maps (N, K, H, W) of one method, in [0, 1], over all layers."""
         if method in BY_GRAD_CAM:
             names = self.target_layers[: 1 if method == "fullgrad" else None]
-            each = [
-                map_by_grad_cam(method, self._network, name, photo, int(target), self.eigen_smooth)
-                for name in names
-                for photo, row in zip(inputs.split(1), classes, strict=True)
-                for target in row
-            ]
+            with self._by_grad_cam:
+                each = [
+                    map_by_grad_cam(method, self._network, name, photo, int(target), self.eigen_smooth)
+                    for name in names
+                    for photo, row in zip(inputs.split(1), classes, strict=True)
+                    for target in row
+                ]
             return normalise(torch.stack(each).view(len(names), *classes.shape, *inputs.shape[2:]).mean(0))
         maps = []
         for layer, activations in layers.items():
@@ -2405,6 +2455,7 @@ def affordable_batch(network: nn.Module, inputs: Tensor) -> int:
     network(inputs)
     each = torch.cuda.max_memory_allocated(inputs.device) - before
     free, _ = torch.cuda.mem_get_info(inputs.device)
+    free += torch.cuda.memory_reserved(inputs.device) - before  # what torch keeps for itself
     return max(1, min(256, free // (2 * max(each, 1))))
 
 
@@ -2803,7 +2854,14 @@ def write_file(path: Path, content: bytes) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_bytes(content)
-        part.replace(path)
+        for pause in (0.1, 0.5, 0):
+            try:
+                part.replace(path)
+                break
+            except PermissionError:  # on Windows, while a virus scanner or a viewer has the old one open
+                if not pause:
+                    raise
+                time.sleep(pause)
     finally:
         part.unlink(missing_ok=True)
 
@@ -3363,7 +3421,7 @@ def run(args: argparse.Namespace) -> int:
             interrupted = True
         while writing:  # after Ctrl-C too: what is being written is finished
             report(writing.popleft().result(), tally, bar)
-    if interrupted or len(todo) + tally["skipped"] > 1:
+    if interrupted or tally["skipped"] or len(todo) > 1:
         of_processes = f" by process {share.rank} of {share.world}" if share.world > 1 else ""
         counts = f"{tally['done']} done, {tally['skipped']} skipped, {tally['failed']} failed"
         say(f"{counts}{of_processes} in {time.monotonic() - began:.1f} s", sys.stderr)

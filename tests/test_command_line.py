@@ -241,6 +241,12 @@ def test_an_unknown_method_in_a_list_is_refused_with_the_closest_name(refused):
     assert "did you mean layercam" in refused("--method", "gradcam,layrcam")
 
 
+def test_methods_that_are_given_like_photos_are_told_from_them(refused):
+    assert "scorecam is a method, not a photo: pass --method gradcam,scorecam,eigencam" in refused(
+        "--method", "gradcam", "scorecam", "eigencam"
+    )
+
+
 def test_classes_and_layers_may_be_given_several_times(parsed):
     args = parsed(
         "--target-class", "tabby, tabby cat", "--target-class", 3, "--target-layer", "a", "--target-layer", "b"
@@ -264,7 +270,7 @@ def test_a_network_of_ones_own_is_a_file_and_a_function(parsed, tmp_path):
     assert parsed("--arch", f"{tmp_path / 'net.py'}:build").arch == f"{tmp_path / 'net.py'}:build"
 
 
-@pytest.mark.parametrize("text", ["nowhere.py:build", "net.py:", "net.py:a b"])
+@pytest.mark.parametrize("text", ["nowhere.py:build", "net.py", "net.py:", "net.py:a b"])
 def test_a_network_of_ones_own_that_is_not_there_is_told(refused, tmp_path, monkeypatch, text):
     (tmp_path / "net.py").write_text("def build(): ...", encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -845,6 +845,16 @@ def test_threads_share_an_explainer_and_its_weights():
     assert len({each.fc.weight.data_ptr() for each in networks}) == 1
 
 
+def test_threads_share_the_methods_that_run_through_grad_cam():
+    explainer = Explainer(network("resnet18"), ["shapleycam", "finercam"], guided=False)
+    inputs = [photos(seed=seed) for seed in range(24)]
+    alone = [explainer(batch) for batch in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(explainer, inputs))
+    for found, right in zip(together, alone, strict=True):
+        assert_same_explanation(found, right)
+
+
 @pytest.fixture
 def six_cores():
     torch.set_num_threads(6)

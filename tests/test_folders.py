@@ -143,6 +143,34 @@ def test_a_folder_is_walked_in_sorted_order_without_hidden_files(album, monkeypa
     assert found("album") == [f"album/{name}" for name in names]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_links_to_folders_are_followed_but_not_in_circles(album, tmp_path):
+    paint(tmp_path / "elsewhere" / "z.jpg")
+    (album / "linked").symlink_to(tmp_path / "elsewhere")
+    (album / "x" / "above").symlink_to(album)
+    assert f"{album.as_posix()}/linked/z.jpg" in found(album)
+    assert len(found(album)) == 7
+
+
+def test_photos_in_a_folder_that_cannot_be_read_are_told_of(album, capsys):
+    for name in ("IMG_1.HEIC", "x/IMG_2.heic", "x/b.avif"):
+        (album / name).write_bytes(b"")
+    assert len(found(album)) == 6
+    assert capsys.readouterr().err.startswith(f"note: 3 photos in {album} are left out, since .heic ")
+
+
+def test_of_a_folders_files_only_those_are_opened_that_may_be_earlier_pictures(main, album, tmp_path, monkeypatch):
+    main("--sheet", "--method", "gradcam++", "--top-k", 2, "--format", "png", album / "a.jpg", album / "b.jpg")
+    paint(album / "IMG_0001.jpg")
+    paint(album / "gb_c.jpg")
+    for picture in (tmp_path / "out").glob("*.png"):
+        picture.rename(album / picture.name)
+    opened, look = [], program_file.is_ours
+    monkeypatch.setattr(program_file, "is_ours", lambda path: opened.append(os.path.basename(path)) or look(path))
+    assert len(found(album)) == 6 + 2
+    assert len(opened) == 1 + 2 * (2 * 3 + 1)
+
+
 @pytest.mark.parametrize("name", ["A.JPG", "b.Jpeg", "c.PNG", "d.webp", "e.BMP", "f.tif", "g.TIFF", "h.gif"])
 def test_every_promised_kind_of_photo_is_found_in_a_folder(tmp_path, name):
     (tmp_path / name).write_bytes(b"content is looked at later")
@@ -488,13 +516,13 @@ def test_a_slow_disk_holds_the_reading_back(main, tmp_path, monkeypatch):
     for seed in range(60):
         paint(tmp_path / "album" / f"{seed:02}.jpg", seed)
     lock, held, most = threading.Lock(), [0], []
-    read_photo, write_picture = program_file.read_photo, program_file.write_picture
+    open_photo, write_picture = program_file.open_photo, program_file.write_picture
 
     def reading(path):
         with lock:
             held[0] += 1
             most.append(held[0])
-        return read_photo(path)
+        return open_photo(path)
 
     def writing(*args):
         time.sleep(0.02)
@@ -502,7 +530,7 @@ def test_a_slow_disk_holds_the_reading_back(main, tmp_path, monkeypatch):
         with lock:
             held[0] -= 1
 
-    monkeypatch.setattr(program_file, "read_photo", reading)
+    monkeypatch.setattr(program_file, "open_photo", reading)
     monkeypatch.setattr(program_file, "write_picture", writing)
     assert main("--batch-size", 2, "--outputs", "cam", tmp_path / "album")[0] == 0
     assert held == [0]
@@ -510,14 +538,14 @@ def test_a_slow_disk_holds_the_reading_back(main, tmp_path, monkeypatch):
 
 
 def test_a_photo_that_vanishes_on_the_way_is_one_line(main, album, tmp_path, monkeypatch):
-    read_photo = program_file.read_photo
+    open_photo = program_file.open_photo
 
     def vanishing(path):
         if path.name == "b.jpg":
             path.unlink()
-        return read_photo(path)
+        return open_photo(path)
 
-    monkeypatch.setattr(program_file, "read_photo", vanishing)
+    monkeypatch.setattr(program_file, "open_photo", vanishing)
     status, stdout, stderr = main("--outputs", "cam", album)
     assert status == 1
     assert len(stdout.splitlines()) == 5
@@ -620,6 +648,11 @@ def test_a_second_run_does_nothing_and_does_not_even_load_the_network(main, albu
     assert stderr.startswith("0 done, 6 skipped, 0 failed in ")
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in tree(tmp_path / "out")} == before
     assert len(records(tmp_path / "out")) == 6
+
+
+def test_one_photo_that_is_done_already_is_not_passed_over_in_silence(main, album):
+    assert main(album / "a.jpg")[2] == ""
+    assert main("--skip-existing", album / "a.jpg")[2].startswith("0 done, 1 skipped, 0 failed in ")
 
 
 @pytest.mark.parametrize(

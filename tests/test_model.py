@@ -11,6 +11,7 @@ import re
 import shutil
 import urllib.error
 import warnings
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -315,7 +316,7 @@ def test_a_checkpoint_of_torchvisions_training_script_is_read(saved):
     assert_same_answer(classifier, model)
 
 
-NUMPY_VALUES = (
+PLAIN_VALUES = (
     np.float64(0.9),
     np.float32(0.9),
     np.float16(0.9),
@@ -323,12 +324,15 @@ NUMPY_VALUES = (
     np.int32(3),
     np.uint8(3),
     np.bool_(True),
+    np.str_("resnet18"),
+    Path("runs") / "best.pth",
+    datetime(2026, 11, 23, 12, 30),
 )
 
 
-@pytest.mark.parametrize("value", NUMPY_VALUES, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("value", PLAIN_VALUES, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
-def test_numbers_that_numpy_computed_may_stand_in_the_file(value, zipped, saved):
+def test_plain_values_that_are_no_built_in_ones_may_stand_in_the_file(value, zipped, saved):
     content = {
         "state_dict": network("squeezenet1_1").state_dict(),
         "best": value,
@@ -577,6 +581,13 @@ def test_class_names_that_cannot_be_right_are_left_out_with_a_note(classes, save
     assert re.fullmatch(r"note: .*classes.*\n", capsys.readouterr().err)
 
 
+def test_of_two_names_for_a_single_output_it_gets_the_second(saved):
+    state = get_model("squeezenet1_1", num_classes=1).state_dict()
+    path = saved({"state_dict": state, "classes": ["cat", "dog"]})
+    assert load(path).class_names == ("dog",)
+    assert load(path, class_names=["no", "yes"]).class_names == ("yes",)
+
+
 def test_too_few_given_class_names_are_an_error_with_both_numbers(saved):
     message = refusal(saved(resnet18().state_dict()), class_names=["a", "b"])
     assert "2" in message and "5" in message
@@ -604,6 +615,18 @@ def test_the_checkpoints_mean_and_std_are_used(saved):
     torch.testing.assert_close(
         load(path).preprocess(read_photo(DOG)), expected(Image.open(DOG).convert("RGB")), rtol=0, atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]), ([104, 117, 123], [1, 1, 1])]
+)
+def test_mean_and_std_of_colours_up_to_255_are_understood(saved, mean, std):
+    path = saved({"state_dict": resnet18().state_dict(), "mean": mean, "std": std})
+    photo = get_model_weights("resnet18").DEFAULT.transforms(mean=[0, 0, 0], std=[1, 1, 1])
+    expected = (photo(Image.open(DOG).convert("RGB")) * 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
+        :, None, None
+    ]
+    torch.testing.assert_close(load(path).preprocess(read_photo(DOG)), expected)
 
 
 HOSTILE = [

@@ -1,5 +1,7 @@
 """Room 6, pictures: what is drawn, how large, under which names, and that no file is ever half written."""
 
+import contextlib
+import errno
 import os
 import re
 from pathlib import Path
@@ -563,6 +565,22 @@ def test_a_move_that_fails_leaves_nothing_behind(tmp_path):
     with pytest.raises(OSError):
         write_picture(tmp_path / "a.jpg", texture(), LOOK, PHOTO)
     assert [file.name for file in tmp_path.iterdir()] == ["a.jpg"]
+
+
+@pytest.mark.parametrize(("times", "written"), [(2, True), (3, False)])
+def test_a_file_that_another_program_has_open_for_a_moment_is_waited_for(tmp_path, monkeypatch, times, written):
+    """As it happens on Windows."""
+    refusals, move = iter(range(times)), Path.replace
+
+    def replace(self, target):
+        if next(refusals, None) is not None:
+            raise PermissionError(errno.EACCES, "in use")
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with contextlib.nullcontext() if written else pytest.raises(PermissionError):
+        write_picture(tmp_path / "a.jpg", texture(), LOOK, PHOTO)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jpg"] * written
 
 
 def test_a_folder_that_is_gone_is_an_os_error(tmp_path):

@@ -360,6 +360,9 @@ def anything(**options):
 
 def broken():
     raise RuntimeError("no such file\nsecond line")
+
+def softmax():
+    return nn.Sequential(Net(3), nn.Softmax(1))
 """
 
 
@@ -416,6 +419,22 @@ def test_a_function_that_needs_the_number_of_classes_says_so(own):
 )
 def test_a_function_that_gives_no_network_is_one_line(main, own, function, said):
     assert said in refused(main("--arch", f"{own}:{function}", DOG))
+
+
+def test_a_network_that_ends_in_a_softmax_is_one_line(own):
+    with pytest.raises(program_file.CallError, match="ends in a softmax"):
+        program_file.load_classifier(f"{own}:softmax", device="cpu")
+
+
+def test_a_training_script_does_not_get_the_programs_options(own, monkeypatch):
+    text = NETWORK + "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--lr')\n"
+    own.write_text(text + "parser.parse_args()\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["cnn_visualizations.py", "--arch", "net.py:fixed", "33.jpg"])
+    assert len(program_file.load_classifier(f"{own}:fixed", device="cpu").class_names) == 3
+    assert sys.argv[1:] == ["--arch", "net.py:fixed", "33.jpg"]
+    own.write_text(text + "raise SystemExit('trained')\n", encoding="utf-8")
+    with pytest.raises(program_file.CallError, match=r"trained; put what is not .* if __name__ == '__main__':$"):
+        program_file.load_classifier(f"{own}:fixed", device="cpu")
 
 
 def test_a_checkpoint_that_does_not_fit_ones_own_network_is_one_line(main, own, tmp_path):
@@ -764,13 +783,13 @@ def test_an_output_folder_that_cannot_be_written_is_a_wrong_call(main, tmp_path)
 
 
 def test_an_output_folder_that_vanishes_is_one_line_for_each_photo(main, monkeypatch, tmp_path):
-    read_photo = program_file.read_photo
+    open_photo = program_file.open_photo
 
     def vanishing(path):
         shutil.rmtree(tmp_path / "out")
-        return read_photo(path)
+        return open_photo(path)
 
-    monkeypatch.setattr(program_file, "read_photo", vanishing)
+    monkeypatch.setattr(program_file, "open_photo", vanishing)
     status, stdout, stderr = main("--outputs", "cam", DOG)
     assert (status, stdout) == (1, "")
     assert stderr.startswith(f"error: {DOG}")
@@ -849,7 +868,7 @@ def test_control_c_ends_with_130_and_no_traceback(main, monkeypatch, tmp_path):
     def pressed(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(program_file, "read_photo", pressed)
+    monkeypatch.setattr(program_file, "open_photo", pressed)
     status, stdout, stderr = main(DOG)
     assert (status, stdout) == (130, "")
     assert "Traceback" not in stderr
