@@ -1496,13 +1496,14 @@ def total(contributions: Tensor) -> Tensor:
 def principal_component(contributions: Tensor) -> Tensor:
     """Eigen-CAM (Muhammad and Yeasin, IJCNN 2020, arXiv:2008.00299): the projection on the first principal component.
 
-    The sign of a singular vector is arbitrary; it is NumPy's, as in the grad-cam package, which is also why this is
-    computed on the CPU.
+    A component has no sign of its own; grad-cam leaves it to chance, and with it where the heat is. Here the sum of its
+    entries is not negative: then the map rises where the sum of the contributions does (where layer norm has made that
+    sum 0 everywhere, chance remains). By NumPy, on the CPU, so that all but the sign is grad-cam's.
     """
-
     columns = contributions.detach().flatten(-2).transpose(-2, -1).cpu().numpy()  # (..., h * w, C)
     columns = columns - columns.mean(-2, keepdims=True)
     first = np.linalg.svd(columns, full_matrices=False)[2][..., :1, :]
+    first = np.where(first.sum(-1, keepdims=True) < -1e-3, -first, first)
     projections = torch.from_numpy(columns @ first.swapaxes(-2, -1)).to(contributions)
     return projections.view(*contributions.shape[:-3], *contributions.shape[-2:])
 

@@ -40,6 +40,7 @@ from pytorch_grad_cam import (
     XGradCAM,
 )
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,6 +57,7 @@ from cnn_visualizations import (
     can_pack,
     load_classifier,
     note_once,
+    principal_component,
     read_photo,
 )
 
@@ -191,12 +193,29 @@ def frozen_copy(model):
     return copy.deepcopy(model).requires_grad_(False)
 
 
+def signed_projection(contributions):
+    """grad-cam's projection of each (C, h, w) on its principal component, turned so that it goes with their sum."""
+    maps = get_2d_projection(contributions)
+    for of_photo, each in zip(maps, contributions, strict=True):
+        if (of_photo * each.sum(0)).sum() < -1e-3 * (of_photo**2).sum():  # 0 behind a layer norm
+            of_photo *= -1
+    return maps
+
+
 def grad_cams(method, model, layers, inputs, targets, reshape=None, **options):
-    """The maps of grad-cam's own class, on a copy; frozen, since it would compute the gradients of all weights."""
+    """The maps of grad-cam's own class, on a copy; frozen, since it would compute the gradients of all weights.
+
+    Only the sign of principal components is ours.
+    """
     # Shapley-CAM fails on a frozen network whose layer is followed by nothing but linear ones.
     model = copy.deepcopy(model) if method == "shapleycam" else frozen_copy(model)
     inputs = inputs.clone().requires_grad_(method not in BY_PASSES)
-    with GRAD_CAM[method](model, [model.get_submodule(name) for name in layers], reshape_transform=reshape) as cam:
+    with (
+        GRAD_CAM[method](model, [model.get_submodule(name) for name in layers], reshape_transform=reshape) as cam,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for kind in GRAD_CAM[method].__mro__[:-1] if method != "shapleycam" else ():
+            patch.setattr(f"{kind.__module__}.get_2d_projection", signed_projection, raising=False)
         return cam(inputs, [ClassifierOutputTarget(int(target)) for target in targets], **options)
 
 
@@ -372,6 +391,21 @@ def assert_equals_grad_cam(model, layer, inputs, reshape=None):
         theirs = grad_cams(method, model, [layer], inputs, [target], reshape)
         assert theirs.any() or method == "xgradcam"
         np.testing.assert_allclose(ours.cams[method], theirs, rtol=0, atol=1e-4, err_msg=method)
+
+
+def test_the_sign_of_a_principal_component_is_not_left_to_chance_as_in_grad_cam():
+    """Every channel sees the same spot, more or less; so that is where the map must be hottest."""
+    rng, right = np.random.default_rng(0), {"ours": 0, "grad-cam's": 0}
+    for _ in range(50):
+        spot = np.zeros((7, 7))
+        place = tuple(rng.integers(0, 7, 2))
+        spot[place] = 1
+        channels = rng.uniform(0.5, 1.5, (1, 6, 1, 1)) * spot + rng.uniform(0, 0.3, (1, 6, 7, 7))
+        for whose, project in (("ours", principal_component), ("grad-cam's", get_2d_projection)):
+            of_photo = project(torch.from_numpy(channels) if whose == "ours" else channels.copy())[0]
+            right[whose] += divmod(int(of_photo.argmax()), 7) == place
+    assert right["ours"] == 50
+    assert right["grad-cam's"] < 40
 
 
 def lively_target(model, layer, inputs, reshape=None, method="gradcam"):
