@@ -35,7 +35,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path, PurePath
 from typing import Any, NoReturn, TextIO
 
@@ -145,6 +145,7 @@ def _outputs(text: str) -> list[str]:
 
 
 def _device(text: str) -> str:
+    text = text.lower()
     if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", text):
         raise CallError(f"unknown device '{text}' (known: cpu, cuda, cuda:1, mps, xpu)")
     if text.startswith("cuda") and not has_gpu_driver():
@@ -172,7 +173,7 @@ def _architecture(text: str) -> str:
         return text
     if text.endswith(".py"):
         raise CallError(f"'{text}' names no function; pass --arch {text}:function")
-    known = architecture_names()
+    text, known = text.lower(), architecture_names()
     if known and text not in known:
         raise CallError(
             f"unknown architecture '{text}'{closest(text, known)} (torchvision has {len(known)}: alexnet ... "
@@ -439,18 +440,16 @@ def find_photos(inputs: Sequence[str], stdin: Iterable[str] = ()) -> list[tuple[
 def _walk(top: str, common: str) -> Iterator[tuple[str, str]]:
     """The photos below a folder, each with its folder relative to `common`; not hidden files nor our own pictures.
 
-    Links to folders are followed, as torchvision's ImageFolder does, but no folder is walked twice.
+    Links to folders are followed, as torchvision's ImageFolder does, but not in circles.
     """
-    walked, unknown = set(), 0
-    for folder, inner, files in os.walk(
-        top, onerror=lambda error: note(f"{error.filename} cannot be listed"), followlinks=True
-    ):
-        real = os.path.realpath(folder)
-        inner[:] = [] if real in walked else sorted(name for name in inner if not name.startswith("."))
-        if real in walked:
-            continue
-        walked.add(real)
-        unknown += sum(name.lower().endswith(NOT_READ) for name in files)
+    unknown = 0
+
+    def unlisted(error: OSError) -> None:
+        note(f"{error.filename} cannot be listed")
+
+    for folder, inner, files in os.walk(top, onerror=unlisted, followlinks=True):
+        inner[:] = sorted(n for n in inner if not n.startswith(".") and not _leads_back(os.path.join(folder, n), top))
+        unknown += sum(name.lower().endswith(NOT_READ) and not name.startswith(".") for name in files)
         absolute = os.path.abspath(folder)
         mirrored = os.path.relpath(absolute, common) if common else os.path.splitdrive(absolute)[1].lstrip("\\/")
         for name in sorted(files):
@@ -459,6 +458,18 @@ def _walk(top: str, common: str) -> Iterator[tuple[str, str]]:
                 yield path, mirrored
     if unknown:
         note(f"{unknown} photos in {top} are left out, since {' '.join(NOT_READ)} cannot be read; convert them to JPEG")
+
+
+def _leads_back(path: str, top: str) -> bool:
+    """Whether a folder below `top` is a link to one of those that it lies in, or to one above these."""
+    if not os.path.islink(path):
+        return False
+    target, folder = os.path.join(os.path.realpath(path), ""), path
+    while len(folder) > len(top):
+        folder = os.path.dirname(folder)
+        if os.path.join(os.path.realpath(folder), "").startswith(target):
+            return True
+    return False
 
 
 def check_writable(folder: Path) -> None:
@@ -470,6 +481,25 @@ def check_writable(folder: Path) -> None:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise CallError(f"--output {folder}: cannot write there: {error.strerror or error}") from error
+
+
+def check_no_values(parser: _Parser, args: argparse.Namespace) -> None:
+    """Ends the program where what stands among the photos was meant for an option."""
+    for name in args.images:
+        if os.path.isfile(name) and name.lower().endswith((".pth", ".pt", ".ckpt", ".safetensors")) and not args.ckpt:
+            parser.error(f"{name} is a checkpoint, not a photo: pass --ckpt {name}")
+        if os.path.lexists(name) or name == "-":
+            continue
+        for option, known, given in (
+            ("method", METHODS + MORE_METHODS, args.methods),
+            ("outputs", OUTPUTS, args.outputs),
+        ):
+            if name in known:
+                several = ",".join(dict.fromkeys([*given, *(name for name in args.images if name in known)]))
+                parser.error(f"{name} is no photo; pass --{option} {several}")
+        for option, given in (("target-class", args.target_classes), ("target-layer", args.target_layers)):
+            if given and "." not in name and not glob.has_magic(name):
+                parser.error(f"{name} is not there; if it is a value, repeat the option: --{option} {name}")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -487,13 +517,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         parser.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], options)} (see --help)")
-    if args.num_classes and args.class_names and args.num_classes != len(args.class_names):
-        parser.error(f"--num-classes {args.num_classes}, but --class-names has {len(args.class_names)} names")
+    count = len(args.class_names or ())
+    if args.num_classes and count and args.num_classes != count and (args.num_classes, count) != (1, 2):
+        parser.error(f"--num-classes {args.num_classes}, but --class-names has {count} names")
     if args.top_k and args.target_classes:
         parser.error("--top-k and --target-class exclude each other: pass one of the two")
-    methods = [name for name in args.images if name in METHODS + MORE_METHODS and not os.path.lexists(name)]
-    if methods:
-        parser.error(f"{methods[0]} is a method, not a photo: pass --method {','.join([*args.methods, *methods])}")
+    check_no_values(parser, args)
     args.photos = find_photos(args.images, sys.stdin if "-" in args.images else ())
     if not args.photos:
         parser.error(f"no photos in {', '.join(args.images)} (looked for {' '.join(SUFFIXES)})")
@@ -691,10 +720,11 @@ STATE_ENTRIES = (
     *("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params"),
     *("ema", "model_ema", "ema_state_dict", "state_dict_ema"),
 )
-TRUNKS = re.compile(  # how torchvision's own keys begin where most of a network's begin alike; else it is a wrapper
+TRUNKS = re.compile(  # torchvision's own names of what holds most of a network: not to be taken for a wrapper
     r"(layer|stage)\d\.\d|layers\.\d|blocks\.\d|features\.(\d|conv0|norm\d|denseblock|transition)|"
     r"encoder\.(layers\.encoder|pos_embedding|ln)|trunk_output\.block"
 )
+MAX_WRAPPERS = 8  # around one another
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # training-time heads of googlenet and inception_v3; never needed here
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index", "relative_coords_table")
 DISPENSABLE = BUFFERS[2:]  # the network comes with these; without its running statistics it would answer wrongly
@@ -763,6 +793,8 @@ def load_classifier(
 ) -> Classifier:
     """Builds a classifier and fills it with the weights of a checkpoint.
 
+    A network with a single output gets two: logits of which the softmax is what the sigmoid of the one was.
+
     Args:
         arch: a name from `torchvision.models.list_models`, or "file.py:function" for a network of your own; None: the
             checkpoint's own `arch` entry, else the one architecture that has the checkpoint's number of parameters;
@@ -795,6 +827,9 @@ def load_classifier(
     if resize == "squash":
         preset.resize_size = [preset.crop_size[0]] * 2
     count = count_outputs(model, preset.crop_size[0]) if own else _head(model)[1].weight.shape[0]
+    if count == 1:
+        model.register_forward_hook(two_sided)
+        count, num_classes = 2, num_classes if num_classes != 1 else 2
     if num_classes not in (None, count):
         raise CallError(f"--num-classes {num_classes}, but {checkpoint.name}: {count} classes; leave the option out")
     names = name_classes(class_names, checkpoint, count)
@@ -862,14 +897,14 @@ class Checkpoint:
         state: the weights, floating point ones in float32, their keys without the prefixes of wrappers.
         beside: keys of `state` that lie outside of the wrapper that held most: a loss's weights, or the head.
         entries: whatever else the file holds (`arch`, `classes`, `input_size` ...).
-        wrapped: the weights under the keys that they had before each wrapper's prefix was taken off.
+        levels: the weights as in the file, then with each wrapper's prefix taken off, each with the keys beside it.
     """
 
     name: str
     state: State
     beside: frozenset[str] = frozenset()
     entries: Mapping[str, Any] = field(default_factory=dict)
-    wrapped: Sequence[State] = ()
+    levels: Sequence[tuple[State, frozenset[str]]] = ()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -888,13 +923,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not all(v.layout is torch.strided and v.numel() for v in tensors.values()):
         raise CallError(f"{path} holds sparse or empty tensors; save the weights as ordinary ones")
     state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
-    *wrapped, state = unwrapped(state)
-    beside = frozenset(key for key in state if wrapped and wrapped[0].get(key) is state[key])
+    levels = [*unwrapped(state)]
+    state, beside = levels[-1]
     # Before 2018 torchvision's DenseNet called its layers norm.1 and conv.2 instead of norm1 and conv2.
     old_densenet = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
     state = {old_densenet.sub(r"\1\2", key): tensor for key, tensor in state.items()}
     state = {key: tensor for key, tensor in state.items() if not key.startswith(AUXILIARY)}
-    return Checkpoint(str(path), state, beside, {str(k): v for k, v in entries.items()}, wrapped)
+    return Checkpoint(str(path), state, beside, {str(k): v for k, v in entries.items()}, levels)
 
 
 def _load_safely(path: Path) -> Any:
@@ -918,7 +953,7 @@ def _load_safely(path: Path) -> Any:
         message = str(error)
         if "TorchScript" in message:
             raise CallError(f"{path} is a TorchScript archive, which is code; {how_to}") from error
-        found = re.search(r"(?:GLOBAL |global )`?([\w.]+)", message)
+        found = re.search(r"(?:GLOBAL |global |but got <class )[`']?([\w.]+)", message)
         if "Weights only" in message and found:
             raise CallError(
                 f"{path} holds a pickled {found.group(1)} object, and loading it would run code; {how_to}"
@@ -935,9 +970,12 @@ def _plain_data() -> list[Any]:
     # Pickles name NumPy's two builders after its module, which is called otherwise since NumPy 2.
     builders = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
     named = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in builders for core in ("core", "_core")]
-    paths = [(PurePath, f"pathlib{where}.{kind}Path") for where in ("", "._local") for kind in ("Posix", "Windows")]
-    dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefdU"}
-    return [argparse.Namespace, datetime, np.ndarray, np.dtype, *named, *paths, *dtypes]
+    kinds = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    paths = [(PurePath, f"pathlib{where}.{kind}") for where in ("", "._local") for kind in kinds]
+    times = [datetime, date, timedelta, timezone]
+    # Not of strings: a pickle may change the size of their items while an array has memory for others.
+    dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
+    return [argparse.Namespace, np.ndarray, np.dtype, *named, *paths, *times, *dtypes]
 
 
 def _find_state(content: Any, depth: int = 0) -> Mapping[str, Any]:
@@ -954,20 +992,22 @@ def _find_state(content: Any, depth: int = 0) -> Mapping[str, Any]:
     return max(inner, key=len, default={})
 
 
-def unwrapped(state: State) -> Iterator[State]:
+def unwrapped(state: State) -> Iterator[tuple[State, frozenset[str]]]:
     """The state, then again and again without what most of its keys begin with, until that is torchvision's own.
 
     So a wrapper's `module.`, `model.` or `backbone.` is taken off. Keys outside of it stay as they are: they belong to
-    something beside the network, or are its head.
+    something beside the network, or are its head, and are given along.
     """
-    while True:
-        yield state
+    beside: frozenset[str] = frozenset()
+    for _ in range(MAX_WRAPPERS):
+        yield state, beside
         ((root, count),) = Counter(key.partition(".")[0] + "." for key in state).most_common(1)
         inside = {key for key in state if key.startswith(root) and not TRUNKS.match(key)}
         stripped = {key.removeprefix(root) if key in inside else key: tensor for key, tensor in state.items()}
-        if not len(state) / 2 < len(inside) == count or len(stripped) < len(state):
+        is_wrapper, collide = len(inside) == count and count > len(state) / 2, len(stripped) < len(state)
+        if collide or not is_wrapper:
             return
-        state = stripped
+        state, beside = stripped, frozenset(state.keys() - inside)
 
 
 def download_weights(arch: str) -> Checkpoint:
@@ -1033,7 +1073,7 @@ def _natural(key: str) -> list[tuple[int, str]]:
 def _head_weight(state: State, beside: Iterable[str] = ()) -> str | None:
     """The key of the weight that gives the logits, without knowing the architecture."""
     weights = [k for k, v in state.items() if (k.split(".")[0] in HEAD_ROOTS or k in beside) and v.ndim in (2, 4)]
-    return max(weights, key=_natural, default=None)
+    return max(weights, key=lambda k: (k.split(".")[0] in HEAD_ROOTS, state[k].ndim == 2, _natural(k)), default=None)
 
 
 def count_parameters(checkpoint: Checkpoint) -> int:
@@ -1124,6 +1164,9 @@ def build_model(
     """
     size = input_size or _side(checkpoint.entries.get("input_size"), checkpoint.name)
     state = dict(checkpoint.state)
+    # A layer in front may have normalised the inputs; the preprocessing does so in its stead.
+    normalising = [key for key in checkpoint.beside if re.search(r"(^|\.)(mean|std)$", key)]
+    entries = {key.rpartition(".")[2]: state.pop(key) for key in normalising} | dict(checkpoint.entries)
     head = _head_weight(state, checkpoint.beside)
     classes = state[head].shape[0] if head else num_classes or 1000
     model = skeleton(arch, classes, state, size)
@@ -1132,7 +1175,7 @@ def build_model(
     fixed = getattr(model, "image_size", None)  # the side that a ViT's position embedding was made for
     if fixed and size not in (None, fixed):
         raise CallError(f"this {arch} takes inputs of {fixed} x {fixed} pixels only; leave --input-size {size} out")
-    return model.eval(), _preset(arch, fixed or size, checkpoint.entries)
+    return model.eval(), _preset(arch, fixed or size, entries)
 
 
 def build_own_model(
@@ -1147,9 +1190,20 @@ def build_own_model(
     Raises:
         CallError: there is no such function, it fails, or the checkpoint does not fit its network.
     """
-    file, _, function = arch.rpartition(":")
     head = _head_weight(checkpoint.state, checkpoint.beside)
-    classes = num_classes or (checkpoint.state[head].shape[0] if head else None)
+    model = run_own_file(arch, num_classes or (checkpoint.state[head].shape[0] if head else None))
+    if checkpoint.state:
+        # What looks like a wrapper's prefix may be a part of the network.
+        named, wanted = [(checkpoint.state, checkpoint.beside), *checkpoint.levels], model.state_dict().keys()
+        state, beside = max(named, key=lambda level: len(wanted & level[0].keys()))
+        _load(model, arch, state, replace(checkpoint, beside=beside))
+    size = input_size or _side(checkpoint.entries.get("input_size"), checkpoint.name)
+    return model.eval(), _preset("resnet50", size, checkpoint.entries)
+
+
+def run_own_file(arch: str, classes: int | None) -> nn.Module:
+    """What the function in "file.py:function" returns for that number of classes. Raises CallError."""
+    file, _, function = arch.rpartition(":")
     folder = os.path.dirname(os.path.abspath(file))
     sys.path.insert(0, folder)  # its neighbours can be imported
     arguments, sys.argv = sys.argv, [file]  # which are not for the file
@@ -1158,13 +1212,17 @@ def build_own_model(
         spec = importlib.util.spec_from_file_location(f"own_{Path(file).stem}", file)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look there
-        spec.loader.exec_module(module)
+        with contextlib.redirect_stderr(io.StringIO()):  # a parser of options would print how to call the file
+            spec.loader.exec_module(module)
+        if not callable(getattr(module, function, None)):
+            functions = [name for name in vars(module) if callable(getattr(module, name))]
+            raise CallError(f"{file} has no function '{function}'{closest(function, functions)}")
         build = getattr(module, function)
         parameters = inspect.signature(build).parameters.values()
         takes_number = any(each.name == "num_classes" or each.kind is each.VAR_KEYWORD for each in parameters)
         model = build(num_classes=classes) if takes_number and classes else build()
     except (Exception, SystemExit) as error:
-        hint = "; is it --num-classes that it needs?" if isinstance(error, TypeError) and not classes else ""
+        hint = "; is it --num-classes that it needs?" if "num_classes" in str(error) and not classes else ""
         if isinstance(error, SystemExit):
             hint = "; put what is not to be run by an import behind if __name__ == '__main__':"
         raise CallError(f"--arch {arch}: {type(error).__name__}: {first_line(error)}{hint}") from error
@@ -1173,21 +1231,32 @@ def build_own_model(
         sys.path.remove(folder)
     if not isinstance(model, nn.Module):
         raise CallError(f"--arch {arch} returned a {type(model).__name__}, not a torch.nn.Module")
-    if checkpoint.state:
-        # What looks like a wrapper's prefix may be a part of the network.
-        named, wanted = [checkpoint.state, *checkpoint.wrapped], model.state_dict().keys()
-        _load(model, arch, max(named, key=lambda state: len(wanted & state.keys())), checkpoint)
-    size = input_size or _side(checkpoint.entries.get("input_size"), checkpoint.name)
-    return model.eval(), _preset("resnet50", size, checkpoint.entries)
+    return model
 
 
 def as_logits(answer: Any) -> Tensor:
-    """What a network returns, as logits (N, classes)."""
-    if isinstance(answer, Mapping):  # as torchvision's segmentation networks and transformers' give it
-        answer = answer["logits"] if "logits" in answer else answer["out"]
-    elif not isinstance(answer, Tensor):  # an auxiliary head comes second
-        answer = answer.logits if hasattr(answer, "logits") else answer[0]
+    """What a network returns, as logits (N, classes).
+
+    Raises:
+        CallError: something else, a map or a dict without logits.
+    """
+    if isinstance(answer, Mapping):  # as transformers' networks give it
+        named = [key for key in ("logits", "out") if key in answer]
+        if not named:
+            raise CallError(f"the network returns a dict of {', '.join(map(str, answer))}; call its logits 'logits'")
+        answer = answer[named[0]]
+    elif hasattr(answer, "logits"):
+        answer = answer.logits
+    elif not isinstance(answer, Tensor):  # an auxiliary head comes second, a map of features is no answer
+        answer = next((each for each in answer if _is_row(each)), answer[0])
+    if not _is_row(answer):
+        raise CallError(f"the network answers with {_shape(answer[0])} numbers; let it return the logits, one a class")
     return answer[:, None] if answer.ndim == 1 else answer.flatten(1)
+
+
+def _is_row(answer: Tensor) -> bool:
+    """Whether there is one number a class for each input: (N, C), (N, C, 1, 1) or (N,)."""
+    return bool(answer.ndim) and answer[0].numel() == answer.shape[1:2].numel()
 
 
 def count_outputs(model: nn.Module, side: int) -> int:
@@ -1197,15 +1266,24 @@ def count_outputs(model: nn.Module, side: int) -> int:
         CallError: it does not answer, or with probabilities.
     """
     try:
-        with torch.inference_mode():
-            logits = as_logits(model(torch.zeros(1, 3, side, side)))
+        with torch.enable_grad():
+            logits = as_logits(model(torch.zeros(1, 3, side, side, requires_grad=True)))
+    except CallError:
+        raise
     except Exception as error:
         raise CallError(
             f"the network fails at an input of 3 x {side} x {side} ({first_line(error)}); pass another --input-size"
         ) from error
-    if logits.shape[1] > 1 and logits.min() >= 0 and abs(logits.sum() - 1) < 1e-4:
-        raise CallError("the network ends in a softmax; let it return the logits, before that (nn.Identity() instead)")
+    last = re.match("(Softmax|Sigmoid)Backward", logits.grad_fn.name() if logits.grad_fn else "")
+    if last:
+        raise CallError(f"the network ends in a {last[1].lower()}; let it return the logits, without that")
     return logits.shape[1]
+
+
+def two_sided(model: nn.Module, inputs: Any, answer: Any) -> Tensor:
+    """A hook that makes logits for two classes, (N, 2), of a single one, whose sigmoid says how sure the second is."""
+    logit = as_logits(answer)
+    return torch.cat([-logit, logit], 1) / 2
 
 
 def _fit_head(model: nn.Module, state: State, beside: Iterable[str]) -> None:
@@ -1262,7 +1340,11 @@ def _load(model: nn.Module, arch: str, state: State, checkpoint: Checkpoint) -> 
                 f"{checkpoint.name}: {on_top[0]} lies on top of {arch}'s {outputs} outputs; give the whole network by "
                 "--arch net.py:build"
             )
-        unexpected = []  # weights of a loss or a metric that was saved along
+        # A loss or a metric that was saved along has no convolutions; a second network has.
+        second_network = [k for k in unexpected if k.endswith("weight") and state[k].ndim == 4]
+        if unexpected and not second_network:
+            note(f"{checkpoint.name}: left out as no part of {arch}: {'; '.join(unexpected[:3])}")
+        unexpected = second_network
     if missing or unexpected or differ:
         found = [("missing", missing), ("unexpected", unexpected), ("of another shape", differ)]
         parts = [
@@ -1272,9 +1354,9 @@ def _load(model: nn.Module, arch: str, state: State, checkpoint: Checkpoint) -> 
         hint = "" if ".py:" in arch else "; give a changed network by --arch net.py:build"
         hint = f"; it would fit {' or '.join(others)}: pass --arch {others[0]}" if others and hint else hint
         raise CallError(f"{checkpoint.name} does not fit {arch}: {', '.join(parts)}{hint}")
-    whole = [k for k in wanted if k in state and wanted[k].is_floating_point() > state[k].is_floating_point()]
-    if whole:
-        raise CallError(f"{checkpoint.name}: {whole[0]} is quantised; save the weights from before that")
+    quantised = [k for k in wanted if k in state and wanted[k].is_floating_point() > state[k].is_floating_point()]
+    if quantised:
+        raise CallError(f"{checkpoint.name}: {quantised[0]} is quantised; save the weights from before that")
     for key in list(wanted):  # into its own dict, which has the version marks that MNASNet insists on
         if key in state:
             wanted[key] = state[key].contiguous()
@@ -1322,7 +1404,7 @@ def _preset(arch: str, size: int | None, entries: Mapping[str, Any]) -> Any:
         if len(values) != 3 or not values.isfinite().all() or (entry == "std" and values.min() <= 0):
             raise CallError(f"the checkpoint's entry {entry} is not three numbers, one for each colour")
         found[entry] = values
-    white = 255 if "mean" in found and found["mean"].max() > 1 else 1  # the largest value of a colour
+    white = 255 if any(values.max() > 1 for values in found.values()) else 1  # the largest value of a colour
     for entry, values in found.items():
         setattr(preset, entry, (values / white).tolist())
     return preset
@@ -1331,15 +1413,13 @@ def _preset(arch: str, size: int | None, entries: Mapping[str, Any]) -> Any:
 def name_classes(given: Sequence[str] | None, checkpoint: Checkpoint, count: int) -> tuple[str, ...]:
     """A name for each of the network's outputs: those given, else the checkpoint's, else ImageNet's for 1000 classes.
 
-    Of two names for a single output it gets the second, since that is what it speaks for.
-
     Raises:
         CallError: names were given, but not as many as there are classes.
     """
     if given is not None:
-        if len(given) != count and (len(given), count) != (2, 1):
+        if len(given) != count:
             raise CallError(f"{len(given)} class names were given, but the network has {count} classes")
-        return tuple(given[-count:])
+        return tuple(given)
     for entry in ("classes", "class_names", "class_to_idx", "idx_to_class"):
         if checkpoint.entries.get(entry) is not None:
             try:
@@ -1347,8 +1427,8 @@ def name_classes(given: Sequence[str] | None, checkpoint: Checkpoint, count: int
             except (ValueError, TypeError) as error:
                 note(f"the entry {entry} of {checkpoint.name} is not used: {first_line(error)}")
                 continue
-            if len(names) == count or (len(names), count) == (2, 1):
-                return tuple(names[-count:])
+            if len(names) == count:
+                return tuple(names)
             note(f"the entry {entry} of {checkpoint.name} is not used: {len(names)} names for {count} classes")
     if count == 1000:
         return tuple(get_model_weights("resnet50").DEFAULT.meta["categories"])
@@ -1372,9 +1452,8 @@ def find_class(wanted: str, class_names: Sequence[str]) -> int:
             f"{len(class_names) - 1}"
         )
     some = ", ".join(class_names[:20]) + ", ..." * (len(class_names) > 20)
-    raise CallError(
-        f"--target-class: the network has no class '{wanted}'{closest(wanted, class_names)} (it has: {some})"
-    )
+    hint = "; repeat the option for each class" if "," in wanted else closest(wanted, class_names)
+    raise CallError(f"--target-class: the network has no class '{wanted}'{hint} (it has: {some})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1642,7 +1721,8 @@ def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
     if not name or name not in modules:
         wanted = layer if isinstance(layer, str) else type(layer).__name__
         outermost = ", ".join(name for name, _ in model.named_children())
-        raise CallError(f"the network has no layer '{wanted}'{closest(wanted, modules)} (outermost: {outermost})")
+        hint = "; repeat the option for each layer" if "," in wanted else closest(wanted, modules)
+        raise CallError(f"the network has no layer '{wanted}'{hint} (outermost: {outermost})")
     return name
 
 
@@ -2082,6 +2162,14 @@ def even_threads(most: int) -> int:
     return max(threads for threads in range(1, 5) if threads <= max(1, most) and torch.get_num_threads() % threads == 0)
 
 
+class _MatrixProducts:
+    """torch's setting of how exact they are, as an attribute."""
+
+    precision = property(
+        lambda self: torch.get_float32_matmul_precision(), lambda self, name: torch.set_float32_matmul_precision(name)
+    )
+
+
 class ExactArithmetic:
     """Inside `with`: on a GPU no TF32, whose ten bits show in the maps, and the same answer from run to run.
 
@@ -2109,13 +2197,14 @@ class ExactArithmetic:
 
     @staticmethod
     def _settings() -> list[tuple[Any, str, Any]]:
-        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        cudnn, matmul = torch.backends.cudnn, _MatrixProducts()
         settings = [(cudnn, "enabled", True), (cudnn, "benchmark", False), (cudnn, "deterministic", True)]
         try:
-            _ = cudnn.allow_tf32, matmul.allow_tf32
-            return [*settings, (cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+            _ = cudnn.allow_tf32, matmul.precision
+            return [*settings, (cudnn, "allow_tf32", False), (matmul, "precision", "highest")]
         except RuntimeError:  # so it is where somebody has used what replaces them since torch 2.9
-            return settings + [(place, "fp32_precision", "ieee") for place in (cudnn.conv, cudnn.rnn, matmul)]
+            places = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+            return settings + [(place, "fp32_precision", "ieee") for place in places]
 
     @staticmethod
     def _put(settings: Sequence[tuple[Any, str, Any]]) -> None:
@@ -2247,11 +2336,13 @@ class Explainer:
             top: without targets: the K classes with the highest logits, or all if there are fewer.
 
         Raises:
-            CallError: a target layer gives no spatial map, or the score does not depend on it; no such class.
+            CallError: a target layer gives no spatial map, or the score does not depend on it; no such class; no batch.
             ValueError: the network's answer is not finite.
         """
         # Whatever mode the caller is in, this needs a graph, and leaves the caller's settings alone.
         with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
+            if inputs.ndim != 4:
+                raise CallError(f"inputs are a batch (N, 3, H, W), not {_shape(inputs)}; of one photo: inputs[None]")
             inputs = self._own(inputs)
             with self._tuning:
                 if not self._tuned:
@@ -3054,7 +3145,7 @@ def explain_batch(batch: Sequence[Prepared | Failed], job: Job, capacity: Capaci
         # From here on the error does not hold on to the batch's memory any more.
         if len(now) > 1 and too_much:
             note_once(SMALLER_BATCHES)
-            capacity.photos = len(now) // 2
+            capacity.photos = min(capacity.photos, len(now) // 2)
         elif len(now) > 1:  # it may be one of them only
             outcomes += [outcome for photo in now for outcome in explain_batch([photo], job, capacity)]
         else:
@@ -3102,15 +3193,16 @@ def stamp_of(path: str | Path) -> tuple[int, int]:
 class Options:
     """The options that decide what is in the files, so that a resumed run knows which photos it need not do again.
 
-    The methods are not among them: they are in the files' names and in the key of the record.
+    The methods are among them only where all share a file. Else they are in the files' names, and in the record's key.
     """
 
-    ELSE = ("images", "photos", "one_by_one", "methods", "device", "batch_size", "output", "skip_existing")
+    ELSE = ("images", "photos", "one_by_one", "ckpt", "methods", "device", "batch_size", "output", "skip_existing")
 
     def __init__(self, args: argparse.Namespace) -> None:
-        options = [(name, str(value)) for name, value in sorted(vars(args).items()) if name not in self.ELSE]
-        own_network = (args.arch or "").rpartition(":")[0]
-        self._text = repr((options, stamp_of(args.ckpt or ""), stamp_of(own_network)))  # trained on since then?
+        ignored = {*self.ELSE} - ({"methods"} if args.sheet or args.save_arrays else set())
+        options = [(name, str(value)) for name, value in sorted(vars(args).items()) if name not in ignored]
+        ckpt, own_network = os.path.realpath(args.ckpt or ""), (args.arch or "").rpartition(":")[0]
+        self._text = repr((options, ckpt, stamp_of(ckpt), stamp_of(own_network)))  # trained on since then?
 
     def digest(self, place: str, stamp: tuple[int, int]) -> str:
         """A short name for the options, the place of a photo's files and the stamp of the photo."""
@@ -3144,15 +3236,16 @@ class Results:
         All their files are there, and no run with other options has written over one of them (the picture of guided
         backpropagation has the same name for all methods).
         """
-        last: dict[int, int] = {}  # by the hashes of the files' names, since there may be millions
+        last: dict[int, int] = {}  # how each file was written at last
         for path in self._all:
-            of_path = {hash(file): options for record, options in finished_lines(path) for file in record["files"]}
+            of_path = {_file_key(file): options for record, options in finished_lines(path) for file in record["files"]}
             # Of two results files nobody knows which run was later.
             last |= {file: options if last.get(file, options) == options else 0 for file, options in of_path.items()}
         found: dict[Key, dict[Path, int]] = {}
         for path in self._all:
             for record, options in finished_lines(path):
-                if all(last[hash(file)] == options and os.path.isfile(file) for file in record["files"]):
+                files = record["files"]  # of which another process may just have written one
+                if all(last.get(_file_key(file)) == options and os.path.isfile(file) for file in files):
                     found.setdefault((record["image"], record["method"]), {})[path] = options
         return found
 
@@ -3425,7 +3518,8 @@ def run(args: argparse.Namespace) -> int:
     if interrupted or tally["skipped"] or len(todo) > 1:
         of_processes = f" by process {share.rank} of {share.world}" if share.world > 1 else ""
         counts = f"{tally['done']} done, {tally['skipped']} skipped, {tally['failed']} failed"
-        say(f"{counts}{of_processes} in {time.monotonic() - began:.1f} s", sys.stderr)
+        go_on = "; stopped, the same command with --skip-existing goes on" if interrupted else ""
+        say(f"{counts}{of_processes} in {time.monotonic() - began:.1f} s{go_on}", sys.stderr)
     # torchrun stops all processes as soon as one does not return 0, so there a broken photo is told by its line only
     return 130 if interrupted else int(tally["failed"] > 0 and share.world == 1)
 

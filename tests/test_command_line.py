@@ -242,9 +242,16 @@ def test_an_unknown_method_in_a_list_is_refused_with_the_closest_name(refused):
 
 
 def test_methods_that_are_given_like_photos_are_told_from_them(refused):
-    assert "scorecam is a method, not a photo: pass --method gradcam,scorecam,eigencam" in refused(
-        "--method", "gradcam", "scorecam", "eigencam"
-    )
+    wrong = refused("--method", "gradcam", "scorecam", "eigencam", "gradcam")
+    assert "scorecam is no photo; pass --method gradcam,scorecam,eigencam\n" in wrong
+    assert "gb is no photo; pass --outputs cam,gb\n" in refused("--outputs", "cam", "gb")
+    assert "repeat the option: --target-class dog\n" in refused("--target-class", "cat", "dog", "33.jpg")
+    assert "repeat the option: --target-layer layer4\n" in refused("--target-layer", "layer3", "layer4", "33.jpg")
+
+
+def test_a_checkpoint_that_is_given_like_a_photo_is_told_from_it(refused, tmp_path):
+    (tmp_path / "best.pth").write_bytes(b"weights")
+    assert f"pass --ckpt {tmp_path / 'best.pth'}" in refused(tmp_path / "best.pth", "33.jpg")
 
 
 def test_classes_and_layers_may_be_given_several_times(parsed):

@@ -147,13 +147,16 @@ def test_a_folder_is_walked_in_sorted_order_without_hidden_files(album, monkeypa
 def test_links_to_folders_are_followed_but_not_in_circles(album, tmp_path):
     paint(tmp_path / "elsewhere" / "z.jpg")
     (album / "linked").symlink_to(tmp_path / "elsewhere")
+    (album / "x" / "again").symlink_to(tmp_path / "elsewhere")
     (album / "x" / "above").symlink_to(album)
+    (album / "further above").symlink_to(tmp_path)
+    (tmp_path / "elsewhere" / "back").symlink_to(album / "x")
     assert f"{album.as_posix()}/linked/z.jpg" in found(album)
-    assert len(found(album)) == 7
+    assert len(found(album)) == 6 + 3 + 1  # z.jpg and those of x behind the first, z.jpg behind the second
 
 
 def test_photos_in_a_folder_that_cannot_be_read_are_told_of(album, capsys):
-    for name in ("IMG_1.HEIC", "x/IMG_2.heic", "x/b.avif"):
+    for name in ("IMG_1.HEIC", "x/IMG_2.heic", "x/b.avif", "._IMG_1.HEIC"):
         (album / name).write_bytes(b"")
     assert len(found(album)) == 6
     assert capsys.readouterr().err.startswith(f"note: 3 photos in {album} are left out, since .heic ")
@@ -694,6 +697,37 @@ def test_pictures_that_a_run_with_other_options_has_written_over_are_done_again(
     assert gb.read_bytes() == first
     assert "6 skipped" in main(*again)[2]
     assert len(records(tmp_path / "out")) == 18
+
+
+@pytest.mark.parametrize("file", ["--sheet", "--save-arrays"])
+def test_a_file_that_all_methods_share_is_made_again_for_another_method(main, album, file):
+    again = [file, "--outputs", "cam", "--skip-existing", album]
+    for method in ("gradcam", "layercam", "gradcam"):
+        assert "6 done, 0 skipped" in main("--method", method, *again)[2]
+
+
+def test_of_two_runs_in_two_results_files_nobody_knows_which_was_later(main, share, album):
+    options = ["--outputs", "gb", album]
+    share(0, 2, "--target-class", "0", *options)
+    share(1, 2, "--target-class", "0", *options)
+    main("--method", "eigencam", "--target-class", "1", *options)
+    assert "6 done, 0 skipped" in main("--target-class", "0", "--skip-existing", *options)[2]
+
+
+def test_a_line_that_another_process_adds_meanwhile_is_no_hindrance(main, album, tmp_path, monkeypatch):
+    main("--outputs", "cam", album)
+    lines, passes = (tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8").splitlines(keepends=True), []
+    (tmp_path / "out" / "results.jsonl").write_text("".join(lines[:-1]), encoding="utf-8")
+    finished_lines = program_file.finished_lines
+
+    def growing(path):
+        yield from finished_lines(path)
+        passes.append(path)
+        if len(passes) == 1:
+            path.write_text("".join(lines), encoding="utf-8")
+
+    monkeypatch.setattr(program_file, "finished_lines", growing)
+    assert "1 done, 5 skipped" in main("--outputs", "cam", "--skip-existing", album)[2]
 
 
 @pytest.mark.parametrize("lost", ["gradcam_cam_1.jpg", "gb_1.jpg", "gradcam_cam_gb_1.jpg"])

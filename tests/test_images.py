@@ -332,24 +332,23 @@ def test_of_all_threads_together_so_many_pixels_are_in_memory_at_once(tmp_path, 
     def use(path):
         with open_photo(path) as photo:
             held.append(photo.pixels.size // 3)
-            most.append(sum(held))
+            most.append((sum(held), len(held)))
             time.sleep(0.01)
             held.remove(photo.pixels.size // 3)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(use, paths))
     assert len(most) == len(paths)
-    assert 8_500 < max(most) <= 10_000
+    assert max(pixels for pixels, _ in most) <= 10_000
+    assert max(photos for _, photos in most) > 1
 
 
 def test_a_broken_photo_gives_its_room_back(tmp_path, monkeypatch):
     path = saved(tmp_path, "a.png", Image.effect_noise((100, 100), 50))
     monkeypatch.setattr(cnn_visualizations, "_room", Room(10_000))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    path.write_bytes(path.read_bytes()[:5000])
     refused(path)
-    path.write_bytes(whole)
-    assert read_or_refused(path)
+    assert cnn_visualizations._room._free == 10_000
 
 
 def read_or_refused(path):

@@ -11,7 +11,7 @@ import re
 import shutil
 import urllib.error
 import warnings
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -209,14 +209,14 @@ def test_what_most_of_torchvisions_own_keys_begin_with_is_not_taken_for_a_wrappe
     state = dict(hollow_state(arch))
     trunk = {key: tensor for key, tensor in state.items() if not key.startswith(HEAD_ROOTS)}
     for keys in (state, trunk):
-        assert list(unwrapped(keys)) == [keys]
-        *_, found = unwrapped({f"encoder.{key}": tensor for key, tensor in keys.items()})
+        assert list(unwrapped(keys)) == [(keys, frozenset())]
+        *_, (found, _) = unwrapped({f"encoder.{key}": tensor for key, tensor in keys.items()})
         assert found.keys() == keys.keys()
 
 
 def test_a_prefix_stays_where_two_keys_would_be_the_same_without_it():
     state = {f"0.{key}": tensor for key, tensor in resnet18().state_dict().items()} | {"fc.bias": torch.zeros(5)}
-    assert list(unwrapped(state)) == [state]
+    assert list(unwrapped(state)) == [(state, frozenset())]
 
 
 def test_prefixes_that_torch_itself_writes_are_taken_off(saved):
@@ -250,6 +250,50 @@ def test_such_a_network_can_be_given_as_ones_own(saved, tmp_path):
         classifier = load_classifier(f"{tmp_path / 'net.py'}:Net", saved(wrapped), device="cpu")
         assert torch.equal(classifier.model.head.weight, state["head.weight"])
         torch.testing.assert_close(classifier.model.model.conv1.weight, state["model.conv1.weight"])
+
+
+def behind(prefix, state):
+    return {f"{prefix}{key}": tensor for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("outer", ["", "module.", "_orig_mod.module."])
+def test_a_loss_beside_the_network_is_left_out_with_a_note(outer, saved, capsys):
+    state = behind("model.", resnet18().state_dict()) | {"criterion.weight": torch.ones(5)}
+    classifier = load(saved({"state_dict": behind(outer, state)}))
+    assert_same_answer(classifier, resnet18())
+    assert "left out as no part of resnet18: criterion.weight\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("outer", ["", "model.", "module.model."])
+@pytest.mark.parametrize("name", ["fc", "head", "linear"])
+def test_a_head_beside_the_trunk_is_found_at_every_depth(outer, name, saved):
+    state = {key: tensor for key, tensor in resnet18().state_dict().items() if not key.startswith("fc.")}
+    head = {f"{name}.weight": resnet18().fc.weight, f"{name}.bias": resnet18().fc.bias}
+    assert_same_answer(load(saved(behind(outer, behind("backbone.", state) | head))), resnet18())
+
+
+def test_a_second_network_in_the_file_is_not_passed_over(saved):
+    teacher = behind("teacher.", network("resnet34").state_dict())
+    message = refusal(saved(behind("student.", resnet18().state_dict()) | teacher))
+    assert "student.conv1.weight" in message and "unexpected" in message
+
+
+def test_a_layer_that_normalises_the_inputs_becomes_the_preprocessing(saved):
+    layer = {"0.mean": torch.full((1, 3, 1, 1), 0.1), "0.std": torch.full((1, 3, 1, 1), 0.9)}
+    classifier = load(saved(layer | behind("1.", resnet18().state_dict())))
+    assert_same_answer(classifier, resnet18())
+    assert classifier.preset.mean == pytest.approx([0.1] * 3)
+    assert classifier.preset.std == pytest.approx([0.9] * 3)
+
+
+def test_a_key_of_very_many_dots_takes_no_more_memory_than_others(saved):
+    state = {"a." * 5000 + "weight": torch.ones(3, 3)}
+    assert len(list(unwrapped(state))) <= 8
+    assert "fits no torchvision architecture" in refusal(saved(state))
+
+
+def test_strings_of_numpy_are_refused_since_their_size_can_be_changed_by_the_file(saved):
+    assert "would run code" in refusal(saved({"state_dict": resnet18().state_dict(), "best": np.array(["x"])}))
 
 
 def test_quantised_weights_are_one_line(saved):
@@ -324,7 +368,7 @@ PLAIN_VALUES = (
     np.int32(3),
     np.uint8(3),
     np.bool_(True),
-    np.str_("resnet18"),
+    datetime.now(timezone.utc) - datetime(2026, 1, 1, tzinfo=timezone.utc),
     Path("runs") / "best.pth",
     datetime(2026, 11, 23, 12, 30),
 )
@@ -581,11 +625,22 @@ def test_class_names_that_cannot_be_right_are_left_out_with_a_note(classes, save
     assert re.fullmatch(r"note: .*classes.*\n", capsys.readouterr().err)
 
 
-def test_of_two_names_for_a_single_output_it_gets_the_second(saved):
-    state = get_model("squeezenet1_1", num_classes=1).state_dict()
-    path = saved({"state_dict": state, "classes": ["cat", "dog"]})
-    assert load(path).class_names == ("dog",)
-    assert load(path, class_names=["no", "yes"]).class_names == ("yes",)
+@pytest.mark.parametrize("given", [None, 1, 2])
+def test_a_single_output_speaks_for_the_second_of_two_classes(given, saved):
+    model = network("resnet18", change=replaced("fc", lambda inputs: nn.Linear(inputs, 1)))
+    path = saved({"state_dict": model.state_dict(), "classes": ["cat", "dog"]})
+    classifier = load(path, num_classes=given)
+    assert classifier.class_names == ("cat", "dog")
+    assert load(path, class_names=["no", "yes"]).class_names == ("no", "yes")
+    inputs = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        logits, sure = classifier.model(inputs), model(inputs).sigmoid()
+    torch.testing.assert_close(logits.softmax(1), torch.cat([1 - sure, sure], 1))
+    explanation = Explainer(classifier.model)(inputs, [0, 1, 0])
+    right = Explainer(model)(inputs)
+    np.testing.assert_allclose(explanation.cams["gradcam"][1], right.cams["gradcam"][1], atol=1e-5)
+    np.testing.assert_allclose(explanation.guided[1], right.guided[1] / 2, atol=1e-6)
+    assert np.abs(explanation.cams["gradcam"][0] - right.cams["gradcam"][0]).max() > 0.1
 
 
 def test_too_few_given_class_names_are_an_error_with_both_numbers(saved):
@@ -618,7 +673,8 @@ def test_the_checkpoints_mean_and_std_are_used(saved):
 
 
 @pytest.mark.parametrize(
-    ("mean", "std"), [([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]), ([104, 117, 123], [1, 1, 1])]
+    ("mean", "std"),
+    [([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]), ([104, 117, 123], [1, 1, 1]), ([0, 0, 0], [255] * 3)],
 )
 def test_mean_and_std_of_colours_up_to_255_are_understood(saved, mean, std):
     path = saved({"state_dict": resnet18().state_dict(), "mean": mean, "std": std})

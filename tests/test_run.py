@@ -363,6 +363,25 @@ def broken():
 
 def softmax():
     return nn.Sequential(Net(3), nn.Softmax(1))
+
+def sigmoid():
+    return nn.Sequential(Net(1), nn.Sigmoid())
+
+class Answering(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.net, self.how = Net(3), how
+    def forward(self, x):
+        return self.how(self.net.features(x), self.net(x))
+
+def features_first():
+    return Answering(lambda features, logits: (features, logits))
+
+def features_only():
+    return Answering(lambda features, logits: features)
+
+def named():
+    return Answering(lambda features, logits: {"pred": logits})
 """
 
 
@@ -414,27 +433,43 @@ def test_a_function_that_needs_the_number_of_classes_says_so(own):
     [
         ("wrong", "returned a int, not a torch.nn.Module"),
         ("broken", "RuntimeError: no such file"),
-        ("absent", "has no attribute 'absent'"),
+        ("absent", "has no function 'absent'"),
     ],
 )
 def test_a_function_that_gives_no_network_is_one_line(main, own, function, said):
     assert said in refused(main("--arch", f"{own}:{function}", DOG))
 
 
-def test_a_network_that_ends_in_a_softmax_is_one_line(own):
-    with pytest.raises(program_file.CallError, match="ends in a softmax"):
-        program_file.load_classifier(f"{own}:softmax", device="cpu")
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("softmax", "ends in a softmax"),
+        ("sigmoid", "ends in a sigmoid"),
+        ("features_only", "answers with 16 x 27 x 27 numbers; let it return the logits"),
+        ("named", "a dict of pred; call its logits 'logits'"),
+        ("biuld", "has no function 'biuld'; did you mean build"),
+    ],
+)
+def test_a_network_that_does_not_answer_with_logits_is_one_line(own, function, said):
+    with pytest.raises(program_file.CallError, match=re.escape(said)):
+        program_file.load_classifier(f"{own}:{function}", device="cpu")
 
 
-def test_a_training_script_does_not_get_the_programs_options(own, monkeypatch):
+def test_features_that_come_before_the_logits_are_no_answer(own):
+    assert len(program_file.load_classifier(f"{own}:features_first", device="cpu").class_names) == 3
+
+
+def test_a_training_script_does_not_get_the_programs_options(own, monkeypatch, capsys):
     text = NETWORK + "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--lr')\n"
     own.write_text(text + "parser.parse_args()\n", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["cnn_visualizations.py", "--arch", "net.py:fixed", "33.jpg"])
     assert len(program_file.load_classifier(f"{own}:fixed", device="cpu").class_names) == 3
     assert sys.argv[1:] == ["--arch", "net.py:fixed", "33.jpg"]
-    own.write_text(text + "raise SystemExit('trained')\n", encoding="utf-8")
-    with pytest.raises(program_file.CallError, match=r"trained; put what is not .* if __name__ == '__main__':$"):
-        program_file.load_classifier(f"{own}:fixed", device="cpu")
+    for ending in ("raise SystemExit('trained')\n", "parser.add_argument('data')\nparser.parse_args()\n"):
+        own.write_text(text + ending, encoding="utf-8")
+        with pytest.raises(program_file.CallError, match=r"SystemExit: .*; put what .* if __name__ == '__main__':$"):
+            program_file.load_classifier(f"{own}:fixed", device="cpu")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_checkpoint_that_does_not_fit_ones_own_network_is_one_line(main, own, tmp_path):
