@@ -1221,6 +1221,8 @@ def run_own_file(arch: str, classes: int | None) -> nn.Module:
         parameters = inspect.signature(build).parameters.values()
         takes_number = any(each.name == "num_classes" or each.kind is each.VAR_KEYWORD for each in parameters)
         model = build(num_classes=classes) if takes_number and classes else build()
+    except CallError:
+        raise
     except (Exception, SystemExit) as error:
         hint = "; is it --num-classes that it needs?" if "num_classes" in str(error) and not classes else ""
         if isinstance(error, SystemExit):
@@ -1250,13 +1252,14 @@ def as_logits(answer: Any) -> Tensor:
     elif not isinstance(answer, Tensor):  # an auxiliary head comes second, a map of features is no answer
         answer = next((each for each in answer if _is_row(each)), answer[0])
     if not _is_row(answer):
-        raise CallError(f"the network answers with {_shape(answer[0])} numbers; let it return the logits, one a class")
+        found = f"tensor of {_shape(answer)}" if isinstance(answer, Tensor) else type(answer).__name__
+        raise CallError(f"the network answers a batch with a {found}; let it return the logits, (N, classes)")
     return answer[:, None] if answer.ndim == 1 else answer.flatten(1)
 
 
-def _is_row(answer: Tensor) -> bool:
+def _is_row(answer: Any) -> bool:
     """Whether there is one number a class for each input: (N, C), (N, C, 1, 1) or (N,)."""
-    return bool(answer.ndim) and answer[0].numel() == answer.shape[1:2].numel()
+    return isinstance(answer, Tensor) and answer.ndim > 0 and answer[0].numel() == max(answer.shape[1:], default=1)
 
 
 def count_outputs(model: nn.Module, side: int) -> int:

@@ -1472,6 +1472,26 @@ def test_an_answer_that_is_more_than_a_tensor(how):
     assert_same_explanation(Explainer(Answering(how).eval(), METHODS)(inputs), Explainer(plain, METHODS)(inputs), 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (lambda y: y[:, :, None, None].expand(-1, -1, 2, 2), "a tensor of 1 x 5 x 2 x 2;"),
+        (lambda y: y.sum(), "a tensor of one number;"),
+        (lambda y: (None, 7), "a NoneType"),
+        (lambda y: {"scores": y}, "a dict of scores; call its logits 'logits'"),
+    ],
+    ids=["map", "number", "no tensors", "dict"],
+)
+def test_an_answer_that_is_no_row_of_logits_is_a_call_error(how, said):
+    with pytest.raises(CallError, match=said):
+        Explainer(Answering(how).eval())(photos(2, 12))
+
+
+def test_a_photo_that_is_no_batch_is_a_call_error():
+    with pytest.raises(CallError, match=r"not 3 x 12 x 12; of one photo: inputs\[None\]"):
+        Explainer(Tiny())(photos(1, 12)[0])
+
+
 def stack(*tail):
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), *tail).eval()

@@ -445,7 +445,7 @@ def test_a_function_that_gives_no_network_is_one_line(main, own, function, said)
     [
         ("softmax", "ends in a softmax"),
         ("sigmoid", "ends in a sigmoid"),
-        ("features_only", "answers with 16 x 27 x 27 numbers; let it return the logits"),
+        ("features_only", "a tensor of 1 x 16 x 27 x 27; let it return the logits"),
         ("named", "a dict of pred; call its logits 'logits'"),
         ("biuld", "has no function 'biuld'; did you mean build"),
     ],
