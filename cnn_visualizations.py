@@ -474,6 +474,8 @@ def _leads_back(path: str, top: str) -> bool:
 
 def check_writable(folder: Path) -> None:
     """Makes the folder and a file in it, and removes the file again. Raises CallError where that fails."""
+    if folder.exists() and not folder.is_dir():
+        raise CallError(f"--output {folder} is a file; pass a folder")
     probe = folder / f".check{os.getpid()}.part"  # of several processes each has its own
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -956,7 +958,8 @@ def _load_safely(path: Path) -> Any:
         found = re.search(r"(?:GLOBAL |global |but got <class )[`']?([\w.]+)", message)
         if "Weights only" in message and found:
             raise CallError(
-                f"{path} holds a pickled {found.group(1)} object, and loading it would run code; {how_to}"
+                f"{path} holds a pickled {found.group(1)} object, and loading it would run code; {how_to} "
+                "(the README has a line that does so with a model of your own)"
             ) from error
         if isinstance(error, PermissionError):
             raise CallError(f"{path} cannot be read: permission denied") from error

@@ -386,7 +386,7 @@ def test_the_output_folder_is_made_with_its_parents(parsed, tmp_path):
 
 def test_an_output_folder_that_is_a_file_is_refused(refused, tmp_path):
     (tmp_path / "taken").write_text("mine", encoding="utf-8")
-    assert "taken" in refused("--output", tmp_path / "taken")
+    assert f"{tmp_path / 'taken'} is a file; pass a folder" in refused("--output", tmp_path / "taken")
     assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
 
 
