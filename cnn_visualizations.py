@@ -1277,8 +1277,12 @@ def count_outputs(model: nn.Module, side: int) -> int:
     except CallError:
         raise
     except Exception as error:
+        grey = "channels" in first_line(error)
+        hint = (
+            "let it begin with x.mean(1, keepdim=True) if it is for grey ones" if grey else "pass another --input-size"
+        )
         raise CallError(
-            f"the network fails at an input of 3 x {side} x {side} ({first_line(error)}); pass another --input-size"
+            f"the network fails at an input of 3 x {side} x {side} ({first_line(error)}); {hint}"
         ) from error
     last = re.match("(Softmax|Sigmoid)Backward", logits.grad_fn.name() if logits.grad_fn else "")
     if last:

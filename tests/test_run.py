@@ -380,6 +380,11 @@ def features_first():
 def features_only():
     return Answering(lambda features, logits: features)
 
+def grey():
+    net = Net(3)
+    net.features[0] = nn.Conv2d(1, 8, 5, 4)
+    return net
+
 def named():
     return Answering(lambda features, logits: {"pred": logits})
 """
@@ -446,6 +451,7 @@ def test_a_function_that_gives_no_network_is_one_line(main, own, function, said)
         ("softmax", "ends in a softmax"),
         ("sigmoid", "ends in a sigmoid"),
         ("features_only", "a tensor of 1 x 16 x 27 x 27; let it return the logits"),
+        ("grey", "let it begin with x.mean(1, keepdim=True)"),
         ("named", "a dict of pred; call its logits 'logits'"),
         ("biuld", "has no function 'biuld'; did you mean build"),
     ],
