@@ -1262,7 +1262,9 @@ def as_logits(answer: Any) -> Tensor:
 
 def _is_row(answer: Any) -> bool:
     """Whether there is one number a class for each input: (N, C), (N, C, 1, 1) or (N,)."""
-    return isinstance(answer, Tensor) and answer.ndim > 0 and answer[0].numel() == max(answer.shape[1:], default=1)
+    if not isinstance(answer, Tensor) or not answer.ndim:
+        return False
+    return answer.shape[1:].numel() == max(answer.shape[1:], default=1)
 
 
 def count_outputs(model: nn.Module, side: int) -> int:
