@@ -1264,7 +1264,7 @@ def _is_row(answer: Any) -> bool:
     """Whether there is one number a class for each input: (N, C), (N, C, 1, 1) or (N,)."""
     if not isinstance(answer, Tensor) or not answer.ndim:
         return False
-    return answer.shape[1:].numel() == max(answer.shape[1:], default=1)
+    return math.prod(answer.shape[1:]) == max(answer.shape[1:], default=1)
 
 
 def count_outputs(model: nn.Module, side: int) -> int:
