@@ -485,7 +485,7 @@ def check_writable(folder: Path) -> None:
         raise CallError(f"--output {folder}: cannot write there: {error.strerror or error}") from error
 
 
-def check_no_values(parser: _Parser, args: argparse.Namespace) -> None:
+def check_images(parser: _Parser, args: argparse.Namespace) -> None:
     """Ends the program where what stands among the photos was meant for an option."""
     for name in args.images:
         if os.path.isfile(name) and name.lower().endswith((".pth", ".pt", ".ckpt", ".safetensors")) and not args.ckpt:
@@ -524,7 +524,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--num-classes {args.num_classes}, but --class-names has {count} names")
     if args.top_k and args.target_classes:
         parser.error("--top-k and --target-class exclude each other: pass one of the two")
-    check_no_values(parser, args)
+    check_images(parser, args)
     args.photos = find_photos(args.images, sys.stdin if "-" in args.images else ())
     if not args.photos:
         parser.error(f"no photos in {', '.join(args.images)} (looked for {' '.join(SUFFIXES)})")
@@ -828,11 +828,11 @@ def load_classifier(
     model, preset = build(arch, checkpoint, num_classes, input_size)
     if resize == "squash":
         preset.resize_size = [preset.crop_size[0]] * 2
-    count = count_outputs(model, preset.crop_size[0]) if own else _head(model)[1].weight.shape[0]
-    if count == 1:
+    outputs = count_outputs(model, preset.crop_size[0]) if own else _head(model)[1].weight.shape[0]
+    count = max(outputs, 2)
+    if outputs == 1:
         model.register_forward_hook(two_sided)
-        count, num_classes = 2, num_classes if num_classes != 1 else 2
-    if num_classes not in (None, count):
+    if num_classes not in (None, outputs, count):
         raise CallError(f"--num-classes {num_classes}, but {checkpoint.name}: {count} classes; leave the option out")
     names = name_classes(class_names, checkpoint, count)
     return Classifier(model.to(target), arch, names, preset, target, squash=resize == "squash")
@@ -1168,7 +1168,8 @@ def build_model(
     size = input_size or _side(checkpoint.entries.get("input_size"), checkpoint.name)
     state = dict(checkpoint.state)
     # A layer in front may have normalised the inputs; the preprocessing does so in its stead.
-    normalising = [key for key in checkpoint.beside if re.search(r"(^|\.)(mean|std)$", key)]
+    named = [key for key in checkpoint.beside if key.rpartition(".")[2] in ("mean", "std")]
+    normalising = [key for key in named if state[key].numel() == 3]  # those of a loss are of its features
     entries = {key.rpartition(".")[2]: state.pop(key) for key in normalising} | dict(checkpoint.entries)
     head = _head_weight(state, checkpoint.beside)
     classes = state[head].shape[0] if head else num_classes or 1000
@@ -1344,19 +1345,7 @@ def _load(model: nn.Module, arch: str, state: State, checkpoint: Checkpoint) -> 
         if k in state and state[k].shape != wanted[k].shape
     ]
     if not missing and not differ and set(unexpected) <= checkpoint.beside:
-        head = _head_weight({key: tensor for key, tensor in state.items() if key not in checkpoint.beside})
-        outputs = state[head].shape[0] if head else 0
-        on_top = [k for k in unexpected if state[k].ndim == 2 and state[k].shape[1] == outputs]
-        if on_top:
-            raise CallError(
-                f"{checkpoint.name}: {on_top[0]} lies on top of {arch}'s {outputs} outputs; give the whole network by "
-                "--arch net.py:build"
-            )
-        # A loss or a metric that was saved along has no convolutions; a second network has.
-        second_network = [k for k in unexpected if k.endswith("weight") and state[k].ndim == 4]
-        if unexpected and not second_network:
-            note(f"{checkpoint.name}: left out as no part of {arch}: {'; '.join(unexpected[:3])}")
-        unexpected = second_network
+        unexpected = _second_network(arch, state, unexpected, checkpoint)
     if missing or unexpected or differ:
         found = [("missing", missing), ("unexpected", unexpected), ("of another shape", differ)]
         parts = [
@@ -1375,6 +1364,28 @@ def _load(model: nn.Module, arch: str, state: State, checkpoint: Checkpoint) -> 
         else:
             del wanted[key]
     model.load_state_dict(wanted, strict=False, assign=True)
+
+
+def _second_network(arch: str, state: State, outside: Sequence[str], checkpoint: Checkpoint) -> list[str]:
+    """Of the keys outside of a network that is whole, the convolutions: a second network's, which is not passed over.
+
+    Where there are none, the keys are those of a loss or a metric that was saved along, and are told as left out.
+
+    Raises:
+        CallError: one is a head on top of the network, which would be missing.
+    """
+    head = _head_weight({key: tensor for key, tensor in state.items() if key not in checkpoint.beside})
+    outputs = state[head].shape[0] if head else 0
+    on_top = [key for key in outside if state[key].ndim == 2 and state[key].shape[1] == outputs]
+    if on_top:
+        raise CallError(
+            f"{checkpoint.name}: {on_top[0]} lies on top of {arch}'s {outputs} outputs; give the whole network by "
+            "--arch net.py:build"
+        )
+    convolutions = [key for key in outside if key.endswith("weight") and state[key].ndim == 4]
+    if outside and not convolutions:
+        note(f"{checkpoint.name}: left out as no part of {arch}: {'; '.join(outside[:3])}")
+    return convolutions
 
 
 def _shape(tensor: Tensor) -> str:

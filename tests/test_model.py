@@ -286,6 +286,13 @@ def test_a_layer_that_normalises_the_inputs_becomes_the_preprocessing(saved):
     assert classifier.preset.std == pytest.approx([0.9] * 3)
 
 
+def test_a_mean_that_a_loss_keeps_of_its_features_is_no_preprocessing(saved):
+    state = behind("model.", resnet18().state_dict()) | {"criterion.mean": torch.zeros(512)}
+    classifier = load(saved(state))
+    assert_same_answer(classifier, resnet18())
+    assert classifier.preset.mean == pytest.approx([0.485, 0.456, 0.406])
+
+
 def test_a_key_of_very_many_dots_takes_no_more_memory_than_others(saved):
     state = {"a." * 5000 + "weight": torch.ones(3, 3)}
     assert len(list(unwrapped(state))) <= 8
