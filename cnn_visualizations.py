@@ -1,46 +1,35 @@
 #!/usr/bin/env python3
-"""Shows why a convolutional network answered as it did: heatmap (CAM), guided backpropagation, and their product.
+"""Show why a convolutional network answered as it did: heatmap (CAM), guided backpropagation, and their product.
 
-The file is read from top to bottom; a room uses only the rooms above it:
-
-    1 Command line   what the person asked for
-    2 Images         paths -> decoded photos
-    3 Model          architecture + checkpoint -> a classifier with its own preprocessing
-    4 Explanation    inputs -> class activation maps and guided gradients
-    5 Trust          maps -> numbers that say how much they are worth
-    6 Pictures       arrays -> picture files
-    7 Run            all of it joined
+    python cnn_visualizations.py --ckpt best.pth 33.jpg
+    python cnn_visualizations.py --arch resnet50 --ckpt best.pth --num-classes 2 --method gradcam --output out photos/
 
 From Python:
 
     classifier = load_classifier(arch="resnet50", ckpt="best.pth", device="cuda")
     explainer = Explainer(classifier.model, methods=["gradcam"])
     explanation = explainer(inputs)  # inputs: float32 (N, 3, H, W), normalised
+
+A section uses only those above it: 1 Command line, 2 Images, 3 Model, 4 Explanation, 5 Metrics, 6 Output, 7 Run.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import difflib
 import functools
 import glob
-import hashlib
-import importlib.util
-import inspect
 import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import date, datetime, timedelta, timezone
-from pathlib import Path, PurePath
-from typing import Any, NoReturn, TextIO
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1  Command line. Only the standard library: --help and a mistyped option must not wait for torch.
+# 1  Command line. Only the standard library, so that --help and a mistyped option do not wait for torch.
 # ---------------------------------------------------------------------------------------------------------------------
 
 METHODS = ("gradcam", "scorecam", "gradcam++", "ablationcam", "xgradcam", "eigencam", "eigengradcam")
@@ -49,374 +38,319 @@ MORE_METHODS = (
     *("shapleycam", "finercam", "segeigencam", "randomcam", "refinecam"),
 )
 OUTPUTS = ("cam", "gb", "cam_gb")
-COLORMAPS = (  # OpenCV's, in its order
+COLORMAPS = (  # OpenCV's
     *("autumn", "bone", "jet", "winter", "rainbow", "ocean", "summer", "spring", "cool", "hsv", "pink", "hot"),
     *("parula", "magma", "inferno", "plasma", "viridis", "cividis", "twilight", "twilight_shifted", "turbo"),
     "deepgreen",
 )
 FORMATS = ("jpg", "png", "webp")
-
+SYNONYMS = {  # options of other programs
+    **dict.fromkeys(("--model", "--model-name", "--architecture", "--network"), "--arch"),
+    **dict.fromkeys(("--weights", "--checkpoint", "--resume", "--pretrained"), "--ckpt"),
+    **dict.fromkeys(("--cuda", "--gpu", "--gpus", "--use-cuda"), "--device"),
+    **{
+        "--layer": "--target-layer",
+        "--class": "--target-class",
+        "--size": "--input-size",
+        "--classes": "--class-names",
+    },
+    **{"--img-size": "--input-size", "--cam": "--method", "--out": "--output", "--output-dir": "--output"},
+}
 EXAMPLES = """\
 examples:
-  your own fine-tuned network, one photo:
-    python cnn_visualizations.py --arch resnet50 --ckpt best.pth --num-classes 2 --output out 33.jpg
-
-  why it is a dog and *not* a cat, by two methods, on one sheet, and how far to trust that:
-    python cnn_visualizations.py --ckpt best.pth --class-names names.txt --target-class dog --target-class cat \\
-        --method gradcam,scorecam --sheet --metrics 33.jpg 34.jpg
-
+  your own network, one photo:
+    python cnn_visualizations.py --ckpt best.pth --class-names cat,dog 33.jpg
+  why it is a dog and why it is a cat, by two methods, on one sheet:
+    python cnn_visualizations.py --ckpt best.pth --class-names cat,dog --target-class dog --target-class cat \\
+        --method gradcam,scorecam --sheet 33.jpg
   the demo that comes with the program (no download):
     python cnn_visualizations.py --ckpt tests/data/dogs_mobilenet_v2.pth pics/dog.jpg
 """
 
 
-class CallError(ValueError, argparse.ArgumentTypeError):  # argparse passes the messages of the latter on
-    """The call cannot be carried out; the message is one line that says what to do about it. Exit status 2."""
+class CallError(ValueError, argparse.ArgumentTypeError):  # argparse prints the message of an ArgumentTypeError
+    """The call cannot be carried out. The message is one line that says what to do. Exit status 2."""
 
 
 class PhotoError(ValueError):
     """One photo cannot be explained; the others can. The message is one line. Exit status 1."""
 
 
-def say(line: str, stream: TextIO | None = None) -> None:
-    """Prints one line, on stdout unless told otherwise; a control character in a file name does not make it two."""
-    print("".join(c if c.isprintable() or c == " " else repr(c)[1:-1] for c in line), file=stream, flush=True)
-
-
-def note(message: str) -> None:
-    """Tells the person something on stderr that is not an error."""
-    say(f"note: {message}", sys.stderr)
+def print_line(text: str, stream: Any = None) -> None:
+    """Print one line, on stdout by default; control characters, as in a file name, are escaped."""
+    print("".join(c if c.isprintable() or c == " " else repr(c)[1:-1] for c in text), file=stream, flush=True)
 
 
 @functools.cache
-def note_once(message: str) -> None:
-    """The same, but the first time only."""
-    note(message)
+def warn(message: str) -> None:
+    """Print a warning on stderr, each one once."""
+    print_line(f"warning: {message}", sys.stderr)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """Return the first line of an error's message, or the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: which of the known names was probably meant, or nothing if none comes near."""
-    # People leave out prefixes ("layer4.2.conv" for "backbone.layer4.2.conv3"), so a containing name counts as near.
+    """Return "; did you mean ...?" with up to three known names that contain `name` or resemble it, or ""."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    near += [k for k in known if name and name.lower() in k.lower() and k not in near][: 3 - len(near)]
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    near = [each for each in known if name and name.casefold() in each.casefold()][:3]
+    near += [each for each in difflib.get_close_matches(name, known) if each not in near]
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
 
 
-def architecture_names() -> list[str]:
-    """The classification architectures of the installed torchvision, sorted.
+def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    """Return an argparse type: a number of that kind from `low` to `high`."""
 
-    They are read from the source of `torchvision.models`, where `@register_model()` marks each builder, because
-    importing torchvision takes seconds and a mistyped name should be answered at once.
+    def parse(text: str) -> Any:
+        with_point = kind is float
+        if not re.fullmatch(r"\d*\.?\d+|\d+\." if with_point else r"\d+", text) or not low <= kind(text) <= high:
+            raise CallError(f"'{text}' is not a {'' if with_point else 'whole '}number from {low} to {high}")
+        return kind(text)
 
-    Raises:
-        CallError: torchvision is not installed.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        raise CallError("torchvision is not installed; run: pip install -r requirements.txt")
-    sources = (Path(spec.origin).parent / "models").glob("*.py")
-    builder = re.compile(r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
-    return sorted(name for source in sources for name in builder.findall(source.read_text(encoding="utf-8")))
+    return parse
 
 
-def _names_from(known: Sequence[str], kind: str, text: str) -> list[str]:
-    """A comma-separated option value as a list without doubles; each name must be known."""
-    names = list(dict.fromkeys(name.strip().lower() for name in text.split(",") if name.strip()))
-    for name in names or [""]:
-        if name not in known:
-            raise CallError(f"unknown {kind} '{name}'{closest(name, known)} (known: {', '.join(known)})")
-    return names
+def colours(low: float) -> Callable[[str], list[float]]:
+    """Return an argparse type: three numbers from `low` to 255, "R,G,B", or one for all three."""
+
+    def parse(text: str) -> list[float]:
+        values = [number(float, low, 255)(each.strip()) for each in text.split(",")]
+        if len(values) not in (1, 3):
+            raise CallError(f"'{text}' is neither one number nor three with commas between them")
+        return values * (3 // len(values))
+
+    return parse
 
 
-def _methods(text: str) -> list[str]:
-    if text.strip().lower() == "all":
-        return list(METHODS)
-    return _names_from((*METHODS, *MORE_METHODS), "method", text)
+def names_from(known: Sequence[str], kind: str, all_of_them: Sequence[str] = ()) -> Callable[[str], list[str]]:
+    """Return an argparse type: known names with commas between them, or "all"."""
+
+    def parse(text: str) -> list[str]:
+        names = [name.strip().lower() for name in text.split(",") if name.strip()] or [""]
+        names = [*all_of_them] if names == ["all"] and all_of_them else names
+        for name in names:
+            if name not in known:
+                raise CallError(f"unknown {kind} '{name}'{closest(name, known)} (known: {', '.join(known)})")
+        return names
+
+    return parse
 
 
-def _outputs(text: str) -> list[str]:
-    return _names_from(OUTPUTS, "output", text)
-
-
-def _device(text: str) -> str:
-    text = text.lower()
-    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", text):
-        raise CallError(f"unknown device '{text}' (known: cpu, cuda, cuda:1, mps, xpu)")
-    if text.startswith("cuda") and not has_gpu_driver():
-        raise CallError(f"device {text} is not there: no GPU driver is installed; leave --device out")
-    if text.startswith("mps") and sys.platform != "darwin":
-        raise CallError(f"device {text} is not there: it is the GPU of a Mac; leave --device out")
+def some_text(text: str) -> str:
+    """Be an argparse type: text that is not empty."""
+    if not text.strip():
+        raise CallError("the value is empty; leave the option out or pass a value")
     return text
 
 
-def has_gpu_driver() -> bool:
-    """Whether the driver is installed that torch asks for CUDA GPUs. How many GPUs it has, only torch can tell."""
-    try:
-        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return os.path.exists("/dev/kfd")  # AMD's; torch calls those GPUs cuda as well
-    return True
-
-
-def _architecture(text: str) -> str:
-    file, _, function = text.rpartition(":")
-    if file.endswith(".py"):
-        _file(file)
-        if not function.isidentifier():
-            raise CallError(f"'{text}' names no function; pass --arch file.py:function")
-        return text
-    if text.endswith(".py"):
-        raise CallError(f"'{text}' names no function; pass --arch {text}:function")
-    text, known = text.lower(), architecture_names()
-    if known and text not in known:
-        raise CallError(
-            f"unknown architecture '{text}'{closest(text, known)} (torchvision has {len(known)}: alexnet ... "
-            "wide_resnet50_2; the README lists the families)"
-        )
-    return text
-
-
-def _between(low: int, high: int) -> Any:
-    """An argparse type: a whole number from low to high."""
-
-    def number(text: str) -> int:
-        if not re.fullmatch(r"-?\d+", text) or not low <= int(text) <= high:
-            raise CallError(f"'{text}' is not a whole number from {low} to {high}")
-        return int(text)
-
-    return number
-
-
-def _fraction(text: str) -> float:
-    """An argparse type: a number from 0 to 1."""
-    if not re.fullmatch(r"\d*\.?\d+|\d+\.", text) or not 0 <= float(text) <= 1:
-        raise CallError(f"'{text}' is not a number from 0 to 1")
-    return float(text)
-
-
-def _one_of(known: Iterable[str], kind: str) -> Any:
-    """An argparse type: one of the known names."""
-
-    def name(text: str) -> str:
-        (found,) = _names_from(tuple(known), kind, text.replace(",", " "))
-        return found
-
-    return name
-
-
-def _file(text: str) -> Path:
-    path = Path(text)
+def existing_file(text: str) -> Path:
+    """Be an argparse type: the path of a file that exists and is not empty."""
+    path = Path(some_text(text))
     if not path.is_file():
-        raise CallError(f"'{text}' is {'a folder, not a file' if path.is_dir() else 'not there'}")
+        raise CallError(f"{text}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
     if path.stat().st_size == 0:
-        raise CallError(f"'{text}' is empty")
+        raise CallError(f"{text}: the file is empty")
     return path
 
 
-def read_class_names(path: Path) -> list[str]:
-    """Class names from a file: one a line, or JSON: a list, {"0": "cat"}, {"cat": 0} or {"0": ["n02123045", "tabby"]}.
+def architecture(text: str) -> str:
+    """Be an argparse type: an architecture, which torchvision checks later, or file.py:function."""
+    file, _, function = text.rpartition(":")
+    if text.endswith(".py") or (file.endswith(".py") and not function.isidentifier()):
+        raise CallError(f"'{text}' names no function; pass --arch file.py:function")
+    if file.endswith(".py"):
+        existing_file(file)
+        return text
+    return some_text(text).lower()
+
+
+def device_name(text: str) -> str:
+    """Be an argparse type: a device that torch may know."""
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", text.lower()):
+        raise CallError(f"unknown device '{text}' (known: cpu, cuda, cuda:1, mps, xpu)")
+    return text.lower()
+
+
+def class_names(text: str) -> list[str]:
+    """Be an argparse type: names with commas between them, or a file with one a line or JSON (`ordered_names`)."""
+    if "," in text and not os.path.exists(text):
+        return [name.strip() for name in text.split(",") if name.strip()]
+    path = existing_file(text)
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+        if content.lstrip()[:1] in ("[", "{"):
+            return ordered_names(json.loads(content))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CallError(f"{path}: not class names in UTF-8, one a line or as JSON: {first_line(error)}") from error
+    return [line.strip() for line in content.splitlines() if line.strip()]
+
+
+def ordered_names(classes: Any) -> list[str]:
+    """Return class names in the order of their indices.
+
+    Args:
+        classes: ["cat", "dog"], {"0": "cat"}, {"cat": 0} or {"0": ["n02123045", "tabby"]}.
 
     Raises:
-        CallError: not readable as any of these.
+        ValueError, TypeError: anything else.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if text.lstrip()[:1] in ("[", "{"):
-            return _ordered_names(json.loads(text))
-    except (OSError, ValueError, TypeError) as error:
-        raise CallError(
-            f"{path} is not a list of class names in UTF-8, one a line or as JSON: {first_line(error)}"
-        ) from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _ordered_names(classes: Any) -> list[str]:
-    """Class names in the order of their indices, from any of the forms that people save. Raises ValueError."""
     if isinstance(classes, Mapping):
         pairs = [(v, k) if isinstance(v, int) else (int(k), v) for k, v in classes.items()]
         if sorted(index for index, _ in pairs) != list(range(len(pairs))):
             raise ValueError("the indices are not 0, 1, 2 ...")
-        classes = [name for _, name in sorted(pairs)]
+        classes = [name for _, name in sorted(pairs, key=lambda pair: pair[0])]
     if not isinstance(classes, (list, tuple)):
         raise ValueError("neither a list nor a dict")
-    return [str(name[-1] if isinstance(name, (list, tuple)) and name else name) for name in classes]
+    names = [name[-1] if isinstance(name, (list, tuple)) and name else name for name in classes]
+    if not all(isinstance(name, (str, int, float)) for name in names):
+        raise ValueError("a name is neither text nor a number")
+    return [str(name) for name in names]
 
 
-def _class_names(text: str) -> list[str]:
-    return read_class_names(_file(text))
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        say(f"error: {' '.join(message.split())}", sys.stderr)
+        """Print the message and exit with status 2."""
+        print_line(f"error: {' '.join(message.split())}", sys.stderr)
         self.exit(2)
 
 
-HELP = {
-    "images": "Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders of photos, patterns such as '*.jpg', or - to read "
-    "paths from standard input, one a line.",
-    "arch": "The torchvision architecture, such as resnet50; or net.py:build, a function of your own that returns the "
-    "network. Left out, the checkpoint tells it; without a checkpoint either, it is resnet50.",
-    "ckpt": "Your checkpoint: .pth, .pt, .ckpt or .safetensors with the weights. Left out, torchvision's ImageNet "
-    "weights are downloaded.",
-    "num-classes": "How many classes the network tells apart. Left out, the checkpoint tells it.",
-    "class-names": "The names of the classes in the order of their indices, one a line, or as JSON. They win over "
-    "names in the checkpoint.",
-    "device": "Where to compute: cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. Left out: the CUDA GPU if there is "
-    "one, else the CPU.",
-    "input-size": "Side of the square that the network sees. Left out: the checkpoint's, else that of torchvision's "
-    "preset for the architecture.",
-    "resize": "crop: shorten the photo to a square as torchvision's preset does (the default). squash: show the whole "
-    "photo, aspect not kept.",
-    "batch-size": "How many photos go through the network at once (default: 8). Less needs less memory.",
-    "method": f"How the heatmap is made: {', '.join(METHODS)} (default: gradcam). Several with commas between them, or "
-    f"all for these seven. Also: {', '.join(MORE_METHODS)}.",
-    "target-layer": "The layer that is looked at, by its dotted name, such as layer4 or features.17. May be given "
-    "several times; their maps are averaged. Left out: the last one that gives a spatial map.",
-    "target-class": "The class that is explained, by name or index. May be given several times. Left out: the "
-    "likeliest one for each photo.",
-    "top-k": "Explain the N likeliest classes of each photo.",
-    "aug-smooth": "Average the maps over six variants of the photo, mirrored, with more and less contrast: slow.",
-    "eigen-smooth": "Keep only the first principal component of what the channels contribute: less noise.",
-    "metrics": "Measure how far each map can be trusted: average drop and increase in confidence, deletion, insertion, "
-    "ROAD.",
-    "output": "Where the pictures and results.jsonl go (default: out). It is made if need be.",
-    "outputs": "Which pictures, comma-separated: cam, gb, cam_gb (default: all three). cam alone is the fastest.",
-    "output-size": "Long side of the pictures. Left out: that of the photo's part that the network saw, at most 1024.",
-    "sheet": "Write one picture more, with a row for each method and class.",
-    "save-arrays": "Write the maps, gradients and logits as numbers, too (NumPy's .npz).",
-    "colormap": "The heatmap's colours, by OpenCV's names: jet, turbo, viridis ... (default: jet).",
-    "alpha": "How strong the heat lies over the photo, from 0 to 1 (default: 0.5).",
-    "format": "jpg, png or webp (default: jpg).",
-    "quality": "Of jpg and webp, from 1 to 100 (default: 98).",
-    "skip-existing": "Go on where an earlier run stopped: leave out the photos that stand in results.jsonl with the "
-    "same options and whose files are all there.",
-}
+def make_parser() -> Parser:
+    """Return the parser of all options."""
+    about = """Show what in a photo made a network answer as it did. For each photo the program writes the
+heatmap (CAM) over the photo, guided backpropagation (gb), and the product of the two (cam_gb)."""
+    parser = Parser("cnn_visualizations.py", description=about, epilog=EXAMPLES, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    text = "Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders, patterns, or - to read paths from standard input."
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help=text)
 
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="cnn_visualizations.py",
-        description="Shows what in a photo made a network answer as it did. For each photo it writes the\n"
-        "heatmap (CAM) over the photo, guided backpropagation (gb), and the product of the two\n"
-        "(cam_gb) as pictures.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    add = parser.add_argument_group("the network").add_argument
+    text = "A torchvision architecture, or net.py:build, your own function. Default: recognised from the checkpoint."
+    add("--arch", type=architecture, metavar="NAME", help=text)
+    text = (
+        "Your checkpoint: .pth, .pt, .ckpt or .safetensors. Without it, torchvision's ImageNet weights are downloaded."
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help=HELP["images"])
+    add("--ckpt", type=existing_file, metavar="FILE", help=text)
+    add("--num-classes", type=number(int, 1, 10**6), metavar="N", help="How many classes. Default: the checkpoint's.")
+    text = "Class names in the order of training: cat,dog or a file, one a line or JSON. Default: the checkpoint's."
+    add("--class-names", type=class_names, metavar="NAMES", help=text)
+    text = "cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. Default: the CUDA GPU if there is one, else the CPU."
+    add("--device", type=device_name, metavar="NAME", help=text)
 
-    def group(title: str) -> Any:
-        arguments = parser.add_argument_group(title)
-        return lambda name, **kwargs: arguments.add_argument(f"--{name}", help=HELP[name], **kwargs)
+    add = parser.add_argument_group("what the network sees").add_argument
+    text = "Side of the network's square input. Default: the checkpoint's entry, else torchvision's preset."
+    add("--input-size", type=number(int, 8, 4096), metavar="PX", help=text)
+    text = "crop: the central square (default). squash: the whole photo, aspect ratio not kept."
+    add("--resize", type=str.lower, choices=("crop", "squash"), default="crop", help=text)
+    text = "Mean that is subtracted, R,G,B from 0 to 1 or to 255, or one number. ToTensor() alone: --mean 0 --std 1."
+    add("--mean", type=colours(0), metavar="R,G,B", help=text)
+    add("--std", type=colours(1e-6), metavar="R,G,B", help="Standard deviation that is divided by, likewise.")
+    text = "Photos that go through the network at once. Default: 32 on a GPU, 2 on the CPU."
+    add("--batch-size", type=number(int, 1, 4096), metavar="N", help=text)
 
-    add = group("the network")
-    add("arch", type=_architecture, metavar="NAME")
-    add("ckpt", type=_file, metavar="FILE")
-    add("num-classes", type=_between(1, 1_000_000), metavar="N")
-    add("class-names", type=_class_names, metavar="FILE")
-    add("device", type=_device, metavar="NAME")
+    add = parser.add_argument_group("the explanation").add_argument
+    text = (
+        f"{', '.join(METHODS)} (default: gradcam); several with commas, all for these. Also {', '.join(MORE_METHODS)}."
+    )
+    parse = names_from((*METHODS, *MORE_METHODS), "method", METHODS)
+    add("--method", type=parse, action="extend", metavar="LIST", dest="methods", help=text)
+    text = "Layer to explain, such as layer4; repeat it to average several. Default: the last with a spatial map."
+    add("--target-layer", type=some_text, action="append", metavar="NAME", dest="target_layers", help=text)
+    text = "Class to explain, name or index; repeat it for several. Default: the prediction of each photo."
+    add("--target-class", type=some_text, action="append", metavar="CLASS", dest="target_classes", help=text)
+    add("--top-k", type=number(int, 1, 10**6), metavar="N", help="Explain the N classes of highest probability.")
+    add("--aug-smooth", action="store_true", help="Average over six variants of the photo: smoother, six times slower.")
+    add("--eigen-smooth", action="store_true", help="Take the first principal component over the channels: less noise.")
+    text = "Measure each map: average drop, increase in confidence, deletion, insertion, ROAD."
+    add("--metrics", action="store_true", help=text)
 
-    add = group("what the network sees")
-    add("input-size", type=_between(8, 4096), metavar="PX")
-    add("resize", choices=("crop", "squash"), default="crop")
-    add("batch-size", type=_between(1, 4096), default=8, metavar="N")
-
-    add = group("the explanation")
-    add("method", type=_methods, default=["gradcam"], metavar="LIST", dest="methods")
-    add("target-layer", action="append", metavar="NAME", dest="target_layers")
-    add("target-class", action="append", metavar="CLASS", dest="target_classes")
-    add("top-k", type=_between(1, 1_000_000), metavar="N")
-    add("aug-smooth", action="store_true")
-    add("eigen-smooth", action="store_true")
-    add("metrics", action="store_true")
-
-    add = group("the pictures")
-    add("output", type=Path, default=Path("out"), metavar="FOLDER")
-    add("outputs", type=_outputs, default=list(OUTPUTS), metavar="LIST")
-    add("output-size", type=_between(16, 8192), metavar="PX")
-    add("sheet", action="store_true")
-    add("save-arrays", action="store_true")
-    add("colormap", type=_one_of(COLORMAPS, "colormap"), default="jet", metavar="NAME")
-    add("alpha", type=_fraction, default=0.5, metavar="A")
-    add("format", type=_one_of(FORMATS, "format"), default="jpg", metavar="NAME")
-    add("quality", type=_between(1, 100), default=98, metavar="Q")
-    add("skip-existing", action="store_true")
+    add = parser.add_argument_group("the files").add_argument
+    add("--output", type=some_text, default="out", metavar="FOLDER", help="Where the files go. Default: out.")
+    text = "Which pictures: cam, gb, cam_gb. Default: all three. cam alone is the fastest."
+    add("--outputs", type=names_from(OUTPUTS, "output", OUTPUTS), action="extend", metavar="LIST", help=text)
+    text = "Long side of the pictures. Default: the photo's own resolution, at most 1024."
+    add("--output-size", type=number(int, 16, 8192), metavar="PX", help=text)
+    add("--sheet", action="store_true", help="Also write one picture with all methods and classes of a photo.")
+    add("--save-arrays", action="store_true", help="Also write maps, gradients and logits as NumPy's .npz.")
+    text = "OpenCV's name, such as turbo or viridis. Default: jet."
+    add("--colormap", type=str.lower, choices=COLORMAPS, default="jet", metavar="NAME", help=text)
+    text = "Opacity of the heatmap over the photo, 0 to 1. Default: 0.5."
+    add("--alpha", type=number(float, 0, 1), default=0.5, metavar="A", help=text)
+    add("--format", type=str.lower, choices=FORMATS, default="jpg", help="Format of the pictures. Default: jpg.")
+    add("--quality", type=number(int, 1, 100), default=98, metavar="Q", help="Of jpg and webp. Default: 98.")
+    text = "Skip photos that an earlier run with the same options has finished."
+    add("--skip-existing", action="store_true", help=text)
     return parser
 
 
-# The first bytes of the files that we read: enough to tell a text file named .jpg without decoding anything.
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"GIF8")
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line as a namespace.
+
+    Raises:
+        SystemExit: 0 after --help, 2 where an option is wrong.
+    """
+    parser, argv = make_parser(), list(sys.argv[1:] if argv is None else argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    args, rest = parser.parse_known_args(argv[:end])
+    for option in (word for word in rest if word.startswith("-") and word != "-"):
+        name = option.split("=")[0]
+        known = [each for action in parser._actions for each in action.option_strings]
+        meant = f"; pass {SYNONYMS[name]}" if name in SYNONYMS else closest(name, known)
+        parser.error(f"unknown option {option}{meant} (see --help)")
+    args.images += rest + argv[end + 1 :]  # photos stand on both sides of the options
+    args.methods = list(dict.fromkeys(args.methods or ["gradcam"]))
+    args.outputs = list(dict.fromkeys(args.outputs or OUTPUTS))
+    args.output = Path(args.output)
+    named = len(args.class_names or ())
+    if args.num_classes and named and args.num_classes != named and (args.num_classes, named) != (1, 2):
+        parser.error(f"--num-classes {args.num_classes}, but --class-names has {named} names")
+    if args.top_k and args.target_classes:
+        parser.error("--top-k and --target-class exclude each other: pass one of the two")
+    if not args.images:
+        parser.error("no photo given; pass a photo or a folder (see --help)")
+    for name in args.images:
+        if name.lower().endswith((".pth", ".pt", ".ckpt", ".safetensors")):
+            parser.error(f"{name}: this is a checkpoint, not a photo; pass --ckpt {name}")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2  Images. Paths become decoded photos; memory stays bounded whatever a file contains.
+# ---------------------------------------------------------------------------------------------------------------------
+
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-NOT_READ = (".heic", ".heif", ".avif")  # photos, too, but Pillow needs further packages for them
+NOT_READ = (".heic", ".heif", ".avif")  # Pillow needs further packages for these
+DECODERS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+MAX_PIXELS = 120_000_000  # decoded to RGB and copied once, 1.2 GB
+MAX_DEEP_PIXELS = 30_000_000  # of photos with 16 or 32 bits a value; above, other photos are decoded one at a time
+MAX_RESIZED = 50_000_000  # pixels; a strip of 700 x 1 has them where the short side becomes 256
+MIN_SIDE = 8  # pixels
+LOG_NAME = "results.jsonl"
 
-# Stands near the beginning or the end of every picture and .npz that this program writes. So a folder can be given with
-# earlier results in it, and no file that is not ours, or that was made from another photo, is ever overwritten.
-MARK = "made by cnn_visualizations.py"
-OUR_NAMES = re.compile(rf"(gb|({'|'.join(map(re.escape, METHODS + MORE_METHODS))})_cam(_gb)?)_|.*_sheet\.")
 
-
-def mark_of(path: str | Path, photo: str | Path) -> str:
-    """The mark of a file made from a photo: MARK, and a hash of the way from the file's folder to the photo."""
+def photo_fault(path: str | Path) -> str | None:
+    """Return why a path cannot be a photo, without opening the file, or None."""
     try:
-        way = os.path.relpath(photo, os.path.dirname(os.path.abspath(path)))
-    except ValueError:  # another drive of Windows
-        way = os.path.abspath(photo)
-    return f"{MARK} from {hashlib.sha256(way.replace(os.sep, '/').encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
-
-
-def is_ours(path: str | Path, photo: str | Path | None = None) -> bool:
-    """Whether a file was written by this program; if a photo is given, whether it was made from that."""
-    mark = MARK if photo is None else mark_of(path, photo)
-    try:
-        with Path(path).open("rb") as file:
-            start = file.read(300)
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 300))
-            return mark.encode() in start + file.read()
+        if os.path.isfile(path):
+            return "the file is empty" if os.path.getsize(path) == 0 else None
     except (OSError, ValueError):
-        return False
+        pass
+    if re.match(r"\w+://", str(path)):
+        return "this is a URL; download the photo and pass the file"
+    return "not a file" if os.path.exists(path) else "no such file"
 
 
-def is_our_picture(path: str) -> bool:
-    """`is_ours` for many files, of which few are: only those are opened that bear such a name as we give."""
-    return bool(OUR_NAMES.match(os.path.basename(path))) and is_ours(path)
-
-
-def may_write(path: str | Path, photo: str | Path) -> bool:
-    """Whether there is no such file, or one that this program made from the same photo."""
-    return not os.path.lexists(path) or is_ours(path, photo)
-
-
-def photo_fault(path: Path) -> str | None:
-    """Why this cannot be a photo, from a glance at the file; None where nothing speaks against it."""
-    try:
-        if path.exists() and not path.is_file():
-            return "is a folder" if path.is_dir() else "is not a file"
-        with path.open("rb") as file:
-            start = file.read(16)
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        return f"cannot be read: {error.strerror}" if isinstance(error, PermissionError) else "is not there"
-    if not start:
-        return "is empty"
-    if start.startswith(SIGNATURES):
-        return None
-    return "is not a picture in a known format; convert it to JPEG, PNG, WebP, BMP, TIFF or GIF"
-
-
-def find_photos(inputs: Sequence[str], stdin: Iterable[str] = ()) -> list[tuple[str, str]]:
-    """The photos that files, folders, patterns and `-` stand for, each with the folder of its pictures under --output.
+def find_photos(inputs: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the photos that files, folders, patterns and `-` stand for, each with its folder below --output.
 
     A folder is walked in sorted order and its tree is mirrored; of several folders, the part of their paths in which
-    they differ is kept. `-` stands for the paths on `stdin`, one a line. A path that is not there stays in the
-    list, so that it gets its error line.
+    they differ is kept. A path that does not exist stays in the list, so that it gets its error line.
+
+    Raises:
+        CallError: there are no photos.
     """
     folders = [os.path.abspath(name) for name in inputs if os.path.isdir(name)]
     try:
@@ -426,158 +360,137 @@ def find_photos(inputs: Sequence[str], stdin: Iterable[str] = ()) -> list[tuple[
     found: dict[str, str] = {}
     for name in inputs:
         if name == "-":
-            found.update((str(Path(line.rstrip("\r\n"))), "") for line in stdin if line.strip())
+            found.update((str(Path(line.rstrip("\r\n"))), "") for line in sys.stdin if line.strip())
         elif os.path.isdir(name):
-            found.update(_walk(os.path.normpath(name), common))
+            found.update(walk(os.path.normpath(name), common))
         elif glob.has_magic(name) and not os.path.lexists(name):  # a shell that leaves patterns to the program
-            matches = sorted(m for m in glob.glob(name, recursive=True) if os.path.isfile(m) and not is_our_picture(m))
-            found.update((match, "") for match in matches or [name])
+            matches = [match for match in sorted(glob.glob(name, recursive=True)) if os.path.isfile(match)]
+            found.update((m, "") for m in matches if os.path.basename(m) not in logged_names(os.path.dirname(m)))
         else:
-            found.setdefault(str(Path(name)), "")
+            found.setdefault(name if "://" in name else str(Path(name)), "")
+    if not found:
+        raise CallError(f"no photos in {', '.join(inputs)} (looked for {' '.join(SUFFIXES)})")
     return list(found.items())
 
 
-def _walk(top: str, common: str) -> Iterator[tuple[str, str]]:
-    """The photos below a folder, each with its folder relative to `common`; not hidden files nor our own pictures.
+def walk(top: str, common: str) -> Iterator[tuple[str, str]]:
+    """Yield the photos below a folder, each with its folder relative to `common`.
 
-    Links to folders are followed, as torchvision's ImageFolder does, but not in circles.
+    Hidden files and pictures that this program wrote are left out. Links to folders are followed, as torchvision's
+    ImageFolder does; of a folder that is reached twice, the second visit is left out.
     """
-    unknown = 0
-
-    def unlisted(error: OSError) -> None:
-        note(f"{error.filename} cannot be listed")
-
-    for folder, inner, files in os.walk(top, onerror=unlisted, followlinks=True):
-        inner[:] = sorted(n for n in inner if not n.startswith(".") and not _leads_back(os.path.join(folder, n), top))
-        unknown += sum(name.lower().endswith(NOT_READ) and not name.startswith(".") for name in files)
+    visited, unread = set(), 0
+    written: dict[str, frozenset[str]] = {}  # folder -> names of our own pictures in it and below it
+    for folder, inner, files in os.walk(
+        top, onerror=lambda e: warn(f"{e.filename}: cannot be listed"), followlinks=True
+    ):
+        real = os.path.realpath(folder)
+        inner[:] = sorted(name for name in inner if not name.startswith(".") and real not in visited)
+        written[folder] = written.get(os.path.dirname(folder), frozenset()) | logged_names(folder)
         absolute = os.path.abspath(folder)
         mirrored = os.path.relpath(absolute, common) if common else os.path.splitdrive(absolute)[1].lstrip("\\/")
-        for name in sorted(files):
-            path = os.path.join(folder, name)
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".") and not is_our_picture(path):
-                yield path, mirrored
-    if unknown:
-        note(f"{unknown} photos in {top} are left out, since {' '.join(NOT_READ)} cannot be read; convert them to JPEG")
+        for name in sorted(files) if real not in visited else ():
+            unread += name.lower().endswith(NOT_READ)
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".") and name not in written[folder]:
+                yield os.path.join(folder, name), "" if mirrored == "." else mirrored
+        visited.add(real)
+    if unread:
+        warn(f"{top}: {unread} photos left out, {' '.join(NOT_READ)} cannot be read; convert them to JPEG")
 
 
-def _leads_back(path: str, top: str) -> bool:
-    """Whether a folder below `top` is a link to one of those that it lies in, or to one above these."""
-    if not os.path.islink(path):
-        return False
-    target, folder = os.path.join(os.path.realpath(path), ""), path
-    while len(folder) > len(top):
-        folder = os.path.dirname(folder)
-        if os.path.join(os.path.realpath(folder), "").startswith(target):
-            return True
-    return False
+@functools.cache
+def logged_names(folder: str) -> frozenset[str]:
+    """Return the names of the files that the log in a folder lists, which are pictures of ours and not photos."""
+    names = set()
+    path = os.path.join(folder, LOG_NAME)
+    with open(path if os.path.isfile(path) else os.devnull, encoding="utf-8", errors="backslashreplace") as lines:
+        for record in map(parse_record, lines):
+            names |= {os.path.basename(file) for file in record.get("files", ())}
+    return frozenset(names)
 
 
-def check_writable(folder: Path) -> None:
-    """Makes the folder and a file in it, and removes the file again. Raises CallError where that fails."""
-    if folder.exists() and not folder.is_dir():
-        raise CallError(f"--output {folder} is a file; pass a folder")
-    probe = folder / f".check{os.getpid()}.part"  # of several processes each has its own
+def parse_record(line: str | bytes) -> dict[str, Any]:
+    """Return a line of the log as a dict; an empty one where it is no record of this program."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise CallError(f"--output {folder}: cannot write there: {error.strerror or error}") from error
+        record = json.loads(line)
+        texts = (record["image"], record["method"], record.get("options", ""), record.get("output_stem", ""))
+        files = record.setdefault("files", [])
+        return record if all(isinstance(text, str) for text in (*texts, *files)) else {}
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return {}
 
 
-def check_images(parser: _Parser, args: argparse.Namespace) -> None:
-    """Ends the program where what stands among the photos was meant for an option."""
-    for name in args.images:
-        if os.path.isfile(name) and name.lower().endswith((".pth", ".pt", ".ckpt", ".safetensors")) and not args.ckpt:
-            parser.error(f"{name} is a checkpoint, not a photo: pass --ckpt {name}")
-        if os.path.lexists(name) or name == "-":
-            continue
-        for option, known, given in (
-            ("method", METHODS + MORE_METHODS, args.methods),
-            ("outputs", OUTPUTS, args.outputs),
-        ):
-            if name in known:
-                several = ",".join(dict.fromkeys([*given, *(name for name in args.images if name in known)]))
-                parser.error(f"{name} is no photo; pass --{option} {several}")
-        for option, given in (("target-class", args.target_classes), ("target-layer", args.target_layers)):
-            if given and "." not in name and not glob.has_magic(name):
-                parser.error(f"{name} is not there; if it is a value, repeat the option: --{option} {name}")
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line as a namespace; whatever can be found wrong without torch ends the program here.
-
-    Raises:
-        SystemExit: 0 after --help, 2 after a wrong call, 1 where none of the photos can be one.
-    """
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    end = rest.index("--") if "--" in rest else len(rest)
-    unknown = [name for name in rest[:end] if name.startswith("-")]
-    # photos may stand on both sides of the options, and after -- whatever they are called
-    args.images += [name for name in rest[:end] if not name.startswith("-")] + rest[end + 1 :]
-    if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]
-        parser.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], options)} (see --help)")
-    count = len(args.class_names or ())
-    if args.num_classes and count and args.num_classes != count and (args.num_classes, count) != (1, 2):
-        parser.error(f"--num-classes {args.num_classes}, but --class-names has {count} names")
-    if args.top_k and args.target_classes:
-        parser.error("--top-k and --target-class exclude each other: pass one of the two")
-    check_images(parser, args)
-    args.photos = find_photos(args.images, sys.stdin if "-" in args.images else ())
-    if not args.photos:
-        parser.error(f"no photos in {', '.join(args.images)} (looked for {' '.join(SUFFIXES)})")
-    # Of a folder every photo is to stand in results.jsonl; photos that were named one by one are answered at once.
-    args.one_by_one = not any(name == "-" or os.path.isdir(name) or glob.has_magic(name) for name in args.images)
-    if args.one_by_one and all(photo_fault(Path(path)) for path, _ in args.photos):
-        for path, _ in args.photos:
-            say(f"error: {path} {photo_fault(Path(path))}", sys.stderr)
-        parser.exit(1)
-    try:
-        check_writable(args.output)
-    except CallError as error:
-        parser.error(str(error))
-    return args
+def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Be the program's sys.excepthook: one line for what a person can mend, else the traceback."""
+    message = first_line(error)
+    if issubclass(kind, ModuleNotFoundError):
+        print_line(f"error: {message}; run: pip install -r requirements.txt", sys.stderr)
+    elif issubclass(kind, (MemoryError, OSError, ImportError)) or "thread" in message or "allocate" in message:
+        print_line(f"error: memory, threads or files do not suffice here ({message}); see ulimit -a", sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 if __name__ == "__main__":
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:  # closed by the shell
+            setattr(sys, stream, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        # a name that the terminal cannot show, or that is not UTF-8, does not end the run
+        getattr(sys, stream).reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
     ARGS = parse_args()
+    try:
+        ARGS.photos = find_photos(ARGS.images)
+        FAULTS = [f"{path}: {photo_fault(path)}" for path, _ in ARGS.photos if photo_fault(path)]
+        if len(FAULTS) < len(ARGS.photos):
+            ARGS.output.mkdir(parents=True, exist_ok=True)
+    except (CallError, OSError) as error:
+        WHERE = f"--output {ARGS.output}: cannot write there: " if isinstance(error, OSError) else ""
+        print_line(f"error: {WHERE}{getattr(error, 'strerror', None) or error}", sys.stderr)
+        sys.exit(2)
+    if len(FAULTS) == len(ARGS.photos):
+        for FAULT in FAULTS:
+            print_line(f"error: {FAULT}", sys.stderr)
+        sys.exit(1)
+    sys.excepthook = report_crash
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
 
-import concurrent.futures
+import contextlib
 import copy
 import errno
-import faulthandler
+import hashlib
+import importlib.util
+import inspect
 import io
 import itertools
 import logging
 import math
-import operator
-import platform
+import secrets
+import stat
 import threading
 import time
+import types
 import unicodedata
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from datetime import date, datetime, timedelta, timezone
 from functools import partial
+from pathlib import PurePath
 
+import cv2
 import numpy as np
+import torch
+from filelock import FileLock
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2  Images. Paths become decoded photos; whatever is in the file, memory stays bounded and the answer is one line.
-#    Still without torch: photos of which none can be decoded are answered at once, too.
-# ---------------------------------------------------------------------------------------------------------------------
-
-MAX_PIXELS = 250_000_000  # above every camera's largest photo; a few kilobytes of hostile PNG can claim to be more
-MAX_RESIZED = 50_000_000  # pixels; a strip of 700 x 1 has them where the short side becomes 256
-MIN_SIDE = 8  # pixels; below that there is nothing to point at
-DECODERS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+Picture = NDArray[np.uint8]  # RGB, (H, W, 3)
+Floats = NDArray[np.float32]
+DECODING = threading.Lock()  # held for a large photo
 
 
 @dataclass(frozen=True)
@@ -590,77 +503,51 @@ class Photo:
     """
 
     path: Path
-    pixels: NDArray[np.uint8]
+    pixels: Picture
 
 
-class Room:
-    """So many pixels are in memory at once, of all threads together: each waits until there is room for its photo."""
-
-    def __init__(self, pixels: int) -> None:
-        self._free = pixels
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def holding(self, pixels: int) -> Iterator[None]:
-        """Not more pixels than the room has."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= pixels)
-            self._free -= pixels
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += pixels
-                self._changed.notify_all()
-
-
-_room = Room(MAX_PIXELS)
-
-
-def read_photo(path: Path) -> Photo:
-    """Decodes a photo: the first frame or page, as 8-bit RGB, turned upright.
+def read_photo(path: str | Path) -> Photo:
+    """Decode a photo: the first frame or page, as 8-bit RGB, turned upright.
 
     Transparency is dropped, as it is by the loaders that networks are trained with (torchvision's ImageFolder, OpenCV).
 
     Raises:
         PhotoError: the file is missing, not a picture, broken, too large or too small.
     """
-    with open_photo(path) as photo:
-        return photo
-
-
-@contextlib.contextmanager
-def open_photo(path: Path) -> Iterator[Photo]:
-    """`read_photo` for many threads: inside `with`, the photo takes its part of the memory that all of them share."""
-    with contextlib.ExitStack() as room:
-        photo = _decode(path, room)
-        yield photo
-
-
-def _decode(path: Path, room: contextlib.ExitStack) -> Photo:
     fault = photo_fault(path)
     if fault:
-        raise PhotoError(f"{path} {fault}")
+        raise PhotoError(f"{path}: {fault}")
     try:
         with Image.open(path, formats=DECODERS) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise PhotoError(f"{path} has {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} megapixels")
+            limit = MAX_DEEP_PIXELS if is_deep(image) else MAX_PIXELS
+            if width * height > limit:
+                deep = " of 16 or 32 bits" if is_deep(image) else ""
+                raise PhotoError(
+                    f"{path}: {width} x {height} pixels{deep}, at most {limit // 10**6} megapixels can be read"
+                )
             if min(width, height) < MIN_SIDE:
-                raise PhotoError(f"{path} has {width} x {height} pixels; at least {MIN_SIDE} x {MIN_SIDE} are needed")
-            room.enter_context(_room.holding(width * height))
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return Photo(path, np.asarray(_to_rgb(image)))
+                raise PhotoError(f"{path}: {width} x {height} pixels, at least {MIN_SIDE} x {MIN_SIDE} are needed")
+            with DECODING if width * height > MAX_DEEP_PIXELS else contextlib.nullcontext():
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+                return Photo(Path(path), np.asarray(to_rgb(image)))
     except PhotoError:
         raise
+    except Image.UnidentifiedImageError as error:
+        raise PhotoError(f"{path}: not a picture that can be read; convert it to JPEG or PNG") from error
     except Exception as error:  # decoders raise nearly anything on a hostile file, from struct.error to MemoryError
-        raise PhotoError(f"{path} cannot be decoded: {first_line(error)}") from error
+        raise PhotoError(f"{path}: cannot be decoded: {first_line(error)}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as 8-bit RGB. Sixteen bits are scaled down; Pillow's own convert would clip them to white."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+def is_deep(image: Image.Image) -> bool:
+    """Return whether the one channel of an image has 16 or 32 bits a value."""
+    return image.mode.startswith("I;16") or image.mode in ("I", "F")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any Pillow mode to 8-bit RGB; 16 bits are scaled down, where Pillow's own convert clips them to white."""
+    if is_deep(image):
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         white = 65535.0 if image.mode != "F" else 1.0 if values.max(initial=0) <= 1 else 255.0
         image = Image.fromarray(np.clip(values * (255 / white) + 0.5, 0, 255).astype(np.uint8))
@@ -669,74 +556,48 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def faults_of_all(paths: Iterable[str]) -> list[str]:
-    """What is wrong with each photo if not one of them can be decoded; an empty list as soon as one can."""
-    faults = []
-    for path in paths:
-        try:
-            read_photo(Path(path))
-            return []
-        except PhotoError as error:
-            faults.append(str(error))
-    return faults
-
-
-def quiet_libraries() -> None:
-    """No warnings, which the person cannot act on, and no limit of Pillow's: read_photo has one, an error line."""
-    warnings.filterwarnings("ignore")
-    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
-    Image.MAX_IMAGE_PIXELS = None
-
-
-def own_stderr() -> None:
-    """From here on stderr is ours alone: what C libraries print of a broken file goes nowhere (libtiff does)."""
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    faulthandler.enable(sys.stderr)  # so that a crash of theirs says something
-
-
-if __name__ == "__main__":
-    quiet_libraries()
-    own_stderr()
-    FAULTS = faults_of_all(path for path, _ in ARGS.photos) if ARGS.one_by_one else []
-    for fault in FAULTS:
-        say(f"error: {fault}", sys.stderr)
-    if FAULTS:
-        sys.exit(1)
-
-import cv2
-import torch
-import torchvision
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torchvision.models import get_model_builder, get_model_weights, list_models
-from tqdm import tqdm
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 3  Model. Names and files become a classifier that knows its preprocessing and its classes.
 # ---------------------------------------------------------------------------------------------------------------------
 
-HEAD_ROOTS = ("fc", "classifier", "head", "heads")  # where torchvision's networks keep their last layer
-STATE_ENTRIES = (
-    *("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params"),
-    *("ema", "model_ema", "ema_state_dict", "state_dict_ema"),
-)
-TRUNKS = re.compile(  # torchvision's own names of what holds most of a network: not to be taken for a wrapper
-    r"(layer|stage)\d\.\d|layers\.\d|blocks\.\d|features\.(\d|conv0|norm\d|denseblock|transition)|"
-    r"encoder\.(layers\.encoder|pos_embedding|ln)|trunk_output\.block"
-)
-MAX_WRAPPERS = 8  # around one another
-AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # training-time heads of googlenet and inception_v3; never needed here
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index", "relative_coords_table")
-DISPENSABLE = BUFFERS[2:]  # the network comes with these; without its running statistics it would answer wrongly
 
-State = dict[str, Tensor]
+def import_torchvision() -> types.ModuleType:
+    """Import torchvision without torch's compiler, which its roi_align asks one question; that takes two seconds.
+
+    While torchvision is imported, a stand-in for `torch._dynamo` answers no. The compiler works afterwards.
+    """
+
+    def answer_no(attribute: str) -> Any:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        return lambda *args, **kwargs: False
+
+    names = [name for name in ("torch._dynamo", "torch._dynamo.utils") if name not in sys.modules]
+    for name in names:
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__getattr__ = answer_no
+    try:
+        import torchvision.models
+    finally:
+        for name in names:
+            del sys.modules[name]
+    return torchvision
+
+
+torchvision = import_torchvision()
+ARCHITECTURES = tuple(torchvision.models.list_models(module=torchvision.models))
+HEADS = ("fc", "classifier", "head", "heads")  # where torchvision's networks keep their last layer
+AUXILIARY = re.compile(r"(^|\.)(aux1|aux2|AuxLogits)\.")  # training-time heads of googlenet and inception_v3
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+COMPUTED = ("num_batches_tracked", "relative_position_index", "relative_coords_table")  # the network comes with these
+# Before 2018 torchvision's DenseNet called its layers norm.1 and conv.2 instead of norm1 and conv2.
+OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
+OWN_NETWORK = "give a network of your own by --arch net.py:build"
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network that is ready to be asked.
+    """A network with its preprocessing and its classes.
 
     Attributes:
         model: on `device`, float32, in eval mode.
@@ -746,6 +607,7 @@ class Classifier:
             float32 (3, S, S), normalised.
         device: where the weights are.
         squash: whether the network is shown the whole photo (True) or the central square (False).
+        origins: where arch, classes, input, mean and device come from, in brackets for the user, or "".
     """
 
     model: nn.Module
@@ -754,27 +616,50 @@ class Classifier:
     preset: Any
     device: torch.device
     squash: bool = False
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Classifier({self.describe()})"
+
+    def describe(self, layers: Sequence[str] = ()) -> str:
+        """Return, in one line, all that is assumed about the network, and where each item comes from."""
+        mean, std = self.preset.mean, self.preset.std
+        imagenet = np.allclose([mean, std], [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+        values = [f"{name} {','.join(f'{v:.4g}' for v in of)}" for name, of in (("mean", mean), ("std", std))]
+        items = {
+            "arch": self.arch,
+            "classes": f"{len(self.class_names)} classes",
+            "layers": " and ".join(layers),
+            "input": f"input {self.input_size} x {self.input_size} {'squash' if self.squash else 'crop'}",
+            "mean": "ImageNet mean and std" if imagenet else " ".join(values),
+            "device": str(self.device),
+        }
+        told = {key: f" ({origin})" for key, origin in self.origins.items() if origin}
+        return ", ".join(text + told.get(key, "") for key, text in items.items() if text)
+
+    @property
+    def input_size(self) -> int:
+        """Side of the network's square input in pixels."""
+        return self.preset.crop_size[0]
 
     def preprocess(self, photo: Photo) -> Tensor:
-        """The photo as the network sees it: float32 (3, S, S), normalised.
+        """Return the photo as the network sees it: float32 (3, S, S), normalised.
 
         Raises:
-            PhotoError: a strip so long that the preset would blow it up beyond MAX_RESIZED.
+            PhotoError: a strip so long that the preset would enlarge it beyond MAX_RESIZED.
         """
         height, width = photo.pixels.shape[:2]
         pixels = self.preset.resize_size[0] ** 2 * max(height, width) / min(height, width)
         if not self.squash and pixels > MAX_RESIZED:
-            raise PhotoError(
-                f"{photo.path} is {width} x {height} pixels, too long a strip for --resize crop; use squash"
-            )
+            raise PhotoError(f"{photo.path}: {width} x {height} pixels, too long a strip to crop; pass --resize squash")
         return self.preset(Image.fromarray(photo.pixels))
 
     def seen_box(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """The part of a photo that the network sees: left, top, right, bottom, in the photo's pixels."""
+        """Return the part of a photo that the network sees: left, top, right, bottom, in the photo's pixels."""
         if self.squash:
             return 0.0, 0.0, float(width), float(height)
-        short, side = self.preset.resize_size[0], self.preset.crop_size[0]
-        # torchvision rounds the long side down and the crop's corner to the nearest pixel; follow it exactly
+        short, side = self.preset.resize_size[0], self.input_size
+        # as torchvision does: the long side is rounded down, the corner of the crop to the nearest pixel
         new_width, new_height = (
             (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
         )
@@ -792,64 +677,73 @@ def load_classifier(
     class_names: Sequence[str] | None = None,
     input_size: int | None = None,
     resize: str = "crop",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Classifier:
-    """Builds a classifier and fills it with the weights of a checkpoint.
+    """Build a classifier and load the weights of a checkpoint.
 
-    A network with a single output gets two: logits of which the softmax is what the sigmoid of the one was.
+    A network with a single output gets two: logits whose softmax is the sigmoid of the one.
 
     Args:
-        arch: a name from `torchvision.models.list_models`, or "file.py:function" for a network of your own; None: the
-            checkpoint's own `arch` entry, else the one architecture that has the checkpoint's number of parameters;
-            without a checkpoint, resnet50.
+        arch: a name from `torchvision.models.list_models`, or "file.py:function" for a network of your own. None: the
+            checkpoint's entry, else recognised from the weights; without a checkpoint, resnet50.
         ckpt: the weights; None: torchvision's ImageNet weights, from its cache or the network.
-        num_classes: None: the checkpoint's. Given, it must agree with the checkpoint.
+        num_classes: must agree with the checkpoint; None: the checkpoint's.
         device: None: the CUDA GPU if there is one, else the CPU.
         class_names: one for each class; None: those of the checkpoint, else ImageNet's where there are 1000 classes.
         input_size: side of the square input in pixels; None: the checkpoint's, else that of torchvision's preset.
         resize: "crop" or "squash".
+        mean, std: three numbers each, of colours from 0 to 1 or to 255; None: the checkpoint's, else the preset's.
 
     Raises:
-        CallError: whatever does not fit, in one line.
+        CallError: something does not fit.
     """
-    target = find_device(device)
+    target, why = find_device(device)
     if resize not in ("crop", "squash"):
         raise CallError(f"unknown resize '{resize}' (known: crop, squash)")
     own = arch is not None and ".py:" in arch
-    known = list_models(module=torchvision.models)
-    if arch is not None and not own and arch not in known:
-        raise CallError(f"unknown architecture '{arch}'{closest(arch, known)}")
+    if arch is not None and not own and arch not in ARCHITECTURES:
+        raise CallError(
+            f"unknown architecture '{arch}'{closest(arch, ARCHITECTURES)} (known: {', '.join(ARCHITECTURES)})"
+        )
+    origins = {"arch": "" if arch else "default", "device": why}
     if ckpt is None:
         arch = arch or "resnet50"
-        checkpoint = Checkpoint("the network", {}) if own else download_weights(arch)
+        checkpoint = Checkpoint("the network") if own else download_weights(arch)
     else:
         checkpoint = read_checkpoint(Path(ckpt))
-        arch = arch or find_architecture(checkpoint)
+    if arch is None:
+        arch = named_architecture(checkpoint)
+        origins["arch"] = f"from {os.path.basename(checkpoint.name)}" if arch else "recognised"
+        arch = arch or recognise(checkpoint)
     build = build_own_model if own else build_model
-    model, preset = build(arch, checkpoint, num_classes, input_size)
+    model, beside = build(arch, checkpoint, num_classes, input_size)
+    given = {"input_size": input_size, "mean": mean, "std": std}
+    preset, told = make_preset("resnet50" if own else arch, model, checkpoint, beside, given)
     if resize == "squash":
         preset.resize_size = [preset.crop_size[0]] * 2
-    outputs = count_outputs(model, preset.crop_size[0]) if own else _head(model)[1].weight.shape[0]
-    count = max(outputs, 2)
-    if outputs == 1:
-        model.register_forward_hook(two_sided)
-    if num_classes not in (None, outputs, count):
-        raise CallError(f"--num-classes {num_classes}, but {checkpoint.name}: {count} classes; leave the option out")
-    names = name_classes(class_names, checkpoint, count)
-    return Classifier(model.to(target), arch, names, preset, target, squash=resize == "squash")
+    outputs = count_outputs(model, preset.crop_size[0], num_classes) if own else find_head(model)[1].weight.shape[0]
+    if num_classes not in (None, outputs, max(outputs, 2)):
+        raise CallError(f"--num-classes {num_classes}, but {checkpoint.name}: {outputs} classes; leave the option out")
+    model.register_forward_hook(partial(two_sided if outputs == 1 else only_logits, outputs=outputs))
+    names = name_classes(class_names, checkpoint, max(outputs, 2))
+    if not any(names) or names[0] == "class 0":
+        told["classes"] = (
+            "without names; pass --class-names cat,dog in the order of training, ImageFolder's: alphabetical"
+        )
+    return Classifier(model.to(target), arch, names, preset, target, resize == "squash", origins | told)
 
 
-def find_device(name: str | torch.device | None, local_rank: int | None = None) -> torch.device:
-    """The device of that name; None stands for the CUDA GPU where there is one, else the CPU.
+def find_device(name: str | torch.device | None, local_rank: int | None = None) -> tuple[torch.device, str]:
+    """Return the device of that name, by default the CUDA GPU or else the CPU, and why there is no GPU, or "".
 
     Under torchrun each process of a machine takes the GPU with the number `local_rank`, unless one is named.
 
     Raises:
-        CallError: it is not there or cannot be used.
+        CallError: it does not exist or cannot be used.
     """
     if name is None and not torch.cuda.is_available():
-        if not local_rank:
-            note(f"{why_no_gpu()}, computing on the CPU")
-        return torch.device("cpu")
+        return torch.device("cpu"), why_no_gpu()
     name = str(name or "cuda")
     if local_rank is not None and name == "cuda":
         name = f"cuda:{local_rank}"
@@ -860,353 +754,417 @@ def find_device(name: str | torch.device | None, local_rank: int | None = None) 
         torch.zeros(1, device=device).add_(1).item()  # whether this torch has code for this GPU shows only now
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         if name in have or f"{name}:0" in have:
-            why = first_line(error)
-            raise CallError(f"device {name} cannot be used: {why}; make room on it, or pass --device cpu") from error
+            raise CallError(
+                f"device {name} cannot be used: {first_line(error)}; free its memory, or pass --device cpu"
+            ) from error
         why = f" ({why_no_gpu()})" if name.startswith("cuda") and not torch.cuda.is_available() else ""
-        raise CallError(f"device {name} is not there; this machine has: {', '.join(have)}{why}") from error
-    return device
+        raise CallError(f"device {name} does not exist; this machine has: {', '.join(have)}{why}") from error
+    return device, ""
 
 
 def why_no_gpu() -> str:
-    """Why torch finds no CUDA GPU."""
-    if not has_gpu_driver():
-        return "no CUDA GPU found"
+    """Return why torch finds no CUDA GPU."""
     if not torch.backends.cuda.is_built():
-        return "this torch is built without CUDA (on Windows pip's is; pytorch.org/get-started has the other one)"
+        return "this torch is built without CUDA; pytorch.org/get-started has one with it"
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:  # an old driver, an empty CUDA_VISIBLE_DEVICES
-        return f"no CUDA GPU found: {first_line(error)}"
+        return "no CUDA GPU found" + (
+            f": {first_line(error)}" if "NVIDIA driver on your system" not in str(error) else ""
+        )
     return "no CUDA GPU found"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory is what was missing, the GPU's or the CPU's."""
-    words = (
-        *("out of memory", "can't allocate memory", "not enough memory"),  # torch of GPUs and CPUs
-        *("ALLOC_FAILED", "NOT_INITIALIZED", "unable to find an engine"),  # CUDA's libraries
-        *("OUT_OF_DEVICE_MEMORY", "OUT_OF_RESOURCES"),  # Intel's
-    )
+    """Return whether memory was missing, the GPU's or the CPU's."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "OUT_OF_DEVICE_MEMORY")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was found in a checkpoint.
+    """The content of a checkpoint.
 
     Attributes:
         name: for messages.
-        state: the weights, floating point ones in float32, their keys without the prefixes of wrappers.
-        beside: keys of `state` that lie outside of the wrapper that held most: a loss's weights, or the head.
-        entries: whatever else the file holds (`arch`, `classes`, `input_size` ...).
-        levels: the weights as in the file, then with each wrapper's prefix taken off, each with the keys beside it.
+        tensors: all of them by dotted name, as "state_dict.layer1.0.conv1.weight".
+        containers: for the name of each tensor, that of the dict that holds it, as "state_dict.".
+        entries: what else the file's outermost dict holds, such as `arch`, `classes`, `input_size`.
     """
 
     name: str
-    state: State
-    beside: frozenset[str] = frozenset()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    containers: Mapping[str, str] = field(default_factory=dict)
     entries: Mapping[str, Any] = field(default_factory=dict)
-    levels: Sequence[tuple[State, frozenset[str]]] = ()
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors whose names begin with a prefix and that lie in one dict, the prefix taken off."""
+        found = {name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+        container = min((self.containers[name] for name in found), key=len, default="")
+        return {n.removeprefix(prefix): t for n, t in found.items() if self.containers[n] == container}
+
+    def beside(self, prefix: str) -> dict[str, Tensor]:
+        """Return the other tensors of the same dict, by name below that dict."""
+        container = min(
+            (self.containers[name] for name in self.tensors if name.startswith(prefix)), key=len, default=""
+        )
+        names = [n for n in self.tensors if self.containers[n] == container and not n.startswith(prefix)]
+        return {name.removeprefix(container): self.tensors[name] for name in names}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads the weights and the entries beside them without ever running code from the file.
+    """Read the tensors and the entries beside them without running code from the file.
 
     Raises:
         CallError: not a checkpoint, or one that can only be opened by running its code.
     """
-    content = _load_safely(path)
-    entries = content if isinstance(content, dict) else {}
-    found = _find_state(content)
-    if not found:
-        held = ", ".join(map(str, list(entries)[:8])) or type(content).__name__
-        raise CallError(f"{path} holds no weights (found: {held}); save them with torch.save(model.state_dict(), ...)")
-    tensors = {str(k): v.detach() for k, v in found.items() if isinstance(v, Tensor)}
-    if not all(v.layout is torch.strided and v.numel() for v in tensors.values()):
-        raise CallError(f"{path} holds sparse or empty tensors; save the weights as ordinary ones")
-    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
-    levels = [*unwrapped(state)]
-    state, beside = levels[-1]
-    # Before 2018 torchvision's DenseNet called its layers norm.1 and conv.2 instead of norm1 and conv2.
-    old_densenet = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
-    state = {old_densenet.sub(r"\1\2", key): tensor for key, tensor in state.items()}
-    state = {key: tensor for key, tensor in state.items() if not key.startswith(AUXILIARY)}
-    return Checkpoint(str(path), state, beside, {str(k): v for k, v in entries.items()}, levels)
+    content = load_safely(path)
+    tensors: dict[str, Tensor] = {}
+    containers: dict[str, str] = {}
+    waiting, visited = deque([("", content)]), {id(content)}
+    while waiting:  # breadth first, each dict once: a file may nest them in themselves
+        container, inside = waiting.popleft()
+        for key, value in inside.items() if isinstance(inside, Mapping) else ():
+            name = container + OLD_DENSENET.sub(r"\1\2", str(key).replace("_orig_mod.", ""))
+            if isinstance(value, Tensor) and not AUXILIARY.search(name):
+                tensors.setdefault(name, value.detach())
+                containers.setdefault(name, container)
+            elif isinstance(value, Mapping) and id(value) not in visited and "optim" not in str(key):
+                visited.add(id(value))
+                waiting.append((f"{name}.", value))
+    if not any(tensor.ndim > 1 for tensor in tensors.values()):
+        held = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
+        raise CallError(f"{path}: no weights in it (found: {held}); save them with torch.save(model.state_dict(), ...)")
+    bare = "" in containers.values()  # then a tensor called mean is a buffer of the network
+    entries = {str(key): value for key, value in content.items() if not (bare and isinstance(value, Tensor))}
+    return Checkpoint(str(path), tensors, containers, entries)
 
 
-def _load_safely(path: Path) -> Any:
-    how_to = "save the weights alone with torch.save(model.state_dict(), 'weights.pth')"
+def load_safely(path: Path) -> Any:
+    """Return what torch.load gives with `weights_only`; CallError says what to do about a file that it refuses."""
+    advice = "save the weights alone with torch.save(model.state_dict(), 'weights.pth')"
     if not path.is_file():
-        raise CallError(f"{path} is {'a folder, not a checkpoint' if path.is_dir() else 'not there'}")
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise CallError(f"{path} needs the safetensors package; run: pip install safetensors") from error
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CallError(f"{path} is not a whole safetensors file: {first_line(error)}") from error
+        raise CallError(f"{path}: {'is a folder, not a checkpoint' if path.is_dir() else 'no such file'}")
     try:
-        with torch.serialization.safe_globals(_plain_data()):
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with torch.serialization.safe_globals(plain_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise CallError(f"{path}: needs the safetensors package; run: pip install safetensors") from error
     except Exception as error:
         message = str(error)
         if "TorchScript" in message:
-            raise CallError(f"{path} is a TorchScript archive, which is code; {how_to}") from error
+            raise CallError(f"{path}: a TorchScript archive, which is code; {advice}") from error
         found = re.search(r"(?:GLOBAL |global |but got <class )[`']?([\w.]+)", message)
         if "Weights only" in message and found:
             raise CallError(
-                f"{path} holds a pickled {found.group(1)} object, and loading it would run code; {how_to} "
+                f"{path}: holds a pickled {found.group(1)} object, and loading it would run code; {advice} "
                 "(the README has a line that does so with a model of your own)"
             ) from error
         if isinstance(error, PermissionError):
-            raise CallError(f"{path} cannot be read: permission denied") from error
-        raise CallError(
-            f"{path} is not a checkpoint that torch can read, or not a whole one; copy it again, or {how_to}"
-        ) from error
+            raise CallError(f"{path}: cannot be read: permission denied") from error
+        raise CallError(f"{path}: not a whole checkpoint that torch can read; copy it again, or {advice}") from error
 
 
-def _plain_data() -> list[Any]:
-    """What stands in many checkpoints beside the weights: options of training scripts, what NumPy computed."""
-    # Pickles name NumPy's two builders after its module, which is called otherwise since NumPy 2.
+def plain_types() -> list[Any]:
+    """Return what many checkpoints hold beside the weights: options of training scripts, values of NumPy."""
+    # Pickles name NumPy's two builders after its module, which has another name since NumPy 2.
     builders = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
     named = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in builders for core in ("core", "_core")]
     kinds = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
     paths = [(PurePath, f"pathlib{where}.{kind}") for where in ("", "._local") for kind in kinds]
-    times = [datetime, date, timedelta, timezone]
-    # Not of strings: a pickle may change the size of their items while an array has memory for others.
+    # not of strings: a pickle may change the size of their items while an array has memory for others
     dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
-    return [argparse.Namespace, np.ndarray, np.dtype, *named, *paths, *times, *dtypes]
-
-
-def _find_state(content: Any, depth: int = 0) -> Mapping[str, Any]:
-    """The dict of tensors in what a checkpoint holds: under a usual name, or itself, or the largest one inside it."""
-    if not isinstance(content, Mapping) or depth > 4:
-        return {}
-    for entry in STATE_ENTRIES:
-        found = _find_state(content.get(entry), depth + 1)
-        if found:
-            return found
-    if any(isinstance(value, Tensor) and value.ndim > 1 for value in content.values()):
-        return content
-    inner = [_find_state(value, depth + 1) for key, value in content.items() if "optim" not in str(key)]
-    return max(inner, key=len, default={})
-
-
-def unwrapped(state: State) -> Iterator[tuple[State, frozenset[str]]]:
-    """The state, then again and again without what most of its keys begin with, until that is torchvision's own.
-
-    So a wrapper's `module.`, `model.` or `backbone.` is taken off. Keys outside of it stay as they are: they belong to
-    something beside the network, or are its head, and are given along.
-    """
-    beside: frozenset[str] = frozenset()
-    for _ in range(MAX_WRAPPERS):
-        yield state, beside
-        ((root, count),) = Counter(key.partition(".")[0] + "." for key in state).most_common(1)
-        inside = {key for key in state if key.startswith(root) and not TRUNKS.match(key)}
-        stripped = {key.removeprefix(root) if key in inside else key: tensor for key, tensor in state.items()}
-        is_wrapper, collide = len(inside) == count and count > len(state) / 2, len(stripped) < len(state)
-        if collide or not is_wrapper:
-            return
-        state, beside = stripped, frozenset(state.keys() - inside)
+    return [argparse.Namespace, np.ndarray, np.dtype, *named, *paths, date, datetime, timedelta, timezone, *dtypes]
 
 
 def download_weights(arch: str) -> Checkpoint:
-    """torchvision's ImageNet weights, from its cache or else from the network.
-
-    Raises:
-        CallError: they cannot be had.
-    """
-    weights = get_model_weights(arch).DEFAULT
+    """Return torchvision's ImageNet weights, from its cache or the network. Raises CallError."""
+    weights = torchvision.models.get_model_weights(arch).DEFAULT
     if not (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name).is_file():
-        note(f"downloading torchvision's weights for {arch} ({weights.meta['_file_size']:.0f} MB)")
+        warn(f"downloading torchvision's weights for {arch} ({weights.meta['_file_size']:.0f} MB)")
     try:
-        # torch announces the URL, on stdout or stderr depending on its version
+        # torch prints the URL, on stdout or stderr depending on its version
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             state = weights.get_state_dict(progress=False, check_hash=True)
     except Exception as error:
         raise CallError(
-            f"torchvision's weights for {arch} cannot be downloaded ({first_line(error)}); "
-            "pass your own with --ckpt FILE"
+            f"torchvision's weights for {arch} cannot be downloaded ({first_line(error)}); pass yours with --ckpt"
         ) from error
-    state = {key: tensor for key, tensor in state.items() if not key.startswith(AUXILIARY)}
-    return Checkpoint(f"torchvision's {arch} weights", state, entries={"classes": weights.meta["categories"]})
+    state = {key: tensor for key, tensor in state.items() if not AUXILIARY.search(key)}
+    entries = {"classes": weights.meta["categories"]}
+    return Checkpoint(f"torchvision's {arch} weights", state, dict.fromkeys(state, ""), entries)
 
 
-class _Unallocated(TorchFunctionMode):
-    """Parameters made in this mode get no memory: random weights that are overwritten at once cost nothing."""
+class MetaParameters(TorchFunctionMode):
+    """Inside `with`, parameters are made on the meta device and not initialised: they cost nothing until loaded."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        module, name = (getattr(func, key, "") for key in ("__module__", "__name__"))
+        if module == "torch.nn.init" or name in ("normal_", "uniform_", "trunc_normal_"):
+            return args[0] if args else kwargs["tensor"]  # initialising on the meta device imports torch's compiler
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
 
 
-def skeleton(arch: str, num_classes: int, state: State, input_size: int | None = None) -> nn.Module:
-    """The architecture in eval mode, its parameters without memory, with the options that the weights imply."""
+def skeleton(arch: str, tensors: Mapping[str, Tensor], input_size: int | None = None) -> nn.Module:
+    """Return the architecture in eval mode with two classes, without weights, with the options that `tensors` imply."""
+
+    def ending(name: str) -> Tensor | None:
+        return next((tensor for key, tensor in tensors.items() if key.endswith(name)), None)
+
     options: dict[str, Any] = {}
     if arch in ("googlenet", "inception_v3"):
         # torchvision's own weights for these two expect (p - 0.5) / 0.5, and its builders add that transform when they
         # load them. A trained checkpoint is nearly always fine-tuned from those; the weights themselves don't tell.
-        statistics = next((v for k, v in state.items() if k.endswith("running_mean")), torch.zeros(1))
-        options = {"aux_logits": False, "init_weights": False, "transform_input": bool(statistics.any())}
-    position, patch = state.get("encoder.pos_embedding"), state.get("conv_proj.weight")
-    if position is not None and patch is not None and position.ndim == 3:
-        side = patch.shape[-1]
-        if arch.startswith("vit_") and arch.endswith(f"_{side}"):  # the name ends in the side of the patches
-            options["image_size"] = math.isqrt(max(position.shape[1] - 1, 1)) * side
+        mean = ending("running_mean")
+        trained = mean is not None and not mean.is_meta and bool(mean.any())
+        options = {"aux_logits": False, "init_weights": False, "transform_input": trained}
+    position, patch = ending("encoder.pos_embedding"), ending("conv_proj.weight")
+    if arch.startswith("vit_") and position is not None and patch is not None and position.ndim == 3:
+        if arch.endswith(f"_{patch.shape[-1]}"):  # the name ends in the side of the patches
+            options["image_size"] = math.isqrt(max(position.shape[1] - 1, 1)) * patch.shape[-1]
     if arch == "maxvit_t" and input_size:
         options["input_size"] = (input_size, input_size)
-    with _Unallocated():
-        return get_model_builder(arch)(weights=None, num_classes=num_classes, **options).eval()
+    try:
+        with MetaParameters():
+            return torchvision.models.get_model(arch, weights=None, num_classes=2, **options).eval()
+    except ValueError as error:
+        raise CallError(f"{arch} takes no inputs of {input_size} x {input_size} pixels: {first_line(error)}") from error
 
 
-def _head(model: nn.Module) -> tuple[str, nn.Module]:
-    """The layer that gives the logits, by name: the last one with weights (a convolution in SqueezeNet)."""
+def find_head(model: nn.Module) -> tuple[str, nn.Module]:
+    """Return the layer that gives the logits, with its name: the last one with weights (a convolution in SqueezeNet)."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
 
 
-def _natural(key: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+def backbone(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a torchvision network without its head, and without those that it computes itself."""
+    root = find_head(model)[0].partition(".")[0] + "."
+    return {k: v for k, v in model.state_dict().items() if not k.startswith(root) and not k.endswith(COMPUTED)}
 
 
-def _head_weight(state: State, beside: Iterable[str] = ()) -> str | None:
-    """The key of the weight that gives the logits, without knowing the architecture."""
-    weights = [k for k, v in state.items() if (k.split(".")[0] in HEAD_ROOTS or k in beside) and v.ndim in (2, 4)]
-    return max(weights, key=lambda k: (k.split(".")[0] in HEAD_ROOTS, state[k].ndim == 2, _natural(k)), default=None)
+def find_prefixes(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[tuple[int, str]]:
+    """Return the prefixes under which tensors have names of `wanted`, each with how many are there in their shape.
+
+    The best come first, as [(62, ""), (60, "model_ema.")] of 62. The prefixes are those of the first wanted name.
+    """
+    first = next((key for key in wanted if any(name.endswith(key) for name in tensors)), "")
+    prefixes = [name.removesuffix(first) for name in tensors if f".{name}".endswith(f".{first}")][:100]
+    counts = [sum(p + k in tensors and tensors[p + k].shape == v.shape for k, v in wanted.items()) for p in prefixes]
+    return sorted(zip(counts, prefixes, strict=True), key=lambda found: -found[0])
 
 
-def count_parameters(checkpoint: Checkpoint) -> int:
-    """How many parameters the network would have with 1000 classes: the figure that torchvision publishes."""
-    state, head = checkpoint.state, _head_weight(checkpoint.state, checkpoint.beside)
-    total = sum(v.numel() for k, v in state.items() if not k.endswith(BUFFERS) and k not in checkpoint.beside)
-    if head is None:
-        return total
-    classes, per_class = state[head].shape[0], state[head][0].numel()
-    per_class += head.removesuffix("weight") + "bias" in state
-    return total + (1000 - classes * (head not in checkpoint.beside)) * per_class
+def choose_prefix(arch: str, wanted: Mapping[str, Tensor], checkpoint: Checkpoint) -> str:
+    """Return the prefix of the one network in the file that has every wanted tensor.
 
-
-def find_architecture(checkpoint: Checkpoint) -> str:
-    """The architecture that a checkpoint is of: by its own `arch` entry, else by its number of parameters.
+    Of a network and its moving average (EMA), the network itself is taken.
 
     Raises:
-        CallError: several fit, or none; the message lists what comes near.
+        CallError: there is none, or there are several.
     """
-    known = list_models(module=torchvision.models)
+    found = find_prefixes(wanted, checkpoint.tensors)
+    whole = {checkpoint.tensors[p + next(iter(wanted))].data_ptr(): p for count, p in found if count == len(wanted)}
+    prefixes = [*whole.values()]
+    if len(prefixes) > 1:
+        prefixes = [p for p in prefixes if not re.search("ema|averag", p, re.IGNORECASE)] or prefixes
+    if len(prefixes) > 1:
+        raise CallError(
+            f"{checkpoint.name}: holds {len(prefixes)} networks, under {' and '.join(map(repr, prefixes))}; save the "
+            "state dict of the one to explain"
+        )
+    if not prefixes:
+        raise misfit(arch, wanted, found[0][1] if found else "", checkpoint)
+    return prefixes[0]
+
+
+def misfit(
+    arch: str, wanted: Mapping[str, Tensor], prefix: str, checkpoint: Checkpoint, more: Sequence[str] = ()
+) -> CallError:
+    """Return the error that says which tensors are missing, unexpected (`more`) or of another shape."""
+    tensors = checkpoint.under(prefix)
+    missing = [key for key in wanted if key not in tensors]
+    differ = [
+        f"{key}: {shape_of(tensors[key])} in the file, {shape_of(value)} in {arch}"
+        for key, value in wanted.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    kinds = (("missing", missing), ("unexpected", more), ("of another shape", differ))
+    parts = [f"{len(keys)} {kind} ({'; '.join(keys[:3])}{'; ...' * (len(keys) > 3)})" for kind, keys in kinds if keys]
+    hint = OWN_NETWORK
+    with contextlib.suppress(CallError):
+        other = recognise(checkpoint) if ".py:" not in arch else arch
+        hint = f"it fits {other}: pass --arch {other}" if other != arch else hint
+    return CallError(f"{checkpoint.name} does not fit {arch}: {', '.join(parts)}; {hint}")
+
+
+def named_architecture(checkpoint: Checkpoint) -> str | None:
+    """Return the architecture that an entry of the checkpoint names, or None."""
     entries = checkpoint.entries
-    for said in (entries.get("arch"), entries.get("model_name"), getattr(entries.get("args"), "model", None)):
-        if isinstance(said, str) and said.lower() in known:
-            return said.lower()
-    fitting = architectures_that_fit(checkpoint)
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise CallError(f"{checkpoint.name} fits {' and '.join(fitting)}; choose with --arch")
-    count, sizes = count_parameters(checkpoint), _published_sizes()
-    near = sorted(sizes, key=lambda size: abs(size - count))[:3]
+    names = (entries.get("arch"), entries.get("model_name"), getattr(entries.get("args"), "model", None))
+    return next((name.lower() for name in names if isinstance(name, str) and name.lower() in ARCHITECTURES), None)
+
+
+def recognise(checkpoint: Checkpoint) -> str:
+    """Return the architecture of a checkpoint, found from its tensors.
+
+    The architectures are compared in the order of how near their published number of parameters comes; it is the first
+    whose backbone is all there with nothing else under the same prefix.
+
+    Raises:
+        CallError: there is none.
+    """
+    sizes = Counter[str]()
+    for name, tensor in checkpoint.tensors.items():
+        sizes[checkpoint.containers[name]] += 0 if name.endswith(STATISTICS) else tensor.numel()
+    count, nearest = max(sizes.values()), (0.0, "")
+    published = {
+        arch: [each.meta["num_params"] for each in torchvision.models.get_model_weights(arch)] for arch in ARCHITECTURES
+    }
+    for arch in sorted(ARCHITECTURES, key=lambda arch: min(abs(size - count) for size in published[arch])):
+        model = skeleton(arch, checkpoint.tensors)
+        wanted, root = backbone(model), find_head(model)[0].partition(".")[0]
+        for found, prefix in find_prefixes(wanted, checkpoint.tensors):
+            others = [k for k in checkpoint.under(prefix) if k not in wanted and k.partition(".")[0] != root]
+            if found == len(wanted) and all(key.endswith((*STATISTICS, *COMPUTED)) for key in others):
+                return arch
+            nearest = max(nearest, (found / len(wanted), arch))
+    kind = next(
+        (f", it looks like a {kind}" for key, kind in OTHER_TASKS.items() if key in " ".join(checkpoint.tensors)), ""
+    )
+    near = f"{nearest[0]:.0%} of {nearest[1]}'s tensors are there: pass --arch {nearest[1]} to see which are not; "
     raise CallError(
-        f"{checkpoint.name} fits no torchvision architecture ({count:,} parameters with 1000 classes; nearest: "
-        + ", ".join(f"{' or '.join(sizes[size])} with {size:,}" for size in near)
-        + "); choose with --arch, or give your own network by --arch net.py:build"
+        f"{checkpoint.name} fits no torchvision classifier ({count / 1e6:.1f} million parameters{kind}); "
+        + (near if nearest[0] > 0.5 else "")
+        + OWN_NETWORK
     )
 
 
-def _published_sizes() -> dict[int, list[str]]:
-    sizes: dict[int, list[str]] = {}
-    for arch in list_models(module=torchvision.models):
-        for count in {weights.meta["num_params"] for weights in get_model_weights(arch)}:
-            # inception_v3's figure is the one with its auxiliary head, 3,326,696 parameters, which we never load
-            sizes.setdefault(count - 3_326_696 * (arch == "inception_v3"), []).append(arch)
-    return sizes
-
-
-def architectures_that_fit(checkpoint: Checkpoint) -> list[str]:
-    """The architectures whose tensors the checkpoint has, the head aside.
-
-    The published parameter counts leave one or none; where a changed head spoils the count, those are tried whose
-    count leaves a possible size for a head: VGG's and AlexNet's are large, all others have at most ten million.
-    """
-    trunk = sum(v.numel() for v in _trunk(checkpoint.state, HEAD_ROOTS, checkpoint.beside).values())
-    sizes = _published_sizes()
-    counted = sizes.get(count_parameters(checkpoint), [])
-    possible = [
-        arch
-        for size, archs in sizes.items()
-        for arch in archs
-        if arch.startswith(("vgg", "alexnet")) or -5_000_000 < size - trunk < 10_000_000
-    ]
-    fitting = [arch for arch in counted if _trunk_fits(arch, checkpoint)]
-    return fitting or [arch for arch in dict.fromkeys(possible) if _trunk_fits(arch, checkpoint)]
-
-
-def _trunk(state: Mapping[str, Tensor], roots: Sequence[str], beside: Iterable[str] = ()) -> dict[str, Tensor]:
-    """The parameters of a network without its head."""
-    inside = (k for k in state if k.split(".")[0] not in roots and k not in beside and not k.endswith(BUFFERS))
-    return {key: state[key] for key in inside}
-
-
-def _trunk_fits(arch: str, checkpoint: Checkpoint) -> bool:
-    model = skeleton(arch, 2, checkpoint.state)
-    root = _head(model)[0].split(".")[0]
-    wanted = _trunk(model.state_dict(), [root])
-    found = _trunk(checkpoint.state, [root], checkpoint.beside)
-    return {k: v.shape for k, v in wanted.items()} == {k: v.shape for k, v in found.items()}
+OTHER_TASKS = {
+    **dict.fromkeys(("rpn.", "roi_heads.", "head.classification_head", "transformer.decoder"), "detector"),
+    **dict.fromkeys(
+        ("classifier.4.weight", "aux_classifier.", "decode_head.", "segmentation_head"), "segmentation network"
+    ),
+}
 
 
 def build_model(
-    arch: str, checkpoint: Checkpoint, num_classes: int | None = None, input_size: int | None = None
-) -> tuple[nn.Module, Any]:
-    """The architecture filled with the checkpoint's weights, in eval mode on the CPU, and its preprocessing.
+    arch: str, checkpoint: Checkpoint, num_classes: int | None, input_size: int | None
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the architecture with the checkpoint's weights, in eval mode on the CPU, and the tensors beside it.
 
     Raises:
         CallError: the checkpoint does not fit the architecture, or the architecture the input size.
     """
-    size = input_size or _side(checkpoint.entries.get("input_size"), checkpoint.name)
-    state = dict(checkpoint.state)
-    # A layer in front may have normalised the inputs; the preprocessing does so in its stead.
-    named = [key for key in checkpoint.beside if key.rpartition(".")[2] in ("mean", "std")]
-    normalising = [key for key in named if state[key].numel() == 3]  # those of a loss are of its features
-    entries = {key.rpartition(".")[2]: state.pop(key) for key in normalising} | dict(checkpoint.entries)
-    head = _head_weight(state, checkpoint.beside)
-    classes = state[head].shape[0] if head else num_classes or 1000
-    model = skeleton(arch, classes, state, size)
-    _fit_head(model, state, checkpoint.beside)
-    _load(model, arch, state, checkpoint)
-    fixed = getattr(model, "image_size", None)  # the side that a ViT's position embedding was made for
-    if fixed and size not in (None, fixed):
-        raise CallError(f"this {arch} takes inputs of {fixed} x {fixed} pixels only; leave --input-size {size} out")
-    return model.eval(), _preset(arch, fixed or size, entries)
+    model = skeleton(arch, checkpoint.tensors, input_size or side_of(checkpoint))
+    prefix = choose_prefix(arch, backbone(model), checkpoint)
+    state, beside = checkpoint.under(prefix), checkpoint.beside(prefix)
+    outputs = fit_head(arch, model, state, beside, checkpoint)
+    load_state(arch, model, state, prefix, checkpoint)
+    for key, tensor in beside.items():
+        if tensor.ndim == 4:
+            raise CallError(f"{checkpoint.name}: {key} is of a second network beside {arch}; save only one of them")
+        if tensor.ndim == 2 and tensor.shape[1] == outputs:
+            raise CallError(f"{checkpoint.name}: {key} is a layer behind {arch}'s {outputs} outputs; {OWN_NETWORK}")
+    unused = [key for key in beside if not key.endswith(("mean", "std"))]
+    if unused:
+        warn(f"{checkpoint.name}: not used, as no part of {arch}: {'; '.join(unused[:3])}")
+    return model.eval(), beside
+
+
+def fit_head(
+    arch: str, model: nn.Module, state: dict[str, Tensor], beside: dict[str, Tensor], checkpoint: Checkpoint
+) -> int:
+    """Give the network the head that the checkpoint has, and return its number of outputs.
+
+    The head may be one layer in another place: `model.fc = nn.Sequential(nn.Dropout(), nn.Linear(...))`, one Linear
+    layer instead of a whole classifier, or beside the backbone. Its weights are renamed in `state`.
+
+    Raises:
+        CallError: there is no head, or one of several layers.
+    """
+    name, layer = find_head(model)
+    root = name.partition(".")[0]
+    for place in (name, root, None):
+        source = state if place else beside
+        inside = [key for key in source if not place or key.startswith(f"{place}.")]
+        weights = [key for key in inside if key.endswith("weight") and source[key].ndim in (2, 4)]
+        if weights or (place and inside):
+            break
+    if len(weights) != 1 or (source[weights[0]].ndim == 4) != isinstance(layer, nn.Conv2d):
+        found = f"is not one layer: {'; '.join(inside[:4])}" if inside else "is missing"
+        raise CallError(f"{checkpoint.name}: the head of {arch} ({name}) {found}; {OWN_NETWORK}")
+    old, weight = weights[0].removesuffix(".weight"), source[weights[0]]
+    has_bias = f"{old}.bias" in source
+    if isinstance(layer, nn.Conv2d):
+        head: nn.Module = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:], bias=has_bias, device="meta")
+    else:
+        head = nn.Linear(weight.shape[1], weight.shape[0], bias=has_bias, device="meta")
+    lost = [key for key in model.state_dict() if key.startswith(f"{root}.") and not key.startswith(f"{name}.")]
+    if place != name and lost and not any(key in state for key in lost):
+        model.add_module(root, nn.Sequential(nn.Flatten(1), head))  # instead of a whole classifier, as VGG's
+        new = f"{root}.1"
+    else:
+        model.set_submodule(name, head)
+        new = name
+    for part in ("weight", "bias"):
+        if f"{old}.{part}" in source:
+            state[f"{new}.{part}"] = source.pop(f"{old}.{part}")
+    return weight.shape[0]
+
+
+def load_state(arch: str, model: nn.Module, state: Mapping[str, Tensor], prefix: str, checkpoint: Checkpoint) -> None:
+    """Put the tensors into the network, the floating-point ones as float32. Raises CallError where one does not fit."""
+    wanted = model.state_dict()
+    needed = {key: tensor for key, tensor in wanted.items() if not key.endswith(COMPUTED) or key in state}
+    unexpected = [key for key in state if key not in wanted]
+    if unexpected or any(key not in state or state[key].shape != value.shape for key, value in needed.items()):
+        raise misfit(arch, needed, prefix, checkpoint, unexpected)
+    for key in list(wanted):  # into its own dict, which has the version marks that MNASNet insists on
+        if key not in needed:
+            del wanted[key]
+            continue
+        tensor = state[key]
+        if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
+            raise CallError(
+                f"{checkpoint.name}: {key} has no values or is sparse; save the weights as ordinary tensors"
+            )
+        if wanted[key].is_floating_point() > tensor.is_floating_point():
+            raise CallError(f"{checkpoint.name}: {key} is quantised; save the weights from before that")
+        try:
+            wanted[key] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+        except (RuntimeError, NotImplementedError) as error:
+            raise CallError(f"{checkpoint.name}: {key} is {tensor.dtype}, which torch cannot convert") from error
+    model.load_state_dict(wanted, strict=False, assign=True)
 
 
 def build_own_model(
-    arch: str, checkpoint: Checkpoint, num_classes: int | None = None, input_size: int | None = None
-) -> tuple[nn.Module, Any]:
-    """The network that the function in `arch`, "file.py:function", returns, like `build_model`.
+    arch: str, checkpoint: Checkpoint, num_classes: int | None, input_size: int | None
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the network that the function in `arch`, "file.py:function", builds, like `build_model`.
 
-    The function is called with `num_classes` if it takes it and the number is known. The file is the person's own
-    code and is run; the checkpoint is not. Inputs are prepared as for torchvision's resnet50 unless the checkpoint's
-    entries say otherwise.
+    The function is called with `num_classes` if it takes it and the number is known. The file is the user's own code
+    and is run; the checkpoint is not. Inputs are prepared as for torchvision's resnet50.
 
     Raises:
         CallError: there is no such function, it fails, or the checkpoint does not fit its network.
     """
-    head = _head_weight(checkpoint.state, checkpoint.beside)
-    model = run_own_file(arch, num_classes or (checkpoint.state[head].shape[0] if head else None))
-    if checkpoint.state:
-        # What looks like a wrapper's prefix may be a part of the network.
-        named, wanted = [(checkpoint.state, checkpoint.beside), *checkpoint.levels], model.state_dict().keys()
-        state, beside = max(named, key=lambda level: len(wanted & level[0].keys()))
-        _load(model, arch, state, replace(checkpoint, beside=beside))
-    size = input_size or _side(checkpoint.entries.get("input_size"), checkpoint.name)
-    return model.eval(), _preset("resnet50", size, checkpoint.entries)
+    heads = [k for k, v in checkpoint.tensors.items() if v.ndim == 2 and any(f".{h}." in f".{k}" for h in HEADS)]
+    model = run_own_file(arch, num_classes or (checkpoint.tensors[heads[-1]].shape[0] if heads else None))
+    if checkpoint.tensors:
+        wanted = {key: value for key, value in model.state_dict().items() if not key.endswith(COMPUTED)}
+        prefix = choose_prefix(arch, wanted, checkpoint)
+        load_state(arch, model, checkpoint.under(prefix), prefix, checkpoint)
+    return model.eval(), checkpoint.beside(prefix) if checkpoint.tensors else {}
 
 
 def run_own_file(arch: str, classes: int | None) -> nn.Module:
-    """What the function in "file.py:function" returns for that number of classes. Raises CallError."""
+    """Return what the function in "file.py:function" returns for that number of classes. Raises CallError."""
     file, _, function = arch.rpartition(":")
     folder = os.path.dirname(os.path.abspath(file))
     sys.path.insert(0, folder)  # its neighbours can be imported
@@ -1218,10 +1176,10 @@ def run_own_file(arch: str, classes: int | None) -> nn.Module:
         sys.modules[spec.name] = module  # dataclasses look there
         with contextlib.redirect_stderr(io.StringIO()):  # a parser of options would print how to call the file
             spec.loader.exec_module(module)
-        if not callable(getattr(module, function, None)):
+        build = getattr(module, function, None)
+        if not callable(build):
             functions = [name for name in vars(module) if callable(getattr(module, name))]
             raise CallError(f"{file} has no function '{function}'{closest(function, functions)}")
-        build = getattr(module, function)
         parameters = inspect.signature(build).parameters.values()
         takes_number = any(each.name == "num_classes" or each.kind is each.VAR_KEYWORD for each in parameters)
         model = build(num_classes=classes) if takes_number and classes else build()
@@ -1230,7 +1188,7 @@ def run_own_file(arch: str, classes: int | None) -> nn.Module:
     except (Exception, SystemExit) as error:
         hint = "; is it --num-classes that it needs?" if "num_classes" in str(error) and not classes else ""
         if isinstance(error, SystemExit):
-            hint = "; put what is not to be run by an import behind if __name__ == '__main__':"
+            hint = "; put what must not run on import under if __name__ == '__main__':"
         raise CallError(f"--arch {arch}: {type(error).__name__}: {first_line(error)}{hint}") from error
     finally:
         sys.argv = arguments
@@ -1240,201 +1198,135 @@ def run_own_file(arch: str, classes: int | None) -> nn.Module:
     return model
 
 
-def as_logits(answer: Any) -> Tensor:
-    """What a network returns, as logits (N, classes).
+def as_logits(answer: Any, outputs: int | None = None) -> Tensor:
+    """Return what a network returns as logits (N, classes); of several tensors, the one with `outputs` columns.
 
     Raises:
-        CallError: something else, a map or a dict without logits.
+        CallError: it is something else, or ambiguous.
     """
+
+    def is_row(tensor: Any) -> bool:  # (N, C), (N, C, 1, 1) or (N,)
+        if not isinstance(tensor, Tensor) or not tensor.ndim:
+            return False
+        return math.prod(tensor.shape[1:]) == max(tensor.shape[1:], default=1)
+
     if isinstance(answer, Mapping):  # as transformers' networks give it
-        named = [key for key in ("logits", "out") if key in answer]
-        if not named:
-            raise CallError(f"the network returns a dict of {', '.join(map(str, answer))}; call its logits 'logits'")
-        answer = answer[named[0]]
-    elif hasattr(answer, "logits"):
-        answer = answer.logits
-    elif not isinstance(answer, Tensor):  # an auxiliary head comes second, a map of features is no answer
-        answer = next((each for each in answer if _is_row(each)), answer[0])
-    if not _is_row(answer):
-        found = f"tensor of {_shape(answer)}" if isinstance(answer, Tensor) else type(answer).__name__
-        raise CallError(f"the network answers a batch with a {found}; let it return the logits, (N, classes)")
+        answer = answer.get("logits", answer.get("out", answer))
+    answer = getattr(answer, "logits", answer)
+    if isinstance(answer, (tuple, list)):
+        rows = [each for each in answer if is_row(each)]
+        chosen = [row for row in rows if outputs == row.shape[-1]] if outputs and len(rows) > 1 else rows
+        if len(chosen) > 1:
+            shapes = " and ".join(map(shape_of, rows))
+            raise CallError(f"the network returns {shapes}; let it return the logits alone, or pass --num-classes")
+        answer = chosen[0] if chosen else answer
+    if not is_row(answer):
+        kind = f"tensor of {shape_of(answer)}" if isinstance(answer, Tensor) else type(answer).__name__
+        raise CallError(f"the network returns a {kind}; let it return the logits, (N, classes)")
     return answer[:, None] if answer.ndim == 1 else answer.flatten(1)
 
 
-def _is_row(answer: Any) -> bool:
-    """Whether there is one number a class for each input: (N, C), (N, C, 1, 1) or (N,)."""
-    if not isinstance(answer, Tensor) or not answer.ndim:
-        return False
-    return math.prod(answer.shape[1:]) == max(answer.shape[1:], default=1)
-
-
-def count_outputs(model: nn.Module, side: int) -> int:
-    """How many classes a network tells apart, found out by asking it.
+def count_outputs(model: nn.Module, side: int, num_classes: int | None) -> int:
+    """Return how many outputs a network has for inputs (N, 3, side, side), by running it once.
 
     Raises:
-        CallError: it does not answer, or with probabilities.
+        CallError: it fails, or returns probabilities.
     """
     try:
         with torch.enable_grad():
-            logits = as_logits(model(torch.zeros(1, 3, side, side, requires_grad=True)))
+            logits = as_logits(model(torch.zeros(1, 3, side, side, requires_grad=True)), num_classes)
     except CallError:
         raise
     except Exception as error:
-        grey = "channels" in first_line(error)
-        hint = (
-            "let it begin with x.mean(1, keepdim=True) if it is for grey ones" if grey else "pass another --input-size"
-        )
-        raise CallError(
-            f"the network fails at an input of 3 x {side} x {side} ({first_line(error)}); {hint}"
-        ) from error
+        hint = "; pass another --input-size if it is the size" if isinstance(error, RuntimeError) else ""
+        if "channels" in first_line(error):
+            hint = "; let it begin with x.mean(1, keepdim=True) if it is for grey photos"
+        message = f"{type(error).__name__}: {first_line(error)}"
+        raise CallError(f"the network fails at an input of 3 x {side} x {side} ({message}){hint}") from error
     last = re.match("(Softmax|Sigmoid)Backward", logits.grad_fn.name() if logits.grad_fn else "")
     if last:
         raise CallError(f"the network ends in a {last[1].lower()}; let it return the logits, without that")
     return logits.shape[1]
 
 
-def two_sided(model: nn.Module, inputs: Any, answer: Any) -> Tensor:
-    """A hook that makes logits for two classes, (N, 2), of a single one, whose sigmoid says how sure the second is."""
-    logit = as_logits(answer)
+def only_logits(model: nn.Module, inputs: Any, answer: Any, outputs: int) -> Tensor:
+    """Be a forward hook that returns the logits alone, (N, classes)."""
+    return as_logits(answer, outputs)
+
+
+def two_sided(model: nn.Module, inputs: Any, answer: Any, outputs: int) -> Tensor:
+    """Be a forward hook that makes two logits, (N, 2), of one, whose sigmoid is the probability of the second class."""
+    logit = as_logits(answer, outputs)
     return torch.cat([-logit, logit], 1) / 2
 
 
-def _fit_head(model: nn.Module, state: State, beside: Iterable[str]) -> None:
-    """Gives the network the head that the checkpoint has, where that is a single Linear layer in another place.
-
-    People fine-tune with `model.fc = nn.Sequential(nn.Dropout(), nn.Linear(...))`, or replace a whole classifier by one
-    Linear layer. `state` is changed so that the keys fit.
-    """
-    name, layer = _head(model)
-    root = name.split(".")[0]
-    within = [key for key in state if key.startswith(f"{name}.") and key.endswith("weight")]
-    under = [key for key in state if key.split(".")[0] == root or key in beside]
-    weights = [key for key in under if key.endswith("weight")]
-    if len(within) == 1:  # fc.1.weight for fc.weight, classifier.2.1.weight for classifier.2.weight
-        source = within[0]
-    elif len(weights) == 1 and state[weights[0]].ndim == 2:  # classifier.weight for classifier.1.weight
-        source = weights[0]
-    else:
-        return
-    old = source.removesuffix(".weight")
-    if isinstance(layer, nn.Conv2d) or state[source].ndim != 2:
-        return
-    head = nn.Linear(state[source].shape[1], state[source].shape[0], bias=f"{old}.bias" in state, device="meta")
-    others = [key for key in model.state_dict() if key.split(".")[0] == root and not key.startswith(f"{name}.")]
-    if old != name and set(under) <= {f"{old}.weight", f"{old}.bias"} and others:
-        model.add_module(root, nn.Sequential(nn.Flatten(1), head))  # the whole classifier of a VGG was replaced
-        new = f"{root}.1"
-    else:
-        if head.in_features != layer.in_features:
-            return
-        model.set_submodule(name, head)
-        new = name
-    for part in ("weight", "bias"):
-        if f"{old}.{part}" in state:
-            state[f"{new}.{part}"] = state.pop(f"{old}.{part}")
-
-
-def _load(model: nn.Module, arch: str, state: State, checkpoint: Checkpoint) -> None:
-    """Puts the weights into the network; what does not fit is told in one line."""
-    wanted = model.state_dict()
-    missing = [k for k in wanted if k not in state and not k.endswith(DISPENSABLE)]
-    unexpected = [k for k in state if k not in wanted]
-    differ = [
-        f"{k}: {_shape(state[k])} in the file, {_shape(wanted[k])} in {arch}"
-        for k in wanted
-        if k in state and state[k].shape != wanted[k].shape
-    ]
-    if not missing and not differ and set(unexpected) <= checkpoint.beside:
-        unexpected = _second_network(arch, state, unexpected, checkpoint)
-    if missing or unexpected or differ:
-        found = [("missing", missing), ("unexpected", unexpected), ("of another shape", differ)]
-        parts = [
-            f"{len(keys)} {what} ({'; '.join(keys[:3])}{'; ...' * (len(keys) > 3)})" for what, keys in found if keys
-        ]
-        others = [a for a in architectures_that_fit(checkpoint) if a != arch]
-        hint = "" if ".py:" in arch else "; give a changed network by --arch net.py:build"
-        hint = f"; it would fit {' or '.join(others)}: pass --arch {others[0]}" if others and hint else hint
-        raise CallError(f"{checkpoint.name} does not fit {arch}: {', '.join(parts)}{hint}")
-    quantised = [k for k in wanted if k in state and wanted[k].is_floating_point() > state[k].is_floating_point()]
-    if quantised:
-        raise CallError(f"{checkpoint.name}: {quantised[0]} is quantised; save the weights from before that")
-    for key in list(wanted):  # into its own dict, which has the version marks that MNASNet insists on
-        if key in state:
-            wanted[key] = state[key].contiguous()
-        else:
-            del wanted[key]
-    model.load_state_dict(wanted, strict=False, assign=True)
-
-
-def _second_network(arch: str, state: State, outside: Sequence[str], checkpoint: Checkpoint) -> list[str]:
-    """Of the keys outside of a network that is whole, the convolutions: a second network's, which is not passed over.
-
-    Where there are none, the keys are those of a loss or a metric that was saved along, and are told as left out.
-
-    Raises:
-        CallError: one is a head on top of the network, which would be missing.
-    """
-    head = _head_weight({key: tensor for key, tensor in state.items() if key not in checkpoint.beside})
-    outputs = state[head].shape[0] if head else 0
-    on_top = [key for key in outside if state[key].ndim == 2 and state[key].shape[1] == outputs]
-    if on_top:
-        raise CallError(
-            f"{checkpoint.name}: {on_top[0]} lies on top of {arch}'s {outputs} outputs; give the whole network by "
-            "--arch net.py:build"
-        )
-    convolutions = [key for key in outside if key.endswith("weight") and state[key].ndim == 4]
-    if outside and not convolutions:
-        note(f"{checkpoint.name}: left out as no part of {arch}: {'; '.join(outside[:3])}")
-    return convolutions
-
-
-def _shape(tensor: Tensor) -> str:
+def shape_of(tensor: Tensor) -> str:
+    """Return a shape for messages, such as "64 x 3 x 7 x 7"."""
     return " x ".join(map(str, tensor.shape)) or "one number"
 
 
-def _side(entry: Any, name: str) -> int | None:
-    """A checkpoint's input_size as the side of a square: 225, (225, 225) or (3, 225, 225)."""
+def side_of(checkpoint: Checkpoint) -> int | None:
+    """Return a checkpoint's input_size, 225, (225, 225) or (3, 225, 225), as the side of a square. Raises CallError."""
+    entry = checkpoint.entries.get("input_size")
     if entry is None:
         return None
-    try:
-        sides = [operator.index(side) for side in (entry if isinstance(entry, (list, tuple)) else [entry])][-2:]
-        if len(set(sides)) == 1 and 8 <= sides[0] <= 4096:
-            return sides[0]
-    except TypeError:
-        pass
-    raise CallError(f"{name}: its input_size {str(entry)[:60]} is not a square that can be used; pass --input-size")
+    sides = [*entry][-2:] if isinstance(entry, (list, tuple)) else [entry]
+    if all(isinstance(side, (int, np.integer)) and 8 <= side <= 4096 for side in sides) and len({*sides}) == 1:
+        return int(sides[0])
+    raise CallError(f"{checkpoint.name}: its input_size {str(entry)[:60]} is not a usable square; pass --input-size")
 
 
-def _preset(arch: str, size: int | None, entries: Mapping[str, Any]) -> Any:
-    """torchvision's preprocessing for the architecture; at another size the margin around the crop is in proportion."""
-    transforms = get_model_weights(arch).DEFAULT.transforms
-    preset = transforms()
+def make_preset(
+    arch: str, model: nn.Module, checkpoint: Checkpoint, beside: Mapping[str, Tensor], given: Mapping[str, Any]
+) -> tuple[Any, dict[str, str]]:
+    """Return torchvision's preprocessing for the architecture, and where "input" and "mean" come from.
+
+    At another size than the preset's the margin around the crop is in proportion.
+
+    Args:
+        beside: tensors of the checkpoint beside the network; three of a layer in front that normalised the inputs count.
+        given: "input_size", "mean" and "std" as the user gave them, or None.
+    """
+    name = os.path.basename(checkpoint.name)
+    all_weights = torchvision.models.get_model_weights(arch)
+    preset = all_weights.DEFAULT.transforms()
+    fixed = getattr(model, "image_size", None)  # of a ViT, by the shape of its position embedding
+    size = given["input_size"] or fixed or side_of(checkpoint)
+    if fixed and size != fixed:
+        raise CallError(f"this {arch} takes inputs of {fixed} x {fixed} pixels only; leave --input-size {size} out")
+    asked = "" if given["input_size"] or name.startswith("torchvision's ") else f"from {name}"
+    origins = {"input": asked if size else asked and f"not in {name}; pass --input-size if you trained at another"}
     if size:
         # torchvision has presets for several sizes of some networks; else the margin grows with the size
-        presets = [weights.transforms() for weights in get_model_weights(arch)]
-        same = [p.resize_size[0] for p in presets if p.crop_size[0] == size]
-        resize = preset.resize_size[0] if preset.crop_size[0] == size else None
-        resize = resize or next(iter(same), None) or round(size * preset.resize_size[0] / preset.crop_size[0])
-        preset.crop_size, preset.resize_size = [size], [resize]
-    found = {}
-    for entry in ("mean", "std"):
-        if entries.get(entry) is None:
-            continue
-        try:
-            values = torch.as_tensor(entries[entry], dtype=torch.float64).flatten()  # (3, 1, 1) is common, too
-        except (TypeError, ValueError, RuntimeError):
-            values = torch.empty(0)
-        if len(values) != 3 or not values.isfinite().all() or (entry == "std" and values.min() <= 0):
-            raise CallError(f"the checkpoint's entry {entry} is not three numbers, one for each colour")
-        found[entry] = values
-    white = 255 if any(values.max() > 1 for values in found.values()) else 1  # the largest value of a colour
-    for entry, values in found.items():
-        setattr(preset, entry, (values / white).tolist())
-    return preset
+        presets = [preset, *(weights.transforms() for weights in all_weights)]
+        same = [each.resize_size[0] for each in presets if each.crop_size[0] == size]
+        margin = preset.resize_size[0] / preset.crop_size[0]
+        preset.crop_size, preset.resize_size = [size], [same[0] if same else round(size * margin)]
+    normalising = {name.rpartition(".")[2]: tensor for name, tensor in beside.items() if tensor.numel() == 3}
+    entries = {key: colour_entry(checkpoint, key, normalising.get(key)) for key in ("mean", "std")}
+    for key, entry in entries.items():
+        values = given[key] if given[key] is not None else entry
+        if values is not None:
+            white = 255 if max(*(given["mean"] or entries["mean"] or []), *values) > 1 else 1
+            setattr(preset, key, [value / white for value in values])
+            origins["mean"] = "" if given[key] is not None else f"from {name}"
+    return preset, origins
+
+
+def colour_entry(checkpoint: Checkpoint, key: str, default: Tensor | None) -> list[float] | None:
+    """Return the entry `mean` or `std` of a checkpoint as three numbers, or None. Raises CallError."""
+    entry = checkpoint.entries.get(key, default)
+    try:
+        values = None if entry is None else [float(value) for value in np.asarray(entry, dtype=np.float64).flatten()]
+        if values is None or (len(values) == 3 and all((1e-6 if key == "std" else 0) <= v <= 255 for v in values)):
+            return values
+    except (TypeError, ValueError, OverflowError, RuntimeError, RecursionError):
+        pass
+    raise CallError(f"{checkpoint.name}: its entry {key} is not three usable numbers; pass --{key} R,G,B")
 
 
 def name_classes(given: Sequence[str] | None, checkpoint: Checkpoint, count: int) -> tuple[str, ...]:
-    """A name for each of the network's outputs: those given, else the checkpoint's, else ImageNet's for 1000 classes.
+    """Return a name for each output: those given, else the checkpoint's, else ImageNet's for 1000 classes.
 
     Raises:
         CallError: names were given, but not as many as there are classes.
@@ -1446,48 +1338,38 @@ def name_classes(given: Sequence[str] | None, checkpoint: Checkpoint, count: int
     for entry in ("classes", "class_names", "class_to_idx", "idx_to_class"):
         if checkpoint.entries.get(entry) is not None:
             try:
-                names = _ordered_names(checkpoint.entries[entry])
+                names = ordered_names(checkpoint.entries[entry])
+                if len(names) == count:
+                    return tuple(names)
+                why = f"{len(names)} names for {count} classes"
             except (ValueError, TypeError) as error:
-                note(f"the entry {entry} of {checkpoint.name} is not used: {first_line(error)}")
-                continue
-            if len(names) == count:
-                return tuple(names)
-            note(f"the entry {entry} of {checkpoint.name} is not used: {len(names)} names for {count} classes")
+                why = first_line(error)
+            warn(f"{checkpoint.name}: its entry {entry} is not used: {why}")
     if count == 1000:
-        return tuple(get_model_weights("resnet50").DEFAULT.meta["categories"])
+        return tuple(torchvision.models.get_model_weights("resnet50").DEFAULT.meta["categories"])
     return tuple(f"class {index}" for index in range(count))
 
 
 def find_class(wanted: str, class_names: Sequence[str]) -> int:
-    """The index of a class that is named by its name (upper or lower case) or its index; a name wins.
-
-    Raises:
-        CallError: there is no such class.
-    """
+    """Return the index of a class from its name, upper or lower case, or its index; a name wins. Raises CallError."""
     lowered = [name.casefold() for name in class_names]
     if wanted.casefold() in lowered:
         return lowered.index(wanted.casefold())
-    if re.fullmatch(r"-?\d+", wanted):
-        if 0 <= int(wanted) < len(class_names):
-            return int(wanted)
-        raise CallError(
-            f"--target-class {wanted} is out of range: the network has {len(class_names)} classes, 0 to "
-            f"{len(class_names) - 1}"
-        )
+    if re.fullmatch(r"\d+", wanted) and int(wanted) < len(class_names):
+        return int(wanted)
     some = ", ".join(class_names[:20]) + ", ..." * (len(class_names) > 20)
     hint = "; repeat the option for each class" if "," in wanted else closest(wanted, class_names)
-    raise CallError(f"--target-class: the network has no class '{wanted}'{hint} (it has: {some})")
+    raise CallError(f"--target-class: no class '{wanted}'{hint} (classes 0 to {len(class_names) - 1}: {some})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4  Explanation. One forward pass gives the logits, the activations, and by two backward walks everything else.
+# 4  Explanation. One forward pass gives the logits and the activations, two backward passes the rest.
 # ---------------------------------------------------------------------------------------------------------------------
 
-Floats = NDArray[np.float32]
 Progress = Callable[[Sequence[Tensor]], Iterable[Tensor]]
 
-# The autograd nodes of activation functions: a gradient that comes to one of these is what guided backpropagation
-# clamps. Gates (Sigmoid, Hardsigmoid, Tanh) scale a signal rather than rectify it and are left alone.
+# The autograd nodes of activation functions, whose incoming gradients guided backpropagation clamps. Gates (Sigmoid,
+# Hardsigmoid, Tanh) scale a signal rather than rectify it and are left alone.
 ACTIVATION_NODES = re.compile(
     r"(Relu|LeakyRelu|RreluWithNoise|Prelu|PreluKernel|Hardtanh|Threshold|Elu|Celu|Selu|Gelu|Silu|Swish|Hardswish|Mish"
     r"|Softplus)\w*Backward\d*"
@@ -1496,14 +1378,14 @@ ACTIVATION_NODES = re.compile(
 
 @dataclass(frozen=True)
 class Explanation:
-    """What the explainer found for N inputs of H x W.
+    """The explanation of N inputs of H x W.
 
     Attributes:
         cams: for each method the maps, float32 (N, H, W) in [0, 1]: highest where the evidence for the class is
-            strongest in this photo (1, if it is no average of several). A map that is 0 everywhere says that nothing
-            in the layer speaks for the class, or every place equally.
-        guided: guided-backpropagation gradients, float32 (N, 3, H, W), in units of logit per normalised input value;
-            None if they were not asked for. In a network without activations they are the plain gradients.
+            strongest in this photo (1, if it is no average of several). A map that is 0 everywhere means that the
+            layer holds no positive evidence for the class.
+        guided: guided-backpropagation gradients, float32 (N, 3, H, W), in logit per normalised input value; None if
+            they were not asked for. In a network without activations they are the plain gradients.
         logits: float32 (N, classes).
         targets: int64 (N,), the class that was explained.
 
@@ -1515,25 +1397,32 @@ class Explanation:
     logits: Floats
     targets: NDArray[np.int64]
 
+    def __repr__(self) -> str:
+        shapes = {method: maps.shape for method, maps in self.cams.items()}
+        return f"Explanation(cams={shapes}, targets={self.targets.tolist()})"
+
     def only(self, index: int) -> Explanation:
-        """The explanation of one input, as a batch of one."""
+        """Return the explanation of one input, as a batch of one."""
         i = slice(index, index + 1)
         guided = None if self.guided is None else self.guided[i]
         cams = {method: maps[i] for method, maps in self.cams.items()}
         return Explanation(cams, guided, self.logits[i], self.targets[i])
 
 
-# How each method weighs what the channels say. `activations` are (..., C, h, w), `gradients` those of the class score
-# with respect to them; the answer is each channel's contribution to the map, of the shape of the two.
+# How each method weighs the channels. `activations` are (..., C, h, w), `gradients` those of the class score with
+# respect to them; the result is each channel's contribution to the map, of the shape of the two.
 
 
 def gradcam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Grad-CAM (Selvaraju et al., ICCV 2017, arXiv:1610.02391): weighed by the mean gradient of the channel."""
+    """Grad-CAM (Selvaraju et al., ICCV 2017, arXiv:1610.02391): channels weighted by their mean gradient."""
     return activations * gradients.mean((-2, -1), keepdim=True)
 
 
 def gradcam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Grad-CAM++ (Chattopadhyay et al., WACV 2018, arXiv:1710.11063, equation 19): positive gradients, weighted."""
+    """Grad-CAM++ (Chattopadhyay et al., WACV 2018, arXiv:1710.11063, equation 19), as the grad-cam package has it.
+
+    The 1e-6 in its denominator is as large as the squared gradients of real networks; the paper has none.
+    """
     squared = gradients**2
     alphas = squared / (2 * squared + activations.sum((-2, -1), keepdim=True) * squared * gradients + 1e-6)
     weights = (gradients.clamp(min=0) * torch.where(gradients != 0, alphas, 0)).sum((-2, -1), keepdim=True)
@@ -1547,40 +1436,35 @@ def xgradcam(activations: Tensor, gradients: Tensor) -> Tensor:
 
 
 def hirescam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """HiResCAM (Draelos and Carin, 2020, arXiv:2011.08891): each place by its own gradient."""
+    """HiResCAM (Draelos and Carin, 2020, arXiv:2011.08891): each position weighted by its own gradient."""
     return activations * gradients
 
 
 def gradcam_elementwise(activations: Tensor, gradients: Tensor) -> Tensor:
-    """The same without what speaks against the class, a variant that the grad-cam package has."""
+    """HiResCAM without negative contributions, a variant of the grad-cam package."""
     return (activations * gradients).clamp(min=0)
 
 
 def layercam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """LayerCAM (Jiang et al., IEEE TIP 2021, doi:10.1109/TIP.2021.3089943): each place by its positive gradient."""
+    """LayerCAM (Jiang et al., IEEE TIP 2021, doi:10.1109/TIP.2021.3089943): positive gradients by position."""
     return activations * gradients.clamp(min=0)
 
 
-def absolute_gradients(activations: Tensor, gradients: Tensor) -> Tensor:
-    """As Seg-Eigen-CAM weighs (Chung and Ying, Applied Sciences 2025, doi:10.3390/app15137562, equation 10)."""
-    return activations * gradients.abs()
-
-
 def unweighted(activations: Tensor, gradients: Tensor | None) -> Tensor:
-    """The activations as they are: no class is asked for."""
+    """Return the activations: no class is asked for."""
     return activations
 
 
 def fem(activations: Tensor, gradients: Tensor | None) -> Tensor:
-    """FEM (Fuad et al., IPTA 2020): by the share of a channel's places that are two standard deviations up."""
+    """FEM (Fuad et al., IPTA 2020): channels weighted by the share of their values above two standard deviations."""
     mean, deviation = activations.mean((-2, -1), keepdim=True), activations.std((-2, -1), correction=0, keepdim=True)
     return activations * (activations > mean + 2 * deviation).to(activations).mean((-2, -1), keepdim=True)
 
 
 def random_weights(activations: Tensor, gradients: Tensor | None) -> Tensor:
-    """Channels by chance, from -1 to 1, always the same: what a map is worth that knows nothing (as in grad-cam).
+    """Channels weighted at random in [-1, 1], always alike: what a map without knowledge of the network looks like.
 
-    All of them change sign where the map would be mostly negative, and so be cut off.
+    All weights change sign where the map would be mostly negative, and so empty.
     """
     drawn = torch.rand(activations.shape[-3], generator=torch.Generator().manual_seed(0)) * 2 - 1
     contributions = activations * drawn.to(activations)[:, None, None]
@@ -1590,94 +1474,81 @@ def random_weights(activations: Tensor, gradients: Tensor | None) -> Tensor:
 # How the contributions (..., C, h, w) become a map (..., h, w).
 
 
-def total(contributions: Tensor) -> Tensor:
-    """The sum over the channels."""
+def channel_sum(contributions: Tensor) -> Tensor:
+    """Return the sum over the channels."""
     return contributions.sum(-3)
 
 
-def principal_component(contributions: Tensor) -> Tensor:
-    """Eigen-CAM (Muhammad and Yeasin, IJCNN 2020, arXiv:2008.00299): the projection on the first principal component.
+def principal_component(contributions: Tensor, of_class: bool = True) -> Tensor:
+    """Eigen-CAM (Muhammad and Yeasin, IJCNN 2020, arXiv:2008.00299): projection on the first principal component.
 
-    A component has no sign of its own; grad-cam leaves it to chance, and with it where the heat is. Here the sum of its
-    entries is not negative: then the map rises where the sum of the contributions does (where layer norm has made that
-    sum 0 everywhere, chance remains). By NumPy, on the CPU, so that all but the sign is grad-cam's.
+    The channels are centred, as in the grad-cam package. A component has no sign of its own, and grad-cam leaves it to
+    chance. Here the map of a class rises with the sum of the contributions where the two correlate (0.4 or more); else,
+    and where no class is asked for, with the sum of their absolute values.
     """
     columns = contributions.detach().flatten(-2).transpose(-2, -1).cpu().numpy()  # (..., h * w, C)
-    columns = columns - columns.mean(-2, keepdims=True)
-    first = np.linalg.svd(columns, full_matrices=False)[2][..., :1, :]
-    first = np.where(first.sum(-1, keepdims=True) < -1e-3, -first, first)
-    projections = torch.from_numpy(columns @ first.swapaxes(-2, -1)).to(contributions)
-    return projections.view(*contributions.shape[:-3], *contributions.shape[-2:])
+    centred = columns - columns.mean(-2, keepdims=True)
+    first = np.linalg.svd(centred, full_matrices=False)[2][..., :1, :]
+    projections = (centred @ first.swapaxes(-2, -1))[..., 0]  # (..., h * w), of mean 0
 
+    def correlation(reference: NDArray[Any]) -> NDArray[Any]:
+        reference = reference - reference.mean(-1, keepdims=True)
+        lengths = np.linalg.norm(reference, axis=-1) * np.linalg.norm(projections, axis=-1)
+        return (reference * projections).sum(-1) / np.maximum(lengths, 1e-20)
 
-def signed_component(contributions: Tensor) -> Tensor:
-    """The same, its sign so that the strongest place is positive (Chung and Ying 2025, equation 13)."""
-    maps = principal_component(contributions)
-    flipped = maps.amin((-2, -1), keepdim=True).abs() > maps.amax((-2, -1), keepdim=True).abs()
-    return torch.where(flipped, -maps, maps)
-
-
-def kernel_component(contributions: Tensor) -> Tensor:
-    """KPCA-CAM (Karmani et al., 2024, arXiv:2410.00267): the first component of a kernel PCA, by grad-cam."""
-    from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection_kernel
-
-    shape = contributions.shape
-    if shape[-2] * shape[-1] > 5000:
-        raise CallError(f"kpcacam compares all pairs of places, too many in a map of {_shape(contributions[0, 0, 0])}")
-    maps = get_2d_projection_kernel(contributions.detach().reshape(-1, *shape[-3:]).cpu().numpy())
-    return torch.from_numpy(maps).to(contributions).view(*shape[:-3], *shape[-2:])
+    signed = correlation(columns.sum(-1))
+    sign = np.where(of_class & (np.abs(signed) >= 0.4), signed, correlation(np.abs(columns).sum(-1)))
+    maps = np.where(sign[..., None] < 0, -projections, projections)
+    return torch.from_numpy(maps).to(contributions).view(*contributions.shape[:-3], *contributions.shape[-2:])
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CamMethod:
     """How a method makes its map of a layer.
 
     Attributes:
-        weigh: activations and gradients -> contributions of the channels.
-        join: contributions -> map.
-        gradients: whether `weigh` looks at the gradients. If not, the map is the same for every class.
-        product: whether the maps of several layers are multiplied; else they are averaged.
+        weight_fn: activations and gradients -> contributions of the channels.
+        reduce_fn: contributions -> map.
+        gradients: whether `weight_fn` reads the gradients. If not, the map is the same for every class.
     """
 
-    weigh: Callable[[Tensor, Any], Tensor]
-    join: Callable[[Tensor], Tensor] = total
+    weight_fn: Callable[[Tensor, Any], Tensor]
+    reduce_fn: Callable[[Tensor], Tensor] = channel_sum
     gradients: bool = True
-    product: bool = False
 
 
-RECIPES = {
-    "gradcam": Recipe(gradcam),
-    "gradcam++": Recipe(gradcam_plus_plus),
-    "xgradcam": Recipe(xgradcam),
-    "eigencam": Recipe(unweighted, principal_component, gradients=False),
-    "eigengradcam": Recipe(hirescam, principal_component),
-    "hirescam": Recipe(hirescam),
-    "layercam": Recipe(layercam),
-    "gradcamelementwise": Recipe(gradcam_elementwise),
-    "fem": Recipe(fem, gradients=False),
-    "kpcacam": Recipe(unweighted, kernel_component, gradients=False),
-    "segeigencam": Recipe(absolute_gradients, signed_component),
-    "randomcam": Recipe(random_weights, gradients=False),
-    "refinecam": Recipe(gradcam_plus_plus, product=True),  # arXiv:2605.14641
+CAM_METHODS = {
+    "gradcam": CamMethod(gradcam),
+    "gradcam++": CamMethod(gradcam_plus_plus),
+    "xgradcam": CamMethod(xgradcam),
+    "eigencam": CamMethod(unweighted, partial(principal_component, of_class=False), gradients=False),
+    "eigengradcam": CamMethod(hirescam, principal_component),
+    "hirescam": CamMethod(hirescam),
+    "layercam": CamMethod(layercam),
+    "gradcamelementwise": CamMethod(gradcam_elementwise),
+    "fem": CamMethod(fem, gradients=False),
+    "randomcam": CamMethod(random_weights, gradients=False),
 }
-BY_PASSES = ("scorecam", "ablationcam")  # these ask the network again, channel by channel
-BY_GRAD_CAM = {"fullgrad": "FullGrad", "shapleycam": "ShapleyCAM", "finercam": "FinerCAM"}  # of another score or layer
-
-SMALLER_BATCHES = "the memory does not suffice for such large batches; going on with smaller ones"
-ABLATION_COPIES = 256  # of the layer's output at once, at most
-ABLATION_BYTES = 2**25  # that these copies may take together
+BY_GRAD_CAM = {  # through the classes of the grad-cam package
+    "fullgrad": "FullGrad",  # Srinivas and Fleuret, NeurIPS 2019, arXiv:1905.00780: every bias instead of a layer
+    "kpcacam": "KPCA_CAM",  # Karmani et al., 2024, arXiv:2410.00267: a kernel PCA of the activations
+    "shapleycam": "ShapleyCAM",  # arXiv:2501.06261: needs second derivatives
+    "finercam": "FinerCAM",  # CVPR 2025, arXiv:2501.11309: the class against the three most similar ones
+    "segeigencam": "SegEigenCAM",  # Chung and Ying, Applied Sciences 2025, doi:10.3390/app15137562
+    "refinecam": "RefineCAM",  # arXiv:2605.14641: the product over several layers
+}
 
 
 def normalise(maps: Tensor) -> Tensor:
-    """Each map of (..., h, w) stretched to [0, 1]; one that is the same everywhere becomes 0 (as in grad-cam)."""
+    """Stretch each map of (..., h, w) to [0, 1]; one that is the same everywhere becomes 0, as in grad-cam."""
     maps = maps - maps.amin((-2, -1), keepdim=True)
     return maps / (1e-7 + maps.amax((-2, -1), keepdim=True))
 
 
-def channel_axis(output: Tensor, size: tuple[int, int]) -> int:
-    """Which axis of a layer's output holds the channels, for inputs of `size` (H, W).
+def channel_axis(output: Tensor, size: Sequence[int]) -> int:
+    """Return which axis of a layer's output holds the channels, for inputs of `size` (H, W).
 
-    Convolutional layers give (N, C, h, w); Swin's give (N, h, w, C), and a ViT's tokens (N, T, C).
+    Convolutional layers return (N, C, h, w), Swin's (N, h, w, C), and a ViT's tokens are (N, T, C).
     """
 
     def like_input(rows: int, columns: int) -> bool:
@@ -1688,10 +1559,10 @@ def channel_axis(output: Tensor, size: tuple[int, int]) -> int:
     return output.ndim - 1
 
 
-def as_map(output: Tensor, size: tuple[int, int]) -> Tensor | None:
-    """A layer's output for inputs of `size` (H, W) as (N, C, h, w); None if it has no spatial extent.
+def as_map(output: Tensor, size: Sequence[int]) -> Tensor | None:
+    """Return a layer's output for inputs of `size` (H, W) as (N, C, h, w), or None if it is not spatial.
 
-    Of a ViT's tokens, the first one stands for no place (the class token); some networks have more of those, or none.
+    The first of a ViT's tokens is the class token; some networks have more of those, or none.
     """
     if output.ndim == 4:
         spatial = output.movedim(channel_axis(output, size), 1)
@@ -1699,15 +1570,15 @@ def as_map(output: Tensor, size: tuple[int, int]) -> Tensor | None:
     if output.ndim == 3:
         height, width = size
         for special in (1, 0, 2, 3, 4, 5):
-            places = max(output.shape[1] - special, 0)
-            rows = math.isqrt(places * height // width)
-            if places > 1 and rows and rows * rows * width == places * height:
-                return output[:, special:].transpose(1, 2).unflatten(2, (rows, places // rows))
+            positions = max(output.shape[1] - special, 0)
+            rows = math.isqrt(positions * height // width)
+            if positions > 1 and rows and rows * rows * width == positions * height:
+                return output[:, special:].transpose(1, 2).unflatten(2, (rows, positions // rows))
     return None
 
 
 def graph_nodes(root: Any) -> Iterator[Any]:
-    """Every node of the autograd graph that ends in `root`, once."""
+    """Yield every node of the autograd graph that ends in `root`, once."""
     seen, stack = {root}, [root]
     while stack:
         node = stack.pop()
@@ -1717,25 +1588,21 @@ def graph_nodes(root: Any) -> Iterator[Any]:
         stack.extend(new)
 
 
-def _clamp_incoming(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(None if gradient is None else gradient.clamp(min=0) for gradient in gradients)
-
-
 def guided_gradients(scores: Sequence[Tensor], inputs: Tensor) -> list[Tensor]:
     """Guided backpropagation (Springenberg et al., ICLR 2015 workshop, arXiv:1412.6806) of each score to the inputs.
 
-    An ordinary backward pass in which every activation function lets only positive gradients in. The activations are
-    found in the autograd graph, so modules and functions count alike; the graph is used up.
+    A backward pass in which every activation function lets only positive gradients in. The activations are found in the
+    autograd graph, so modules and functions count alike. The graph is used up.
     """
     for node in {node for score in scores for node in graph_nodes(score.grad_fn)}:
         if ACTIVATION_NODES.fullmatch(node.name()):
-            node.register_prehook(_clamp_incoming)
+            node.register_prehook(lambda gradients: tuple(None if g is None else g.clamp(min=0) for g in gradients))
     last = scores[-1]
     return [torch.autograd.grad(score, inputs, retain_graph=score is not last)[0] for score in scores]
 
 
 def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
-    """The dotted name of a layer that is given by its name or as the module itself. Raises CallError."""
+    """Return the dotted name of a layer that is given by its name or as the module itself. Raises CallError."""
     modules = dict(model.named_modules())
     if isinstance(layer, nn.Module):
         name = next((name for name, module in modules.items() if module is layer), "")
@@ -1750,7 +1617,7 @@ def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
 
 
 def choose_targets(logits: Tensor, targets: Sequence[int] | Tensor | int | None, top: int | None = None) -> Tensor:
-    """The class to explain for each input, int64 (N,), or the K classes, (N, K). Raises CallError for unknown ones."""
+    """Return the class to explain for each input, int64 (N,), or the K classes, (N, K). Raises CallError."""
     classes = logits.shape[1]
     if targets is None:
         return logits.detach().argmax(1) if top is None else logits.detach().topk(min(top, classes)).indices
@@ -1759,16 +1626,18 @@ def choose_targets(logits: Tensor, targets: Sequence[int] | Tensor | int | None,
         raise CallError(f"target classes are indices, not {chosen.dtype}")
     chosen = chosen.long()
     if chosen.ndim > 2 or (chosen.ndim and len(chosen) != len(logits) and not (chosen.ndim == 2 and len(chosen) == 1)):
-        raise CallError(f"{_shape(chosen)} target classes do not go with {len(logits)} inputs: give one for each")
+        raise CallError(f"{shape_of(chosen)} target classes do not go with {len(logits)} inputs: give one for each")
     chosen = chosen.expand(len(logits), *chosen.shape[1:])
     if not ((chosen >= 0) & (chosen < classes)).all():
         raise CallError(f"class {chosen.tolist()} is out of range: the network has {classes} classes, from 0")
-    return moved(chosen, logits.device)
+    return to_device(chosen, logits.device)
 
 
 @contextlib.contextmanager
-def tap(network: nn.Module, layers: Sequence[str], differentiable: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Collects the outputs of layers while the network runs, by name; where a layer runs again, the last one counts.
+def capture_outputs(
+    network: nn.Module, layers: Sequence[str], differentiable: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Collect the outputs of layers by name while the network runs; of a layer that is called again, the last one.
 
     With `differentiable`, a gradient with respect to them can be taken even where nothing before them needs one.
     """
@@ -1776,11 +1645,13 @@ def tap(network: nn.Module, layers: Sequence[str], differentiable: bool = False)
 
     def collect(name: str, module: nn.Module, args: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
-            raise CallError(f"layer '{name}' gives a {type(output).__name__}, not one tensor; choose a layer inside it")
+            raise CallError(
+                f"layer '{name}' returns a {type(output).__name__}, not one tensor; choose a layer inside it"
+            )
         if differentiable and not output.requires_grad:
             output = output.detach().requires_grad_()
         outputs[name] = output
-        return output.clone()  # what follows may change it in place, and it is wanted as the layer gave it
+        return output.clone()  # what follows may change it in place, and it is wanted as the layer returned it
 
     with contextlib.ExitStack() as hooks:
         for name in layers:
@@ -1800,8 +1671,8 @@ class Call:
     node: Any
 
 
-def watch(network: nn.Module, inputs: Tensor) -> tuple[list[Call], Tensor]:
-    """Runs the network once. Returns the calls of its modules, in the order in which they finished, and the logits."""
+def record_calls(network: nn.Module, inputs: Tensor) -> tuple[list[Call], Tensor]:
+    """Run the network once. Return the calls of its modules, in the order in which they finished, and the logits."""
     calls: list[Call] = []
 
     def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -1814,18 +1685,18 @@ def watch(network: nn.Module, inputs: Tensor) -> tuple[list[Call], Tensor]:
         return calls, as_logits(network(inputs.detach().requires_grad_()))
 
 
-def find_target_layer(network: nn.Module, calls: Sequence[Call], logits: Tensor, size: tuple[int, int]) -> str:
-    """The last layer that gives a spatial map on which the answer depends, for inputs of `size` (H, W).
+def find_target_layer(network: nn.Module, calls: Sequence[Call], logits: Tensor, size: Sequence[int]) -> str:
+    """Return the last layer with a spatial map on which the logits depend, for inputs of `size` (H, W).
 
     Adaptive pooling, and layers inside the head (SqueezeNet's has one map for each class), count only where nothing
     else does. In a ViT the last tokens do not reach the head, only the class token does; the last layer whose tokens
-    do is the norm before the last attention, which is where grad-cam's examples look too.
+    do is the norm before the last attention, which grad-cam's examples use too.
 
     Raises:
         CallError: there is none.
     """
     head = next((call for call in reversed(calls) if isinstance(call.module, (nn.Linear, nn.Conv2d))), None)
-    # What the head reads, not the score: the weights of a head that was just initialised may all be zero.
+    # the input of the head, not the score: the weights of a head that was just initialised may all be zero
     features = logits if head is None else head.input
     probe = (features[0] * torch.linspace(1, 2, features[0].numel()).to(features).view_as(features[0])).sum()
     parent = head.name.rpartition(".")[0] if head else ""
@@ -1841,15 +1712,15 @@ def find_target_layer(network: nn.Module, calls: Sequence[Call], logits: Tensor,
                 return call.name
         second_choice = second_choice or call.name
     if not second_choice:
-        raise CallError(f"no layer gives a spatial map for inputs of {size[0]} x {size[1]}; name one as target layer")
+        raise CallError(f"no layer has a spatial map for inputs of {size[0]} x {size[1]}; pass one as target layer")
     return second_choice
 
 
 def fold_batch_norms(network: nn.Module, calls: Sequence[Call], logits: Tensor, keep: Sequence[str]) -> None:
-    """Folds each batch norm into the convolution before it, where nothing else reads that convolution's output.
+    """Fold each batch norm into the convolution before it, where nothing else reads that convolution's output.
 
     In eval mode the two are one affine map, and together they cost one pass over memory instead of two. `keep` names
-    the layers whose own output is wanted. Which output goes where is read from the autograd graph of the watched pass.
+    the layers whose own output is wanted. The autograd graph of the recorded pass tells which output goes where.
     """
     times_called = Counter(call.name for call in calls)
     readers = Counter(parent for node in graph_nodes(logits.grad_fn) for parent, _ in node.next_functions)
@@ -1864,186 +1735,30 @@ def fold_batch_norms(network: nn.Module, calls: Sequence[Call], logits: Tensor, 
             network.set_submodule(call.name, nn.Identity())
 
 
-class _Shared(dict[str, Any]):
-    """What stays one and the same when the module that has it is copied."""
+class BatchSize:
+    """How many items are computed at once; halved where memory does not suffice."""
 
-    def __deepcopy__(self, memo: Any) -> _Shared:
-        return self
+    def __init__(self, size: int) -> None:
+        self.size = size
 
-
-class Packed(nn.Module):
-    """A frozen convolution on the CPU that keeps its weights in the order in which oneDNN computes with them.
-
-    torch brings them into that order anew at each call, forward and backward: a fifth of a ResNet-50's time for one
-    photo. Which order is the best depends on the situation, so where that changes they are packed again. The operators
-    are not public: they are those that torch's compiler uses on CPUs, see `can_pack`.
-    """
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        self.kernel_size, self.stride, self.padding = convolution.kernel_size, convolution.stride, convolution.padding
-        self.dilation, self.groups, self.bias = convolution.dilation, convolution.groups, convolution.bias
-        # the weights for each direction with the situation that they are for
-        packed = {"forward": (None, convolution.weight.detach()), "backward": (None, None)}
-        self._weights = _Shared(packed, lock=threading.Lock())
-
-    @property
-    def weight(self) -> Tensor:
-        """The weights in their usual order, (out, in, height, width)."""
-        _, weight = self._weights["forward"]
-        return (weight.to_dense() if weight.is_mkldnn else weight).contiguous(memory_format=torch.channels_last)
-
-    def _packed(self, direction: str, inputs: Tensor, reorder: Any, *geometry: Any) -> Tensor:
-        """The weights in the best order, which depends on the inputs' shape and on how many threads share the work.
-
-        Of several threads one packs, and the others wait, or there would be as many copies.
-        """
-        situation = torch.get_num_threads(), inputs.shape
-        with self._weights["lock"]:
-            packed_for, weight = self._weights[direction]
-            if packed_for != situation:
-                weight = reorder(self.weight, *geometry, inputs.shape)
-                self._weights[direction] = situation, weight
-        return weight
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(N, in, H, W) -> (N, out, h, w), differentiable with respect to the inputs."""
-        return _PackedConvolution.apply(inputs, self)
-
-    def convolve(self, inputs: Tensor) -> Tensor:
-        """The same, for autograd not to see."""
-        mkldnn, geometry = torch.ops.mkldnn, (self.padding, self.stride, self.dilation, self.groups)
-        weight = self._packed("forward", inputs, mkldnn._reorder_convolution_weight, *geometry)
-        return mkldnn._convolution_pointwise(inputs, weight, self.bias, *geometry, "none", [], "")
-
-    def transposed(self, gradients: Tensor, size: Sequence[int]) -> Tensor:
-        """The gradients with respect to inputs of `size` (H, W), (N, out, h, w) -> (N, in, H, W)."""
-        left_over = [
-            (size[i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1) % self.stride[i]
-            for i in (0, 1)
-        ]
-        mkldnn, geometry = torch.ops.mkldnn, (self.padding, left_over, self.stride, self.dilation, self.groups)
-        weight = self._packed("backward", gradients, mkldnn._reorder_convolution_transpose_weight, *geometry)
-        return mkldnn._convolution_transpose_pointwise(gradients, weight, None, *geometry, "none", [], "")
-
-
-class _PackedConvolution(torch.autograd.Function):
-    """What autograd needs to know of it: the gradient is the transposed convolution."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, layer: Packed) -> Tensor:
-        ctx.layer, ctx.size = layer, inputs.shape[2:]
-        return layer.convolve(inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.transposed(gradients.contiguous(memory_format=torch.channels_last), ctx.size), None
-
-
-@functools.cache
-def can_pack() -> bool:
-    """Whether this torch has the operators on this machine, and they give what its public convolution gives."""
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
-        return False
-    plain = nn.utils.skip_init(nn.Conv2d, 16, 32, 3, 2, 1).requires_grad_(False)
-    plain.load_state_dict({name: torch.linspace(-1, 1, v.numel()).view_as(v) for name, v in plain.state_dict().items()})
-    inputs = torch.linspace(-1, 1, 16 * 12 * 12).view(1, 16, 12, 12).requires_grad_()
-    try:
-        outputs = [convolution(inputs) for convolution in (plain, Packed(plain))]
-        gradients = [torch.autograd.grad(output.square().sum(), inputs)[0] for output in outputs]
-    except (AttributeError, RuntimeError):
-        return False
-    return torch.allclose(*outputs, 1e-4, 1e-4) and torch.allclose(*gradients, 1e-4, 1e-4)
-
-
-def pack_convolutions(network: nn.Module) -> None:
-    """Packs the convolutions of a network on the CPU. Small ones by groups gain nothing, those with hooks stay."""
-    for name, module in list(network.named_modules()):
-        plain = type(module) is nn.Conv2d and not (module._forward_hooks or module._forward_pre_hooks)
-        if plain and module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            network.set_submodule(name, Packed(module))
-
-
-class Suffix:
-    """What follows a layer, run on changed copies of the layer's output without running what comes before it again.
-
-    Inside `with`, the layer returns the copies, and the outermost modules that finished before it started return what
-    they returned for this input. Where the copies meet something that bypasses the layer, a residual addition
-    broadcasts; where it does not (a concatenation), everything is expanded to as many copies.
-
-    Args:
-        network: changed inside `with` only.
-        layer: its dotted name.
-        inputs: (1, 3, H, W).
-
-    Attributes:
-        output: of the layer, unchanged, batch size 1.
-        logits: unchanged, (1, classes).
-    """
-
-    def __init__(self, network: nn.Module, layer: str, inputs: Tensor) -> None:
-        self._network, self._inputs = network, inputs
-        self._layer = network.get_submodule(layer)
-        self._expand = False
-        finished: dict[str, Tensor] = {}
-        times_called: Counter[str] = Counter()
-
-        def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
-            times_called[name] += 1
-            if not started and isinstance(output, Tensor):
-                for inner in [key for key in finished if key.startswith(f"{name}.")]:
-                    del finished[inner]  # its parent's output is enough
-                finished[name] = output.clone()
-
-        started: list[bool] = []
-        with contextlib.ExitStack() as hooks:
-            for name, module in [*network.named_modules()][1:]:
-                hooks.enter_context(module.register_forward_hook(partial(keep, name)))
-            hooks.enter_context(self._layer.register_forward_pre_hook(lambda *_: started.append(True)))
-            outputs = hooks.enter_context(tap(network, [layer]))
-            self.logits = as_logits(network(inputs))
-        self.output = outputs[layer]
-        # A module that is called again later (ResNet's relu) cannot stand for one result.
-        self._before = {network.get_submodule(k): v for k, v in finished.items() if times_called[k] == 1}
-        self._runs = times_called[layer]
-
-    def __enter__(self) -> Suffix:
-        for module, output in self._before.items():
-            module.forward = partial(self._recall, output)
-        self._layer.forward = partial(self._replace, self._layer.forward)
-        try:
-            self._expand = not self._repeats(self.output)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for module in [*self._before, self._layer]:
-            del module.forward
-
-    def _repeats(self, output: Tensor) -> bool:
-        """Whether two copies of the unchanged output give the unchanged logits twice, with one copy of all the rest."""
-        try:
-            logits = self(output.repeat(2, *[1] * (output.ndim - 1)))
-        except RuntimeError:  # two of one thing and one of another do not go together
-            return False
-        return len(logits) == 2 and torch.allclose(logits, self.logits, 1e-3, 1e-3)
-
-    def _replace(self, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        self._runs_left -= 1  # of a layer that runs more than once, the last run counts
-        return forward(*args, **kwargs) if self._runs_left else self._copies
-
-    def _recall(self, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._as_many(output).clone()  # what follows may change it in place
-
-    def _as_many(self, tensor: Tensor) -> Tensor:
-        return tensor.expand(len(self._copies), *tensor.shape[1:]) if self._expand else tensor
-
-    def __call__(self, copies: Tensor) -> Tensor:
-        """The logits (B, classes) for B outputs of the layer, which may be overwritten."""
-        self._copies, self._runs_left = copies, self._runs
-        return as_logits(self._network(self._as_many(self._inputs)))
+    def run(self, function: Callable[[Any], Any], items: Any) -> Iterator[Any]:
+        """Yield `function` of consecutive slices of `items`. Raises what `function` raises for one item."""
+        start = 0
+        while start < len(items):
+            part, result = items[start : start + self.size], None
+            try:
+                result = function(part)
+            except (RuntimeError, MemoryError) as error:
+                if len(part) == 1 or not is_out_of_memory(error):
+                    raise
+            if result is None:  # here, where the error does not hold memory any more
+                warn("memory does not suffice for such large batches; going on with smaller ones")
+                self.size = (len(part) + 1) // 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            start += len(part)
+            yield result
 
 
 @torch.inference_mode()
@@ -2052,254 +1767,105 @@ def ablation_weights(
 ) -> Tensor:
     """Ablation-CAM (Desai and Ramaswamy, WACV 2020): how much of the score is lost when a channel is set to zero.
 
-    For one input (1, 3, H, W) and the classes (K,); returns (K, C). A channel that is zero anyway loses nothing and is
-    not run. The paper divides by the score: that scales the map, and turns it upside down where the score is negative.
+    For one input (1, 3, H, W) and the classes (K,); returns (K, C). Channels that are zero anyway are not run. The
+    paper divides by the score, which scales the map, and turns it upside down where the score is negative.
+
+    Only what follows the layer runs again: at its last call the layer returns many ablated copies of its output. Before
+    it runs a small stand-in for the input, or where that does not fit the input itself, once or as often as the copies.
     """
-    suffix = Suffix(network, layer, inputs)
-    axis = channel_axis(suffix.output, inputs.shape[2:])
-    channels_first = suffix.output.movedim(axis, 1)
-    score = suffix.logits[0, targets]
+    calls = [0]
+    with capture_outputs(network, [layer]) as outputs:
+        counting = network.get_submodule(layer).register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+        with counting:
+            logits = as_logits(network(inputs))
+    output = outputs[layer]
+
+    def logits_for(copies: Tensor, stand_in: Tensor) -> Tensor:
+        done = itertools.count(1)
+        hook = network.get_submodule(layer).register_forward_hook(lambda *_: copies if next(done) == calls[0] else None)
+        with hook:
+            return as_logits(network(stand_in.expand(len(copies), -1, -1, -1) if stand_in is repeated else stand_in))
+
+    small, repeated = torch.zeros_like(inputs[..., :64, :64]), inputs.clone()
+    for stand_in in (small, inputs, repeated):
+        with contextlib.suppress(RuntimeError, AssertionError, ValueError):
+            twice = logits_for(output.repeat(2, *[1] * (output.ndim - 1)), stand_in)
+            if len(twice) == 2 and torch.allclose(twice, logits, 1e-3, 1e-3):
+                break
+    axis, score = channel_axis(output, inputs.shape[2:]), logits[0, targets]
+    channels_first = output.movedim(axis, 1)
     ablated = score.repeat(channels_first.shape[1], 1)
     alive = channels_first[0].flatten(1).any(1).nonzero()[:, 0]
-    copies = max(1, min(ABLATION_COPIES, ABLATION_BYTES // (suffix.output.numel() * 4)))
-    with suffix:
-        for channels in progress(alive.split(copies)):
-            changed = channels_first.repeat(len(channels), *[1] * (channels_first.ndim - 1))
-            changed[torch.arange(len(channels), device=channels.device), channels] = 0
-            ablated[channels] = suffix(changed.movedim(1, axis))[:, targets]
+    most = max(1, min(256, 2**25 // (output.numel() * 4)))  # copies, of 32 MB together
+    for channels in progress(alive.split(most)):
+        changed = channels_first.repeat(len(channels), *[1] * (channels_first.ndim - 1))
+        changed[torch.arange(len(channels), device=channels.device), channels] = 0
+        ablated[channels] = logits_for(changed.movedim(1, axis), stand_in)[:, targets]
     return (score - ablated).T
-
-
-@torch.inference_mode()
-def score_weights(
-    answer: Callable[[Tensor], Tensor], activations: Tensor, inputs: Tensor, targets: Tensor, map_parts: Any
-) -> Tensor:
-    """Score-CAM (Wang et al., CVPR workshops 2020, arXiv:1910.01279): the softmax of the scores of masked inputs.
-
-    Each channel of activations (C, h, w), enlarged to the input (1, 3, H, W) and stretched to [0, 1], masks it once.
-    Returns (K, C) for the classes (K,). The mask of a constant channel is zero everywhere, so all of those share one
-    pass. `answer` gives the logits for inputs, `map_parts` what a function gives for each part of a tensor.
-    """
-    flat = activations.flatten(1)
-    varied = (flat.amax(1) > flat.amin(1)).nonzero()[:, 0]
-    scores = answer(torch.zeros_like(inputs))[0, targets].repeat(len(flat), 1)
-
-    @torch.inference_mode()
-    def scores_of(channels: Tensor) -> tuple[Tensor, Tensor]:
-        small = activations[channels][:, None]
-        masks = nn.functional.interpolate(small, inputs.shape[2:], mode="bilinear", align_corners=True)
-        low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
-        return channels, answer(inputs * ((masks - low) / (high - low + 1e-8)))[:, targets]
-
-    for channels, found in map_parts(scores_of, varied):
-        scores[channels] = found
-    return scores.softmax(0).T
-
-
-def map_by_grad_cam(
-    method: str, network: nn.Module, layer: str, inputs: Tensor, target: int, eigen_smooth: bool
-) -> Tensor:
-    """The map (H, W) of a method that needs a pass of its own, for one input (1, 3, H, W), through grad-cam's class.
-
-    FullGrad (Srinivas and Fleuret, NeurIPS 2019, arXiv:1905.00780) looks at every bias instead of a layer, Shapley-CAM
-    (arXiv:2501.06261) needs second derivatives, Finer-CAM (CVPR 2025, arXiv:2501.11309) explains the class against the
-    three most similar ones.
-
-    Raises:
-        CallError: the method cannot cope with the network or the layer.
-    """
-    import pytorch_grad_cam
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWeightedTarget
-
-    wanted = ClassifierOutputTarget(target)
-    if method == "finercam":
-        with torch.no_grad():
-            logits = as_logits(network(inputs))[0]
-        similar = (logits - logits[target]).abs().argsort(stable=True).tolist()
-        wanted = FinerWeightedTarget(target, [index for index in similar if index != target][:3], alpha=1)
-    kind = getattr(pytorch_grad_cam, BY_GRAD_CAM[method])
-    if method == "fullgrad":
-        cam = kind(network, [], None)
-    else:
-        cam = kind(network, [network.get_submodule(layer)], partial(as_map, size=inputs.shape[2:]))
-    kept = getattr(cam, "base_cam", cam).activations_and_grads
-    network.requires_grad_(method == "shapleycam")  # where weights are frozen, it cannot cope with a constant gradient
-    try:
-        # Behind grad-cam's hooks stands tap's, so that what follows cannot change the activations that grad-cam keeps.
-        with tap(network, [layer]):
-            found = cam(inputs.detach().clone().requires_grad_(), [wanted], eigen_smooth=eigen_smooth)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        # Shapley-CAM takes no tokens, Finer-CAM no single output, FullGrad no layer that is called twice.
-        raise CallError(f"{method} does not work on layer '{layer}': {first_line(error)}") from error
-    finally:
-        network.requires_grad_(False)
-        kept.activations, kept.gradients = [], []  # which its own release() fails to detach where they are views
-        kept.release()
-    return torch.from_numpy(np.float32(found[0])).to(inputs)
-
-
-THREADS = os.cpu_count() or 1
-
-
-def ahead(
-    function: Callable[[Any], Any],
-    items: Iterable[Any],
-    under_way: int,
-    threads: int = THREADS,
-    start: Callable[[], Any] | None = None,
-    stop: threading.Event | None = None,
-) -> Iterator[Any]:
-    """What the function gives for each item, in order, computed in threads up to `under_way` items ahead.
-
-    Each thread begins with `start`; `stop` is set at the end, for functions that take long.
-    """
-    pool = ThreadPoolExecutor(threads, initializer=start)
-    pending: deque[Future[Any]] = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) >= under_way:
-                yield result_of(pending.popleft())
-        while pending:
-            yield result_of(pending.popleft())
-    finally:
-        if stop:
-            stop.set()
-        pool.shutdown(cancel_futures=True)
-
-
-def result_of(future: Future[Any]) -> Any:
-    """The future's result; on Windows, Ctrl-C ends only such waits as have a limit."""
-    while not future.done():
-        concurrent.futures.wait([future], timeout=0.2)
-    return future.result()
-
-
-def even_threads(most: int) -> int:
-    """How many threads, four or `most` at the most, can share this thread's cores with none left over.
-
-    Were their shares not equal, each would want other packed weights.
-    """
-    return max(threads for threads in range(1, 5) if threads <= max(1, most) and torch.get_num_threads() % threads == 0)
-
-
-class _MatrixProducts:
-    """torch's setting of how exact they are, as an attribute."""
-
-    precision = property(
-        lambda self: torch.get_float32_matmul_precision(), lambda self, name: torch.set_float32_matmul_precision(name)
-    )
-
-
-class ExactArithmetic:
-    """Inside `with`: on a GPU no TF32, whose ten bits show in the maps, and the same answer from run to run.
-
-    The settings are the process's: of several threads the first one makes them, and the last one puts back what was.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before: list[tuple[Any, str, Any]] = []
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                wanted = self._settings()
-                self._before = [(place, name, getattr(place, name)) for place, name, _ in wanted]
-                self._put(wanted)
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._put(self._before)
-
-    @staticmethod
-    def _settings() -> list[tuple[Any, str, Any]]:
-        cudnn, matmul = torch.backends.cudnn, _MatrixProducts()
-        settings = [(cudnn, "enabled", True), (cudnn, "benchmark", False), (cudnn, "deterministic", True)]
-        try:
-            _ = cudnn.allow_tf32, matmul.precision
-            return [*settings, (cudnn, "allow_tf32", False), (matmul, "precision", "highest")]
-        except RuntimeError:  # so it is where somebody has used what replaces them since torch 2.9
-            places = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
-            return settings + [(place, "fp32_precision", "ieee") for place in places]
-
-    @staticmethod
-    def _put(settings: Sequence[tuple[Any, str, Any]]) -> None:
-        for place, name, value in settings:
-            if getattr(place, name) != value:
-                setattr(place, name, value)
-
-
-_exact = ExactArithmetic()
 
 
 @contextlib.contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """No autocast, and on a GPU `ExactArithmetic`."""
-    with torch.autocast(device.type, enabled=False), _exact if device.type == "cuda" else contextlib.nullcontext():
+    """Compute in float32 without autocast; on CUDA without TF32, whose ten bits show in the maps, and repeatably."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since torch 2.9, which refuses to mix the two
+            exact = {"fp32_precision": "ieee"} if new else {"allow_tf32": False}
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, **exact))
+            matmul, ((name, value),) = torch.backends.cuda.matmul, exact.items()
+            stack.callback(setattr, matmul, name, getattr(matmul, name))
+            setattr(matmul, name, value)
         yield
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """Channels last where oneDNN computes; without it depthwise convolutions would take twice as long so.
-
-    On a GPU it is for half precision and TF32, which are not used here.
-    """
+    """Return channels-last where oneDNN computes; on a GPU it pays only in half precision, which is not used."""
     on_cpu = device.type == "cpu" and torch.backends.mkldnn.is_available()
     return torch.channels_last if on_cpu else torch.contiguous_format
 
 
-def copy_modules(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
-    """A copy of the modules, and of their tensors but for the shared ones."""
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode, float32 and the memory format that pays, whose weights need no gradients."""
     # Tensors that hang on a graph cannot be copied: what a module keeps of its last run, an old weight_norm's weight.
     kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
-    detached = {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf}
-    return copy.deepcopy(model, detached | {id(tensor): tensor for tensor in shared})
-
-
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; what a GPU has still to do is not waited for."""
-    return tensor.to(device, non_blocking=device.type == "cuda")  # a copy to the CPU must be waited for
+    network = copy.deepcopy(model, {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf})
+    return network.eval().requires_grad_(False).float().to(memory_format=memory_format(device_of(network)))
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Where the network is; one without any weights is on the CPU."""
-    return next(
-        (tensor.device for tensor in itertools.chain(network.parameters(), network.buffers())), torch.device("cpu")
-    )
+    """Return where the network is; one without any weights is on the CPU."""
+    return next((t.device for t in itertools.chain(network.parameters(), network.buffers())), torch.device("cpu"))
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy that needs no gradients for its weights, in float32, in eval mode and in the memory format that pays."""
-    network = copy_modules(model).eval().requires_grad_(False).float()
-    return network.to(memory_format=memory_format(device_of(network)))
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on a device, without waiting for a GPU's earlier work."""
+    return tensor.to(device, non_blocking=device.type == "cuda")  # a copy to the CPU must be waited for
+
+
+def to_numpy(tensor: Tensor) -> NDArray[Any]:
+    """Return the tensor as a NumPy array of its own."""
+    return tensor.detach().cpu().contiguous().numpy()
 
 
 class Explainer:
-    """Explains the answers of any `nn.Module` classifier.
+    """Explains the predictions of any `nn.Module` classifier.
 
-    The model itself is never touched: everything runs on a frozen float32 copy, with its batch norms folded into the
-    convolutions, on the CPU in channels-last memory. After training on, make a new explainer. Several threads may use
-    it at once; the weights are in memory only once.
+    The model is not changed: everything runs on a frozen float32 copy, whose batch norms are folded into the
+    convolutions. After training on, make a new explainer. It is for one thread.
 
     Args:
-        model: takes (N, 3, H, W), gives logits (N, classes); or (N, 1) or (N,) for a single sigmoid output, of which
+        model: takes (N, 3, H, W), returns logits (N, classes); or (N, 1) or (N,) for a single sigmoid output, of which
             the positive side is explained. `DataParallel` around it and half precision are fine.
-        methods: names from METHODS and MORE_METHODS; all but a few share one pass.
-        target_layers: dotted names of layers (or the modules) whose maps are averaged; None: found on the first call,
-            the last layer that gives a spatial map on which the score depends.
+        methods: names from METHODS and MORE_METHODS, or one of them.
+        target_layers: dotted names of layers (or the modules) whose maps are averaged, or one of them; None: the last
+            layer with a spatial map on which the score depends.
         guided: whether guided backpropagation is wanted too.
         aug_smooth: average the maps over six variants of the input, mirrored and multiplied by 0.9 to 1.1 (ttach, as in
             grad-cam).
-        eigen_smooth: take the first principal component of the contributions of the channels in place of their sum.
-        batch_size: how many inputs Score-CAM and `answer` run at once; None: 2 in each thread on the CPU, on CUDA what
-            half of its free memory takes, else 32. It is halved where that turns out to be too many.
+        eigen_smooth: take the first principal component of the contributions of the channels instead of their sum.
+        batch_size: how many inputs Score-CAM and `logits` run at once; None: 2 on the CPU, else 32. It is halved where
+            memory does not suffice.
         progress: wraps the passes of Score-CAM and Ablation-CAM, such as tqdm.
 
     Raises:
@@ -2309,8 +1875,8 @@ class Explainer:
     def __init__(
         self,
         model: nn.Module,
-        methods: Sequence[str] = ("gradcam",),
-        target_layers: Sequence[str | nn.Module] | None = None,
+        methods: str | Sequence[str] = ("gradcam",),
+        target_layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
         *,
         guided: bool = True,
         aug_smooth: bool = False,
@@ -2319,38 +1885,38 @@ class Explainer:
         progress: Progress = iter,
     ) -> None:
         known = (*METHODS, *MORE_METHODS)
-        for method in methods:
+        self.methods = (methods,) if isinstance(methods, str) else tuple(methods)
+        for method in self.methods:
             if method not in known:
                 raise CallError(f"unknown method '{method}'{closest(method, known)} (known: {', '.join(known)})")
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        self.methods = tuple(methods)
-        self.guided = guided
-        self.aug_smooth = aug_smooth
-        self.eigen_smooth = eigen_smooth
-        self.batch_size = batch_size
+        layers = [target_layers] if isinstance(target_layers, (str, nn.Module)) else target_layers or ()
+        self.target_layers = tuple(layer_name(model, layer) for layer in layers)
+        self.guided, self.aug_smooth, self.eigen_smooth = guided, aug_smooth, eigen_smooth
         self.progress = progress
-        self.target_layers = tuple(layer_name(model, layer) for layer in target_layers or ())
         with torch.inference_mode(False):
-            self._common = frozen_copy(model)
-        self.device = device_of(self._common)
-        self._tuned, self._tuning = False, threading.Lock()
-        self._by_grad_cam = threading.Lock()  # its classes change settings of the weights, which all threads share
-        self._of_thread = threading.local()
+            self.network = frozen_copy(model)
+        self.device = device_of(self.network)
+        self.batch_size = BatchSize(batch_size or (2 if self.device.type == "cpu" else 32))
+        self._prepared = False
 
-    @property
-    def _network(self) -> nn.Module:
-        """The calling thread's own network, for hooks to be put on its modules, with the weights common to all."""
-        if not hasattr(self._of_thread, "network"):
-            with torch.inference_mode(False):
-                weights = itertools.chain(self._common.parameters(), self._common.buffers())
-                self._of_thread.network = copy_modules(self._common, shared=weights)
-        return self._of_thread.network
+    def prepare(self, inputs: Tensor) -> None:
+        """Run one input (1, 3, H, W): find the target layer where none was named, and fold the batch norms."""
+        if self._prepared:
+            return
+        with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
+            calls, logits = record_calls(self.network, self._own(inputs))
+            if not self.target_layers:
+                self.target_layers = (find_target_layer(self.network, calls, logits, inputs.shape[2:]),)
+            if "fullgrad" not in self.methods:  # which counts the biases of both, convolution and batch norm
+                fold_batch_norms(self.network, calls, logits, keep=self.target_layers)
+        self._prepared = True
 
     def __call__(
         self, inputs: Tensor, targets: Sequence[int] | Tensor | int | None = None, *, top: int | None = None
     ) -> Explanation:
-        """Explains a batch.
+        """Explain a batch.
 
         Args:
             inputs: (N, 3, H, W), normalised as the model expects it; converted to float32 on the model's device.
@@ -2359,86 +1925,34 @@ class Explainer:
             top: without targets: the K classes with the highest logits, or all if there are fewer.
 
         Raises:
-            CallError: a target layer gives no spatial map, or the score does not depend on it; no such class; no batch.
-            ValueError: the network's answer is not finite.
+            CallError: a target layer has no spatial map, or the score does not depend on it; no such class; no batch.
+            ValueError: the logits are not finite.
         """
+        if not isinstance(inputs, Tensor):
+            raise CallError(f"inputs are a tensor, not {type(inputs).__name__}; use classifier.preprocess(photo)[None]")
+        if inputs.ndim != 4:
+            raise CallError(f"inputs are a batch (N, 3, H, W), not {shape_of(inputs)}; of one photo: inputs[None]")
+        self.prepare(inputs[:1])
         # Whatever mode the caller is in, this needs a graph, and leaves the caller's settings alone.
         with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
-            if inputs.ndim != 4:
-                raise CallError(f"inputs are a batch (N, 3, H, W), not {_shape(inputs)}; of one photo: inputs[None]")
             inputs = self._own(inputs)
-            with self._tuning:
-                if not self._tuned:
-                    self._tune(inputs[:1])
             explanation = self._explain(inputs, targets, top, () if self.aug_smooth else self.methods, self.guided)
             if self.aug_smooth:
                 targets = torch.from_numpy(explanation.targets).to(inputs.device)
                 explanation = replace(explanation, cams=self._smoothed(inputs, targets))
             return explanation
 
-    def answer(self, inputs: Tensor) -> Tensor:
-        """The network's logits (N, classes) for inputs (N, 3, H, W), on its device."""
-        return torch.cat([*self._each(self._logits, inputs, inputs)])
-
-    def _logits(self, inputs: Tensor) -> Tensor:
-        if self.batch_size and len(inputs) > self.batch_size:  # which has shrunk meanwhile
-            return torch.cat([self._logits(part) for part in inputs.split(self.batch_size)])
-        try:
-            with torch.inference_mode(), exact_arithmetic(self.device):
-                return as_logits(self._network(self._own(inputs)))
-        except (RuntimeError, MemoryError) as error:
-            if len(inputs) == 1 or not is_out_of_memory(error):
-                raise
-        note_once(SMALLER_BATCHES)  # here, where the error does not hold on to memory any more
-        self.batch_size = (len(inputs) + 1) // 2
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # cuDNN and cuBLAS take memory that torch does not keep for itself
-        return self._logits(inputs)
-
-    def _each(
-        self, function: Callable[[Tensor], Any], items: Tensor, inputs: Tensor, progress: Progress = iter
-    ) -> Iterator[Any]:
-        """What a function that asks the network about inputs like these gives for each part of the items, in order.
-
-        On the CPU by up to four threads that share its cores: none then waits for the others after each layer.
-        """
-        if self.batch_size is None:
-            if self.device.type == "cuda":
-                self.batch_size = affordable_batch(self._network, self._own(inputs[:1]))
-            else:
-                self.batch_size = 2 if self.device.type == "cpu" else 32
-        parts, cores = items.split(self.batch_size), torch.get_num_threads()
-        threads = even_threads(len(parts)) if self.device.type == "cpu" else 1
-        if threads == 1:
-            yield from map(function, progress(parts))
-            return
-        left, share_cores = iter(progress(parts)), partial(torch.set_num_threads, cores // threads)
-        try:
-            # The first one here: what it packs for the others then lies in this thread's memory, which is used again.
-            share_cores()
-            yield function(next(left))
-            yield from ahead(function, left, threads + 1, threads, share_cores)
-        finally:
-            torch.set_num_threads(cores)  # the last thread to be told its number tells it to all that are new
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Return the network's logits (N, classes) for inputs (N, 3, H, W), on its device."""
+        with torch.inference_mode(), exact_arithmetic(self.device):
+            return torch.cat([*self.batch_size.run(lambda part: as_logits(self.network(self._own(part))), inputs)])
 
     def _own(self, inputs: Tensor) -> Tensor:
-        """A copy of the inputs as the network wants them."""
+        """Return a copy of the inputs as the network wants them."""
         return inputs.detach().to(self.device, torch.float32).clone(memory_format=memory_format(self.device))
 
-    def _tune(self, inputs: Tensor) -> None:
-        """Watches one input pass: finds the target layer where none was named, folds the batch norms, packs weights."""
-        calls, logits = watch(self._common, inputs)
-        if not self.target_layers:
-            self.target_layers = (find_target_layer(self._common, calls, logits, inputs.shape[2:]),)
-        if "fullgrad" not in self.methods:  # which counts the biases of both, convolution and batch norm
-            fold_batch_norms(self._common, calls, logits, keep=self.target_layers)
-        # grad-cam's classes look into the convolutions and need them as they are
-        if inputs.device.type == "cpu" and not BY_GRAD_CAM.keys() & set(self.methods) and can_pack():
-            pack_convolutions(self._common)
-        self._tuned, self._of_thread = True, threading.local()
-
     def _smoothed(self, inputs: Tensor, targets: Tensor) -> dict[str, Floats]:
-        """The maps averaged over the variants of the inputs that grad-cam takes."""
+        """Return the maps averaged over the variants of the inputs that grad-cam takes."""
         import ttach
 
         variants = ttach.Compose([ttach.HorizontalFlip(), ttach.Multiply(factors=[0.9, 1, 1.1])])
@@ -2454,36 +1968,36 @@ class Explainer:
     def _explain(
         self, inputs: Tensor, targets: Any, top: int | None, methods: Sequence[str], guided: bool
     ) -> Explanation:
-        with_gradients = any(RECIPES[method].gradients for method in methods if method in RECIPES)
+        with_gradients = any(CAM_METHODS[method].gradients for method in methods if method in CAM_METHODS)
         inputs.requires_grad_(guided)
-        with tap(self._network, self.target_layers, with_gradients) as outputs:
-            logits = as_logits(self._network(inputs))
+        with capture_outputs(self.network, self.target_layers, with_gradients) as outputs:
+            logits = as_logits(self.network(inputs))
         for layer in self.target_layers:
             if layer not in outputs:
-                raise CallError(f"layer '{layer}' takes no part in the network's answer; choose another one")
+                raise CallError(f"layer '{layer}' is not called when the network runs; choose another one")
         targets = choose_targets(logits, targets, top)
         classes = targets.view(len(inputs), -1)  # (N, K); K is 1 where the caller thinks of one class
         scores = [logits.gather(1, column[:, None]).sum() for column in classes.T]
         gradients = self._gradients(scores, outputs, inputs, guided) if with_gradients else {}
         guided_maps = torch.stack(guided_gradients(scores, inputs), 1) if guided else None
-        # The first question whose answer is waited for: a GPU has got all of the work above by now.
+        # The first result that is waited for: a GPU has been given all of the work above by now.
         if not torch.isfinite(logits).all():
-            raise ValueError("the network's answer is not a number (NaN or infinite); its weights are probably broken")
+            raise ValueError("the logits are NaN or infinite; the weights are probably broken")
         inputs = inputs.detach()
         layers = {layer: self._as_map(layer, outputs[layer].detach(), inputs) for layer in self.target_layers}
         cams = {method: self._cam(method, layers, gradients, inputs, classes) for method in methods}
         shape = targets.shape
         return Explanation(
-            {method: as_array(maps.view(*shape, *maps.shape[2:])) for method, maps in cams.items()},
-            None if guided_maps is None else as_array(guided_maps.view(*shape, *guided_maps.shape[2:])),
-            as_array(logits),
-            as_array(targets),
+            {method: to_numpy(maps.view(*shape, *maps.shape[2:])) for method, maps in cams.items()},
+            None if guided_maps is None else to_numpy(guided_maps.view(*shape, *guided_maps.shape[2:])),
+            to_numpy(logits),
+            to_numpy(targets),
         )
 
     def _gradients(
         self, scores: Sequence[Tensor], outputs: Mapping[str, Tensor], inputs: Tensor, keep_graph: bool
     ) -> dict[str, Tensor]:
-        """For each layer the gradients of the K scores with respect to its output, (N, K, C, h, w)."""
+        """Return for each layer the gradients of the K scores with respect to its output, (N, K, C, h, w)."""
         wanted = [outputs[layer] for layer in self.target_layers]
         of_scores = []
         for score in scores:
@@ -2499,7 +2013,7 @@ class Explainer:
     def _as_map(self, layer: str, output: Tensor, inputs: Tensor) -> Tensor:
         spatial = as_map(output, inputs.shape[2:])
         if spatial is None:
-            raise CallError(f"layer '{layer}' gives no spatial map but {_shape(output)} numbers; choose another one")
+            raise CallError(f"layer '{layer}' has no spatial map but {shape_of(output)} values; choose another one")
         return spatial
 
     def _cam(
@@ -2510,72 +2024,98 @@ class Explainer:
         inputs: Tensor,
         classes: Tensor,
     ) -> Tensor:
-        """The maps (N, K, H, W) of one method, in [0, 1], over all layers."""
+        """Return the maps (N, K, H, W) of one method, in [0, 1], averaged over all layers."""
         if method in BY_GRAD_CAM:
-            names = self.target_layers[: 1 if method == "fullgrad" else None]
-            with self._by_grad_cam:
-                each = [
-                    map_by_grad_cam(method, self._network, name, photo, int(target), self.eigen_smooth)
-                    for name in names
-                    for photo, row in zip(inputs.split(1), classes, strict=True)
-                    for target in row
-                ]
-            return normalise(torch.stack(each).view(len(names), *classes.shape, *inputs.shape[2:]).mean(0))
+            rows = zip(inputs.split(1), classes, strict=True)
+            each = [self._by_grad_cam(method, photo, int(target)) for photo, row in rows for target in row]
+            return normalise(torch.stack(each).view(*classes.shape, *inputs.shape[2:]))
         maps = []
         for layer, activations in layers.items():
             small = self._map(method, layer, activations, gradients.get(layer), inputs, classes)
             maps.append(nn.functional.interpolate(normalise(small.clamp(min=0)), inputs.shape[2:], mode="bilinear"))
-        if method in RECIPES and RECIPES[method].product:
-            return normalise(torch.stack([normalise(of_layer) for of_layer in maps]).prod(0))
         return normalise(torch.stack(maps).mean(0))
 
     def _map(
         self, method: str, layer: str, activations: Tensor, gradients: Tensor | None, inputs: Tensor, classes: Tensor
     ) -> Tensor:
-        """One method's map of one layer, (N, K, h, w), before it is clipped and stretched.
+        """Return one method's map of one layer, (N, K, h, w), before it is clipped and stretched.
 
         `activations` are (N, C, h, w), `gradients` (N, K, C, h, w).
         """
-        if method in BY_PASSES:
-            one_by_one = zip(activations, inputs.split(1), classes, strict=True)
-            weights = torch.stack([self._weights_by_passes(method, layer, *photo) for photo in one_by_one])
-            contributions, join = weights[..., None, None] * activations[:, None], total
+        reduce_fn: Callable[[Tensor], Tensor] = channel_sum
+        if method in CAM_METHODS:
+            contributions = CAM_METHODS[method].weight_fn(activations[:, None], gradients)
+            reduce_fn = CAM_METHODS[method].reduce_fn
+        else:  # the weights (K, C) of methods that run the network again
+            weigh = self._score_weights if method == "scorecam" else partial(self._ablation_weights, layer)
+            weights = torch.stack([weigh(*one) for one in zip(activations, inputs.split(1), classes, strict=True)])
+            contributions = weights[..., None, None] * activations[:, None]
+        if self.eigen_smooth and reduce_fn is channel_sum and method != "fem":  # which grad-cam does not smooth either
+            reduce_fn = principal_component
+        return reduce_fn(contributions).expand(*classes.shape, *activations.shape[2:])
+
+    def _ablation_weights(self, layer: str, activations: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        return ablation_weights(self.network, layer, inputs, targets, self.progress)
+
+    @torch.inference_mode()
+    def _score_weights(self, activations: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Score-CAM (Wang et al., CVPR workshops 2020, arXiv:1910.01279): the softmax of the scores of masked inputs.
+
+        Each channel of activations (C, h, w), enlarged to the input (1, 3, H, W) and stretched to [0, 1], masks it
+        once. Returns (K, C) for the classes (K,). The mask of a constant channel is zero: those share one pass.
+        """
+        varied = (activations.flatten(1).amax(1) > activations.flatten(1).amin(1)).nonzero()[:, 0]
+        scores = self.logits(torch.zeros_like(inputs))[0, targets].repeat(len(activations), 1)
+
+        def masked_scores(channels: Tensor) -> Tensor:
+            small = activations[channels][:, None]
+            masks = nn.functional.interpolate(small, inputs.shape[2:], mode="bilinear", align_corners=True)
+            low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
+            return as_logits(self.network(self._own(inputs * ((masks - low) / (high - low + 1e-8)))))[:, targets]
+
+        found, count = [], self.batch_size.size
+        for part in self.progress(varied.split(max(1, 8 * count))):
+            found += self.batch_size.run(masked_scores, part)
+        scores[varied] = torch.cat([scores[:0], *found])
+        return scores.softmax(0).T
+
+    def _by_grad_cam(self, method: str, inputs: Tensor, target: int) -> Tensor:
+        """Return the map (H, W) of a method for one input (1, 3, H, W) through grad-cam's class. Raises CallError."""
+        import pytorch_grad_cam
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWeightedTarget
+
+        network, wanted = self.network, ClassifierOutputTarget(target)
+        if method == "finercam":
+            logits = self.logits(inputs)[0]
+            similar = (logits - logits[target]).abs().argsort(stable=True).tolist()
+            wanted = FinerWeightedTarget(target, [index for index in similar if index != target][:3], alpha=1)
+        kind, layers = getattr(pytorch_grad_cam, BY_GRAD_CAM[method]), self.target_layers
+        if method == "fullgrad":
+            cam = kind(network, [], None)
         else:
-            recipe = RECIPES[method]
-            contributions, join = recipe.weigh(activations[:, None], gradients), recipe.join
-        if self.eigen_smooth and join is total and method != "fem":  # which grad-cam does not smooth either
-            join = principal_component
-        return join(contributions).expand(*classes.shape, *activations.shape[2:])
-
-    def _weights_by_passes(
-        self, method: str, layer: str, activations: Tensor, inputs: Tensor, classes: Tensor
-    ) -> Tensor:
-        """The channel weights (K, C) of the methods that ask the network again, for one input."""
-        if method == "ablationcam":
-            return ablation_weights(self._network, layer, inputs, classes, self.progress)
-        map_parts = partial(self._each, inputs=inputs, progress=self.progress)
-        return score_weights(self._logits, activations, inputs, classes, map_parts)
-
-
-def as_array(tensor: Tensor) -> NDArray[Any]:
-    """The tensor as a NumPy array of its own, in the usual memory order."""
-    return tensor.detach().cpu().contiguous().numpy()
-
-
-@torch.inference_mode()
-def affordable_batch(network: nn.Module, inputs: Tensor) -> int:
-    """How many inputs (1, 3, H, W) at once take half of the GPU's free memory in a forward pass; at most 256."""
-    before = torch.cuda.memory_allocated(inputs.device)
-    torch.cuda.reset_peak_memory_stats(inputs.device)
-    network(inputs)
-    each = torch.cuda.max_memory_allocated(inputs.device) - before
-    free, _ = torch.cuda.mem_get_info(inputs.device)
-    free += torch.cuda.memory_reserved(inputs.device) - before  # what torch keeps for itself
-    return max(1, min(256, free // (2 * max(each, 1))))
+            cam = kind(network, [network.get_submodule(n) for n in layers], partial(as_map, size=inputs.shape[2:]))
+        kept = getattr(cam, "base_cam", cam).activations_and_grads
+        network.requires_grad_(
+            method == "shapleycam"
+        )  # where weights are frozen, it cannot cope with a constant gradient
+        try:
+            # These hooks stand behind grad-cam's, so that what follows cannot change the activations that it keeps.
+            with capture_outputs(network, layers):
+                found = cam(inputs.detach().clone().requires_grad_(), [wanted], eigen_smooth=self.eigen_smooth)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            # Shapley-CAM takes no tokens, Finer-CAM no single output, FullGrad no layer that is called twice.
+            raise CallError(f"{method} does not work on layer '{', '.join(layers)}': {first_line(error)}") from error
+        finally:
+            network.requires_grad_(False)
+            kept.activations, kept.gradients = [], []  # which its own release() fails to detach where they are views
+            kept.release()
+        return torch.from_numpy(np.float32(found[0])).to(inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5  Trust. The network is asked about changed inputs; its answers say how much of the evidence a map has found.
+# 5  Metrics. The network's predictions for changed inputs show how faithful a map is.
 # ---------------------------------------------------------------------------------------------------------------------
 
 METRICS = ("average_drop", "increase", "deletion", "insertion", "road")
@@ -2583,181 +2123,108 @@ CURVE_STEPS = 20  # of the deletion and insertion curves
 ROAD_SHARES = (0.2, 0.4, 0.6, 0.8)  # of the pixels that stay
 
 
-def measure_trust(explainer: Explainer, inputs: Tensor, cam: Floats, target: int) -> dict[str, float]:
-    """What a map is worth, by how the probability p of the class changes with the input.
+def faithfulness(explainer: Explainer, inputs: Tensor, cam: Floats, target: int) -> dict[str, float]:
+    """Measure a map by how the probability p of the class changes with the input.
 
     - average_drop, in [0, 1], lower is better: the share of p that is lost when the input is multiplied by the map.
-    - increase, 0 or 1, higher is better: whether p has grown by that. Their means over many photos are the "average
-      drop" and "increase in confidence" of Chattopadhyay et al., WACV 2018, arXiv:1710.11063.
+    - increase, 0 or 1, higher is better: whether p grows by that. Their means over many photos are the "average drop"
+      and "increase in confidence" of Chattopadhyay et al., WACV 2018, arXiv:1710.11063.
     - deletion, in [0, 1], lower is better: the mean p while the hottest pixels are set to zero (the mean colour) first.
     - insertion, in [0, 1], higher is better: the mean p while they come back first. Both are areas under a curve of 20
-      steps (Petsiuk et al., RISE, BMVC 2018, arXiv:1806.07421).
-    - road, in [-0.5, 0.5], higher is better: half of how much more p suffers when the hottest pixels are replaced by
-      what their neighbours suggest than when the coldest are (Rong et al., ROAD, ICML 2022, arXiv:2202.00449; as
-      grad-cam's ROADCombined, with 20, 40, 60 and 80 percent).
+      steps (Petsiuk et al., RISE, BMVC 2018, arXiv:1806.07421, which starts the insertion from a blurred photo).
+    - road, in [-0.5, 0.5], higher is better: half of how much more p drops when the hottest pixels are imputed from
+      their neighbours than when the coldest are (Rong et al., ROAD, ICML 2022, arXiv:2202.00449; as grad-cam's
+      ROADCombined, with 20, 40, 60 and 80 percent).
 
     Args:
-        explainer: whose network is asked.
+        explainer: whose network is run.
         inputs: one, (1, 3, H, W).
         cam: its map, (H, W) in [0, 1].
-        target: the class, an index.
+        target: the index of the class.
     """
-    kept = [turned < np.quantile(turned, ROAD_SHARES)[:, None, None] for turned in (cam, 1 - cam)]
-    arrays = (torch.from_numpy(array) for array in (cam, *kept))
-    inputs, heat, *kept = (moved(tensor, explainer.device) for tensor in (inputs, *arrays))
-    counts, masks = curve_masks(heat)
-    masks, imputed = masks[:, None], [impute(inputs, of_map) for of_map in kept]
-    asked = [inputs, inputs * heat, inputs * ~masks, inputs * masks, *imputed]
-    chances = probabilities(explainer.answer(torch.cat(asked)))[:, target].cpu().double()
-    before, masked, deletion, insertion, *road = chances.split([len(part) for part in asked])
+    photo, pixels = inputs[0].cpu().numpy(), cam.size
+    kept = [turned < np.quantile(turned, share) for turned in (cam, 1 - cam) for share in ROAD_SHARES]
+    counts = np.array([*range(0, pixels, -(-pixels // CURVE_STEPS)), pixels])
+    ranks = np.empty(pixels, int)
+    ranks[np.argsort(-cam.flatten(), kind="stable")] = np.arange(pixels)
+    masks = (ranks.reshape(cam.shape) < counts[:, None, None])[:, None]
+    changed = [photo[None], photo[None] * cam, photo * ~masks, photo * masks, [impute(photo, each) for each in kept]]
+    asked = torch.from_numpy(np.concatenate(changed).astype(np.float32))
+    p = probabilities(explainer.logits(asked))[:, target].double().cpu().numpy()
+    before, masked, deletion, insertion, road = np.split(p, np.cumsum([len(part) for part in changed[:-1]]))
     values = {
-        "average_drop": (before - masked).clamp(min=0) / (before + 1e-7),
-        "increase": masked > before,
-        "deletion": torch.trapezoid(deletion, counts),
-        "insertion": torch.trapezoid(insertion, counts),
-        "road": (road[1] - road[0]).mean() / 2,
+        "average_drop": max(0.0, before[0] - masked[0]) / (before[0] + 1e-7),
+        "increase": masked[0] > before[0],
+        "deletion": np.trapezoid(deletion, counts / pixels),
+        "insertion": np.trapezoid(insertion, counts / pixels),
+        "road": (road[len(ROAD_SHARES) :] - road[: len(ROAD_SHARES)]).mean() / 2,
     }
     return {name: round(float(value), 6) for name, value in values.items()}
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """The probability of each class from logits (N, classes): softmax, or sigmoid where there is one output only."""
+    """Return the probability of each class from logits (N, classes): softmax, or sigmoid of a single output."""
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
 
-def curve_masks(heat: Tensor) -> tuple[Tensor, Tensor]:
-    """The points of the deletion and insertion curves: shares of the pixels in [0, 1], and which pixels those are.
+def impute(photo: Floats, kept: NDArray[np.bool_]) -> Floats:
+    """Return a photo (3, H, W) with the pixels that are not in `kept` (H, W) filled from those around.
 
-    For a map (H, W): float64 (S,) on the CPU, bool (S, H, W); the hottest pixels come first.
+    ROAD's noisy linear imputation (arXiv:2202.00449, section 4): a missing pixel is the mean of its eight neighbours,
+    those beside it counting double, plus noise of 0.01. grad-cam solves the same equations with another ordering of
+    the unknowns, which takes several times as long.
     """
-    pixels = heat.numel()
-    counts = [*range(0, pixels, -(-pixels // CURVE_STEPS)), pixels]
-    ranks = heat.flatten().argsort(descending=True, stable=True).argsort().view(heat.shape)
-    points = torch.tensor(counts)
-    return points.double() / pixels, ranks < moved(points, heat.device)[:, None, None]
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.linalg import splu
 
-
-class _Neighbours:
-    """The equations of ROAD's imputation on one grid, and a multigrid cycle that nearly solves them.
-
-    Every missing pixel is the mean of its eight neighbours, those beside it counting double. `missing` is (B, 1, H, W),
-    1 where a pixel is missing and 0 elsewhere. A coarser grid takes the finer one's kernel.
-    """
-
-    def __init__(self, missing: Tensor, kernel: Tensor | None = None) -> None:
-        if kernel is None:
-            taps = moved(torch.tensor([0.25, 0.75, 0.75, 0.25]), missing.device)
-            kernel = torch.outer(taps, taps)[None, None]
-        self.kernel = kernel
-        self.missing = missing
-        self.weights = self.sum(torch.ones_like(missing[:1]))
-        self.step = 0.8 * missing / self.weights  # of a damped Jacobi iteration
-        self.coarser = None
-        if min(missing.shape[2:]) > 4:
-            whole = nn.functional.avg_pool2d(missing, 2, ceil_mode=True) > 0.99
-            self.coarser = _Neighbours(whole.to(missing), kernel)
-
-    @staticmethod
-    def sum(values: Tensor) -> Tensor:
-        """The weighted sum of each pixel's neighbours, their weights 1/6 and 1/12."""
-        rows = values * 2
-        rows[..., 1:] += values[..., :-1]
-        rows[..., :-1] += values[..., 1:]
-        square = rows * 2
-        square[..., 1:, :] += rows[..., :-1, :]
-        square[..., :-1, :] += rows[..., 1:, :]
-        return square.sub_(values, alpha=4).div_(12)
-
-    def restrict(self, values: Tensor) -> Tensor:
-        """To half the height and width, by the transpose of bilinear enlargement, so that the cycle is symmetric."""
-        height, width = values.shape[2:]
-        single = nn.functional.pad(values.flatten(0, 1)[:, None], (1, 1 + width % 2, 1, 1 + height % 2))
-        smaller = nn.functional.conv2d(single, self.kernel, stride=2)
-        return smaller.view(*values.shape[:2], *smaller.shape[2:])
-
-    def apply(self, values: Tensor) -> Tensor:
-        """How far the missing pixels are from the mean of their neighbours."""
-        return (self.weights * values).sub_(self.sum(values)).mul_(self.missing)
-
-    def cycle(self, right_side: Tensor) -> Tensor:
-        """Values for which `apply` gives about `right_side`."""
-        values = right_side * self.step
-        if self.coarser is not None:
-            residual = self.restrict(right_side - self.apply(values))
-            coarse = self.coarser.cycle(residual * self.coarser.missing)
-            finer = nn.functional.interpolate(coarse, scale_factor=2.0, mode="bilinear")
-            values = torch.addcmul(values, finer[..., : right_side.shape[2], : right_side.shape[3]], self.missing)
-        for _ in range(1 if self.coarser else 5):
-            values = torch.addcmul(values, right_side - self.apply(values), self.step)
-        return values
-
-
-def impute(inputs: Tensor, kept: Tensor, steps: int = 6) -> Tensor:
-    """One input (1, 3, H, W) with the pixels that are not in `kept` (B, H, W) filled from those around: (B, 3, H, W).
-
-    ROAD's noisy linear imputation (arXiv:2202.00449, section 4), by conjugate gradients with multigrid: for half a
-    photo missing, 6 steps leave a mean error below 0.001 where the method itself adds noise of 0.01.
-    """
-    missing = (~kept)[:, None].to(inputs)
-    grid = _Neighbours(missing)
-    known = (inputs * (1 - missing)).contiguous()
-
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum((2, 3), keepdim=True)
-
-    values = torch.zeros_like(known)
-    residual = grid.sum(known) * missing
-    preconditioned = direction = grid.cycle(residual)
-    rho = dot(residual, preconditioned)
-    for _ in range(steps):
-        along = grid.apply(direction)
-        step = rho / (dot(direction, along) + 1e-20)
-        values, residual = torch.addcmul(values, step, direction), torch.addcmul(residual, step, along, value=-1)
-        preconditioned = grid.cycle(residual)
-        rho, before = dot(residual, preconditioned), rho
-        direction = torch.addcmul(preconditioned, rho / (before + 1e-20), direction)
-    return known + values + 0.01 * _noise(known.shape, known.device) * missing
-
-
-@functools.lru_cache(maxsize=4)
-def _noise(shape: torch.Size, device: torch.device) -> Tensor:
-    """The same for every photo, on every device."""
-    return moved(torch.randn(shape, generator=torch.Generator().manual_seed(0)), device)
+    missing = ~kept
+    count = int(missing.sum())
+    unknown = np.full(np.add(kept.shape, 2), -2)  # -2 outside of the photo, -1 a known pixel, else the unknown's index
+    unknown[1:-1, 1:-1] = -1
+    unknown[1:-1, 1:-1][missing] = np.arange(count)
+    values = np.pad(photo, ((0, 0), (1, 1), (1, 1)))
+    diagonal, right = np.zeros(count), np.zeros((count, len(photo)))
+    entries: list[Any] = []
+    for down, across in itertools.product((0, 1, 2), repeat=2):
+        weight = (0, 1 / 6, 1 / 12)[(down != 1) + (across != 1)]
+        window = slice(down, down + kept.shape[0]), slice(across, across + kept.shape[1])
+        neighbour = unknown[window][missing]
+        diagonal += weight * (neighbour != -2)
+        right += weight * (values[(slice(None), *window)][:, missing] * (neighbour == -1)).T
+        rows = np.flatnonzero(neighbour >= 0)
+        entries.append((np.full(len(rows), -weight), rows, neighbour[rows]))
+    entries.append((diagonal, np.arange(count), np.arange(count)))
+    data, rows, columns = (np.concatenate(part) for part in zip(*entries, strict=True))
+    system = coo_matrix((data, (rows, columns)), shape=(count, count)).tocsc()
+    options = {"SymmetricMode": True}
+    solution = splu(system, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options).solve(right)
+    filled = photo.copy()
+    noise = np.random.default_rng(0).standard_normal((len(photo), count))
+    filled[:, missing] = solution.T + 0.01 * noise
+    return filled
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6  Pictures. What was found becomes files, each of them whole or not there.
+# 6  Output. Arrays become pictures and files, each of them whole or not there, and the log says which are done.
 # ---------------------------------------------------------------------------------------------------------------------
-
-Picture = NDArray[np.uint8]  # RGB, (h, w, 3)
-FileKey = tuple[str, str, str]  # one of OUTPUTS, method, label of the class; see Wanted.files
 
 DEFAULT_LONG_SIDE = 1024  # pixels
-CELL = 320  # pixels: long side of a picture on a sheet; less where the sheet would be taller than TALLEST
-TALLEST = 16_000  # pixels, which is about as much as WebP takes
-MOST_ROWS = 200  # of a sheet
-TEXT = 24  # height of the writing on a sheet, in pixels
-
-
-@dataclass(frozen=True)
-class Look:
-    """How pictures are drawn and written; see the options of these names."""
-
-    colormap: str = "jet"
-    alpha: float = 0.5
-    format: str = "jpg"
-    quality: int = 98  # a difference in the last bit of a float then shows as two levels at most
+CELL = 320  # pixels: side of a picture on a sheet; less where the sheet would be taller than TALLEST
+TALLEST = 16_000  # pixels, about as much as WebP takes
+MOST_COLUMNS = 6  # of a sheet
+MOST_CLASSES = 20  # on a sheet
+TEXT = 22  # height of the text on a sheet, in pixels
 
 
 def resized(picture: Picture, long_side: int) -> Picture:
-    """The picture enlarged or shrunk to that long side."""
+    """Return the picture enlarged or shrunk to that long side."""
     scale = long_side / max(picture.shape[:2])
     size = tuple(max(1, round(length * scale)) for length in picture.shape[1::-1])
     return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
 
 
 def seen_picture(photo: Photo, box: tuple[float, float, float, float], long_side: int | None = None) -> Picture:
-    """The part of the photo that the network saw, at the photo's own resolution but at most 1024 pixels long.
+    """Return the part of the photo that the network sees, at the photo's own resolution, at most 1024 pixels long.
 
     Args:
         photo: the whole of it.
@@ -2770,28 +2237,22 @@ def seen_picture(photo: Photo, box: tuple[float, float, float, float], long_side
     return resized(part, long_side or min(max(part.shape[:2]), DEFAULT_LONG_SIDE))
 
 
-def draw_cam(picture: Picture, cam: Floats, look: Look) -> Picture:
-    """The map (H, W) in [0, 1] as colours laid over the picture; with jet, blue is 0 and red is 1."""
-    # Far more colours than 256, since between them nothing is interpolated: no steps are seen, nor does a last bit
-    # become one.
-    colours = _colours(look.colormap)
-    places = cv2.resize(cam * np.float32(colours.shape[1] - 1), picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    heat = cv2.remap(colours, places, np.zeros_like(places), cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
-    return cv2.addWeighted(picture, 1 - look.alpha, heat, look.alpha, 0, dtype=cv2.CV_8U)
+def colour_map(values: NDArray[np.uint8], colormap: str) -> Picture:
+    """Return values (H, W) as the colours of one of OpenCV's colormaps, RGB."""
+    return cv2.cvtColor(cv2.applyColorMap(values, getattr(cv2, f"COLORMAP_{colormap.upper()}")), cv2.COLOR_BGR2RGB)
 
 
-@functools.cache
-def _colours(colormap: str) -> Floats:
-    """One of OpenCV's colormaps as RGB, float32 (1, 4081, 3): sixteen steps from each of its colours to the next."""
-    number = getattr(cv2, f"COLORMAP_{colormap.upper()}")
-    colours = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[None], number)
-    rgb = cv2.cvtColor(colours, cv2.COLOR_BGR2RGB).astype(np.float32)
-    steps = np.arange(255 * 16 + 1, dtype=np.float32)[None] / 16
-    return cv2.remap(rgb, steps, np.zeros_like(steps), cv2.INTER_LINEAR)
+def draw_cam(picture: Picture, cam: Floats, colormap: str = "jet", alpha: float = 0.5) -> Picture:
+    """Return the map (H, W) in [0, 1] as colours over the picture; a map that is 0 everywhere leaves it as it is."""
+    if not cam.any():
+        return picture
+    enlarged = cv2.resize(cam, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    heat = colour_map(cv2.convertScaleAbs(enlarged, alpha=255), colormap)
+    return cv2.addWeighted(picture, 1 - alpha, heat, alpha, 0)
 
 
 def draw_gradients(gradients: Floats, width: int, height: int) -> Picture:
-    """Gradients (3, H, W) as a picture: grey is zero; a brighter pixel would raise the score, a darker one lower it.
+    """Return gradients (3, H, W) as a picture: grey is zero; a brighter pixel would raise the score, a darker lower it.
 
     The scale is set by the 99.5th percentile, so that a few extreme pixels do not turn all others grey.
     """
@@ -2800,132 +2261,74 @@ def draw_gradients(gradients: Floats, width: int, height: int) -> Picture:
     return cv2.addWeighted(enlarged, 127.5 / strongest, enlarged, 0, 127.5, dtype=cv2.CV_8U)
 
 
-def draw(output: str, picture: Picture, cam: Floats, guided: Floats | None, look: Look) -> Picture:
-    """One of OUTPUTS, as large as `picture`."""
-    if output == "cam":
-        return draw_cam(picture, cam, look)
-    height, width = picture.shape[:2]
-    return draw_gradients(guided if output == "gb" else guided * cam, width, height)
+def draw_sheet(title: str, blocks: Sequence[tuple[str, Sequence[Any]]], font: Any, colormap: str) -> Picture:
+    """Return a table as one picture.
 
-
-def draw_sheet(picture: Picture, headings: Sequence[str], rows: Sequence[tuple[str, Sequence[Picture]]]) -> Picture:
-    """A table as one picture: under each caption the source and the pictures of the row."""
-    if len(rows) > MOST_ROWS:
-        note_once(f"a sheet has room for {MOST_ROWS} rows; {len(rows) - MOST_ROWS} are left out")
-        rows = rows[:MOST_ROWS]
-    gap, line = 8, TEXT + 16
-    side = min(CELL, (TALLEST - line - gap) // len(rows) - line)
-    small = resized(picture, side)
-    height, width = small.shape[:2]
-    columns, across = len(headings) + 1, width + gap
-    sheet = Image.new("RGB", (columns * across + gap, line + len(rows) * (line + height) + gap), "white")
+    Args:
+        title: its first line; beside it stands the colour scale.
+        blocks: one for each class: a heading and columns, each a list of (caption, picture). Columns are wrapped.
+        font: of Pillow.
+        colormap: of the scale.
+    """
+    if len(blocks) > MOST_CLASSES:
+        warn(f"a sheet has room for {MOST_CLASSES} classes; the others are left out")
+    bands: list[tuple[str, Sequence[Any]]] = []
+    for heading, columns in blocks[:MOST_CLASSES]:
+        at_once = math.ceil(len(columns) / math.ceil(len(columns) / MOST_COLUMNS))
+        for start in range(0, len(columns), at_once):
+            bands.append((heading if not start else "", columns[start : start + at_once]))
+    gap, line = 8, TEXT + 12
+    rows = sum(max(map(len, columns)) for _, columns in bands)
+    side = max(16, min(CELL, (TALLEST - line * (len(bands) + 2)) // rows - line))
+    height, width = resized(bands[0][1][0][0][1], side).shape[:2]
+    across = max(3, *(len(columns) for _, columns in bands)) * (width + gap) + gap
+    sheet = Image.new("RGB", (across, rows * (height + line) + line * (len(bands) + 1) + gap), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, heading in enumerate(["source", *headings]):
-        write_text(pen, gap + column * across, 8, heading, width, "gray")
-    for number, (caption, pictures) in enumerate(rows):
-        top = line + number * (line + height)
-        write_text(pen, gap, top + 8, caption, columns * across - gap, "black")
-        for column, cell in enumerate([small, *(resized(each, side) for each in pictures)]):
-            sheet.paste(Image.fromarray(cell), (gap + column * across, top + line))
-    return np.asarray(sheet)
+    scale = colour_map(np.linspace(0, 255, 128, dtype=np.uint8)[None].repeat(TEXT, 0), colormap)
+    write_text(pen, gap, 6, title, across - 280, "black", font)
+    write_text(pen, across - 264, 6, "evidence 0", 120, "dimgray", font)
+    sheet.paste(Image.fromarray(scale), (across - 156, 8))
+    write_text(pen, across - 22, 6, "1", 20, "dimgray", font)
+    top = line
+    for heading, columns in bands:
+        write_text(pen, gap, top + 4, heading, across - gap, "black", font)
+        top += line if heading else 0
+        for number, column in enumerate(columns):
+            left = gap + number * (width + gap)
+            for row, (caption, picture) in enumerate(column):
+                write_text(pen, left, top + row * (height + line) + 4, caption, width, "dimgray", font)
+                sheet.paste(Image.fromarray(resized(picture, side)), (left, top + row * (height + line) + line))
+        top += max(map(len, columns)) * (height + line)
+    return np.asarray(sheet.crop((0, 0, across, top + gap)))
 
 
-def write_text(pen: ImageDraw.ImageDraw, left: int, top: int, text: str, width: int, colour: str) -> None:
-    """Writes one line, cut off where it is wider than `width`. Characters that no font has become question marks."""
-    font = find_font("".join(sorted({c for c in text if not c.isascii()})))
-    text = "".join(c if has_glyphs(font, c) else "?" for c in text)
+def write_text(pen: ImageDraw.ImageDraw, left: int, top: int, text: str, width: int, colour: str, font: Any) -> None:
+    """Write one line of text, cut off where it is wider than `width`."""
     while len(text) > 1 and font.getlength(text) > width:
-        text = text[:-2] + "…"
+        text = text[:-2] + "…" if text.isascii() is False or len(text) > 2 else text[:-1]
     pen.text((left, top), text, colour, font)
 
 
-@functools.cache
-def find_font(characters: str) -> Any:
-    """Pillow's own font where that has all the characters, else an installed one; told if there is none."""
-    own = load_font("")
-    if has_glyphs(own, characters):
-        return own
-    for path in installed_fonts():
-        with contextlib.suppress(OSError, ValueError):
-            if has_glyphs(load_font(path), f"A0{characters}"):
-                return load_font(path)
-    missing = "".join(c for c in characters if not has_glyphs(own, c))
-    note(f"no installed font has {missing}; they are question marks on the sheet (Noto Sans CJK has Chinese, for one)")
-    return own
+def find_font(characters: str) -> tuple[Any, bool]:
+    """Return a font for a sheet, and whether it has all the characters: Pillow's own for ASCII, else an installed one."""
+    if not characters.isascii():
+        from matplotlib import font_manager, ft2font
+
+        for path in sorted(font_manager.findSystemFonts(), key=lambda path: ("Sans" not in path, path)):
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
+                if {ord(c) for c in characters} <= ft2font.FT2Font(path).get_charmap().keys():
+                    return ImageFont.truetype(path, TEXT), True
+    return ImageFont.load_default(TEXT), characters.isascii()
 
 
-@functools.cache
-def load_font(path: str) -> Any:
-    """A font at the size of TEXT; Pillow's own one, which has the ASCII letters, if no path is given."""
-    return ImageFont.truetype(path, TEXT) if path else ImageFont.load_default(TEXT)
-
-
-@functools.cache
-def installed_fonts() -> tuple[str, ...]:
-    """The system's font files: first those made for many scripts, then sans serif ones, the plain before the bold."""
-    home = os.path.expanduser("~")
-    folders = [
-        *("/usr/share/fonts", "/usr/local/share/fonts", f"{home}/.fonts", f"{home}/.local/share/fonts"),
-        *("/System/Library/Fonts", "/Library/Fonts", f"{home}/Library/Fonts"),
-        *(os.path.expandvars(r"%WINDIR%\Fonts"), os.path.expandvars(r"%LOCALAPPDATA%\Microsoft\Windows\Fonts")),
-    ]
-    files = [os.path.join(at, name) for folder in folders for at, _, names in os.walk(folder) for name in names]
-    many = re.compile(r"cjk|unicode|wqy|msyh|yahei|pingfang|heiti|simhei|simsun|malgun|gothic|noto", re.IGNORECASE)
-    fonts = [file for file in files if file.lower().endswith((".ttf", ".ttc", ".otf"))]
-    name = os.path.basename
-    return tuple(
-        sorted(fonts, key=lambda file: (not many.search(name(file)), "Sans" not in name(file), len(file), file))
-    )
-
-
-def has_glyphs(font: Any, characters: str) -> bool:
-    """Whether a font has all the characters: those that it lacks all look alike."""
-
-    def glyph(character: str) -> tuple[Any, bytes]:
-        mask = font.getmask(character)
-        return mask.size, bytes(mask)
-
-    missing = glyph("\U0010fffe")
-    return all(character.isspace() or glyph(character) != missing for character in characters)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which files are written for each photo.
-
-    Attributes:
-        methods, outputs: what is drawn.
-        format: of the pictures: jpg, png or webp.
-        sheet, arrays: whether these are written as well.
-    """
-
-    methods: Sequence[str]
-    outputs: Sequence[str]
-    format: str = "jpg"
-    sheet: bool = False
-    arrays: bool = False
-
-    def files(self, place: str, labels: Sequence[str] = ("",)) -> dict[FileKey, Path]:
-        """The file for each output, method ("" for gb, which has none) and class label.
-
-        `place` is the photo's output folder and its stem, such as out/cats/33. The labels are "" where only one class
-        is explained, else they stand in the names. The sheet is ("sheet", "", ""), the arrays ("arrays", "", "").
-        """
-        folder, stem = os.path.split(place)
-        names = {}
-        for label in labels:
-            named = f"{stem}_{label}" if label else stem
-            for output in self.outputs:
-                for method in [""] if output == "gb" else self.methods:
-                    names[output, method, label] = "_".join(filter(None, (method, output, named)))
-        if self.sheet:
-            names["sheet", "", ""] = f"{stem}_sheet"
-        files = {key: Path(folder, f"{name}.{self.format}") for key, name in names.items()}
-        return files | ({("arrays", "", ""): Path(folder, f"{stem}.npz")} if self.arrays else {})
+def encode(picture: Picture, form: str, quality: int) -> bytes:
+    """Return the content of a picture file: jpg, png or webp."""
+    flags = {"jpg": [cv2.IMWRITE_JPEG_QUALITY, quality], "webp": [cv2.IMWRITE_WEBP_QUALITY, quality]}
+    return cv2.imencode(f".{form}", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), flags.get(form, []))[1].tobytes()
 
 
 def file_labels(class_names: Sequence[str]) -> list[str]:
-    """What stands for each class in file names: its name, or where that is not enough its index and its name.
+    """Return what stands for each class in file names: its name, or where that is not enough its index and its name.
 
     There is no underscore in a label, so that no two photos' names with labels behind them can be equal.
     """
@@ -2935,542 +2338,280 @@ def file_labels(class_names: Sequence[str]) -> list[str]:
     return [f"{index}-{label}".rstrip("-") for index, label in enumerate(labels)]
 
 
-def find_places(photos: Sequence[tuple[str, str]], output: Path, wanted: Wanted) -> Iterator[tuple[str, str]]:
-    """Each photo with the place of its pictures: its own stem, or stem_2, stem_3 ... where that is taken.
-
-    No picture goes over one of the photos, over the picture of another photo, or over any file that this program did
-    not write. `photos` are paths with their folders below `output`.
-    """
-    taken = {_file_key(path) for path, _ in photos}
-    numbers: Counter[int] = Counter()  # how many were tried for a name, so that a thousand equal ones take no million
-    for path, folder in photos:
-        own = os.path.normpath(os.path.join(output, folder, Path(path).stem))
-        for number in itertools.count(numbers[_file_key(own)] + 1):
-            place = own if number == 1 else f"{own}_{number}"
-            files = wanted.files(place).values()
-            keys = {_file_key(file) for file in files}
-            if taken.isdisjoint(keys) and all(may_write(file, path) for file in files):
-                break
-        numbers[_file_key(own)] = number
-        taken |= keys
-        yield path, place
-
-
-def _file_key(path: str | Path) -> int:
-    """Equal for names of one file, also where case or the writing of accents does not count (Windows, macOS).
-
-    A hash, since there may be millions.
-    """
+def file_key(path: str | Path) -> int:
+    """Return a hash that is equal for names of one file, also where case or the writing of accents does not count."""
     return hash(unicodedata.normalize("NFC", os.path.abspath(path)).casefold())
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes beside the file's place and moves it there, so that nobody ever finds half of it. Raises OSError."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(content)
-        for pause in (0.1, 0.5, 0):
-            try:
-                part.replace(path)
-                break
-            except PermissionError:  # on Windows, while a virus scanner or a viewer has the old one open
-                if not pause:
-                    raise
-                time.sleep(pause)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_result(path: Path, content: bytes, photo: str) -> None:
-    """The same for a file that bears the photo's mark, unless another one is in its place. Raises OSError."""
-    if not may_write(path, photo):
-        raise FileExistsError(errno.EEXIST, f"{path} is in the way: it was not made from this photo")
-    write_file(path, content)
-
-
-def write_picture(path: Path, picture: Picture, look: Look, photo: str) -> None:
-    """Writes a picture, marked as ours. Raises OSError: the folder is gone, the disk is full ..."""
-    write_result(path, encode(picture, look, mark_of(path, photo)), photo)
-
-
-def encode(picture: Picture, look: Look, mark: str) -> bytes:
-    """The content of a picture file, with the mark as the program's name in its EXIF data."""
-    exif = Image.Exif()
-    exif[ExifTags.Base.Software] = mark
-    if look.format == "jpg":
-        # By OpenCV, because the other threads, and so the network, have to wait while Pillow encodes a JPEG.
-        bgr, quality = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, look.quality]
-        jpeg, segment = cv2.imencode(".jpg", bgr, quality)[1].tobytes(), exif.tobytes()
-        return b"".join((jpeg[:20], b"\xff\xe1", (len(segment) + 2).to_bytes(2, "big"), segment, jpeg[20:]))
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, look.format, quality=look.quality, exif=exif)
-    return buffer.getvalue()
-
-
-def write_arrays(path: Path, arrays: Mapping[str, Any], photo: str) -> None:
-    """Writes arrays as a compressed .npz, marked as ours by the name of the first one. Raises OSError."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{mark_of(path, photo): np.array("load with numpy.load"), **arrays})
-    write_result(path, buffer.getvalue(), photo)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7  Run. Threads read ahead, the network explains batches, threads draw and write; a photo that fails stops nothing.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is done with every photo.
-
-    Attributes:
-        classifier, explainer: the network.
-        targets: (1, K), the classes to explain; None: the likeliest one, or the `top` likeliest.
-        wanted, look: which files are written, and how they look.
-        output_size: long side of the pictures, or None.
-        metrics: whether each map is measured.
-        labels: of the classes, for file names; where one class is explained, None.
-        stop: set when nothing more is wanted: what takes long ends itself.
-    """
-
-    classifier: Classifier
-    explainer: Explainer
-    targets: Tensor | None
-    top: int
-    wanted: Wanted
-    look: Look
-    output_size: int | None
-    metrics: bool
-    labels: Sequence[str] | None
-    stop: threading.Event = field(default_factory=threading.Event)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A photo on its way through.
-
-    Attributes:
-        path, place: where it comes from, and the beginning of its files' names.
-        stamp: of its file, before it was read.
-        width, height, box: its size, and the part of it that the network sees, in its own pixels.
-        picture, inputs: that part to draw on, and as the network gets it, (3, H, W).
-    """
-
-    path: str
-    place: str
-    stamp: tuple[int, int]
-    width: int
-    height: int
-    box: tuple[float, float, float, float]
-    picture: Picture
-    inputs: Tensor
-
-
-@dataclass(frozen=True)
-class Explained:
-    """A photo, its explanation (1, K, ...), and what its maps are worth: one dict for each class and method."""
-
-    photo: Prepared
-    explanation: Explanation
-    trust: Sequence[dict[str, Any]] = ()
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A photo that could not be explained, and why, in one line."""
-
-    path: str
-    error: str
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which part of the photos this process takes: every `world`-th from `rank` on. Alone it takes all."""
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-
-    @classmethod
-    def from_environment(cls) -> Share:
-        """The share of a process that torchrun started."""
-        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        return cls(*(int(os.environ.get(name, default)) for name, default in names.items()))
-
-
-def prepare(photo: tuple[str, str], job: Job) -> Prepared | Failed:
-    """Reads a photo and keeps only what is needed further on, so that large photos do not pile up in memory."""
-    path, place = photo
-    try:
-        stamp = stamp_of(path)
-        with open_photo(Path(path)) as decoded:
-            height, width = decoded.pixels.shape[:2]
-            box = job.classifier.seen_box(height, width)
-            picture = seen_picture(decoded, box, job.output_size)
-            return Prepared(path, place, stamp, width, height, box, picture, job.classifier.preprocess(decoded))
-    except PhotoError as error:
-        return Failed(path, str(error))
-
-
-@dataclass
-class Capacity:
-    """How many photos go through the network at once; it shrinks where the memory does not suffice."""
-
-    photos: int
-
-
-def explain_photos(
-    photos: Iterable[Prepared | Failed], job: Job, batch_size: int, workers: int = 1
-) -> Iterator[Explained | Failed]:
-    """Each photo with its explanation, or what went wrong, in order.
-
-    Several workers share the batch and the cores: each photo then takes longer, but no core waits for the others.
-    """
-    capacity = Capacity(max(1, batch_size // workers))
-    batches, explain = fill_batches(photos, capacity), partial(explain_batch, job=job, capacity=capacity)
-    share_cores = partial(torch.set_num_threads, max(1, torch.get_num_threads() // workers))
-    for outcomes in ahead(explain, batches, workers + 1, workers, share_cores, job.stop):
-        yield from outcomes
-
-
-def fill_batches(photos: Iterable[Prepared | Failed], capacity: Capacity) -> Iterator[list[Prepared | Failed]]:
-    """Batches of photos; broken ones go along and do not count, but 100 of them are not waited with."""
-    batch: list[Prepared | Failed] = []
-    for photo in photos:
-        batch.append(photo)
-        broken = sum(isinstance(each, Failed) for each in batch)
-        if len(batch) - broken >= capacity.photos or broken >= 100:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def explain_batch(batch: Sequence[Prepared | Failed], job: Job, capacity: Capacity) -> list[Explained | Failed]:
-    """Explains a batch, in smaller ones where the memory does not suffice."""
-    if any(isinstance(photo, Failed) for photo in batch):
-        explained = iter(explain_batch([photo for photo in batch if isinstance(photo, Prepared)], job, capacity))
-        return [photo if isinstance(photo, Failed) else next(explained) for photo in batch]
-    outcomes: list[Explained | Failed] = []
-    while len(outcomes) < len(batch):
-        now = batch[len(outcomes) :][: capacity.photos]
-        try:
-            explanation = job.explainer(torch.stack([photo.inputs for photo in now]), job.targets, top=job.top)
-            singles = [explanation.only(index) for index in range(len(now))]
-            outcomes += [Explained(*pair, trust_in(*pair, job)) for pair in zip(now, singles, strict=True)]
-            continue
-        except CallError:
-            raise
-        except (RuntimeError, ValueError, MemoryError) as error:  # too small an input for the network, full memory ...
-            message, too_much = first_line(error), is_out_of_memory(error)
-            if re.search("(CUDA|HIP) error", str(error)) and not too_much:  # the GPU answers this process no more
-                raise CallError(f"the GPU has failed: {message}; go on with --skip-existing") from error
-        # From here on the error does not hold on to the batch's memory any more.
-        if len(now) > 1 and too_much:
-            note_once(SMALLER_BATCHES)
-            capacity.photos = min(capacity.photos, len(now) // 2)
-        elif len(now) > 1:  # it may be one of them only
-            outcomes += [outcome for photo in now for outcome in explain_batch([photo], job, capacity)]
-        else:
-            size = " x ".join(map(str, now[0].inputs.shape[1:]))
-            outcomes.append(Failed(now[0].path, f"{now[0].path}: the network failed at {size}: {message}"))
-    return outcomes
-
-
-def trust_in(photo: Prepared, explanation: Explanation, job: Job) -> list[dict[str, Any]]:
-    """What each map of a photo is worth, class by class and method by method, if that is asked for."""
-    if not job.metrics:
-        return []
-    maps = [
-        (index, int(target), method)
-        for index, target in enumerate(explanation.targets[0])
-        for method in job.wanted.methods
-    ]
-    return [
-        {
-            "class": job.classifier.class_names[target],
-            "method": method,
-            **measure_trust(job.explainer, photo.inputs[None], explanation.cams[method][0, index], target),
-        }
-        for index, target, method in until(job.stop, maps)
-    ]
-
-
-def until(stop: threading.Event, steps: Iterable[Any]) -> Iterator[Any]:
-    """The steps, until the run is stopped; then KeyboardInterrupt."""
-    for step in steps:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        yield step
-
-
-def stamp_of(path: str | Path) -> tuple[int, int]:
-    """Size and time of a file, by which a changed one is known; zeros where there is none."""
+def file_signature(path: str | Path) -> tuple[int, int]:
+    """Return size and time of a file, by which a changed one is known; zeros where there is none."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):
         return 0, 0
     return status.st_size, status.st_mtime_ns
 
 
-class Options:
-    """The options that decide what is in the files, so that a resumed run knows which photos it need not do again.
+class Log:
+    """`results.jsonl` in the output folder, and the files that it lists.
 
-    The methods are among them only where all share a file. Else they are in the files' names, and in the record's key.
+    One JSON object a line for each photo and choice of methods; the last line of the two counts. Nothing is ever
+    rewritten. Several processes append to it under a lock, and each reads what the others have appended before it
+    writes: so none writes over another's files.
+
+    Raises:
+        CallError: the log cannot be opened.
     """
 
-    ELSE = ("images", "photos", "one_by_one", "ckpt", "methods", "device", "batch_size", "output", "skip_existing")
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / LOG_NAME
+        self._mutex = threading.Lock()  # a FileLock counts for each thread
+        self._lock = FileLock(folder / ".results.lock", thread_local=False, poll_interval=0.01)
+        self._position = 0  # up to which the log was read
+        self._last: dict[tuple[int, str], tuple[str, list[Path]]] = {}  # (image, method) -> options, files
+        self._owners: dict[int, tuple[int, str]] = {}  # file -> (image, options) of the last record that lists it
+        self._stems: dict[int, int] = {}  # output stem -> image
+        self._stem_of: dict[int, str] = {}  # image -> output stem
+        self._numbers: Counter[int] = Counter()  # how many numbers of a stem were tried
+        self._unwritten: list[bytes] = []  # lines for which there was no room
+        try:
+            with self._locked():
+                pass
+        except OSError as error:
+            raise CallError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+        self._at_start = dict(self._last)
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        ignored = {*self.ELSE} - ({"methods"} if args.sheet or args.save_arrays else set())
-        options = [(name, str(value)) for name, value in sorted(vars(args).items()) if name not in ignored]
-        ckpt, own_network = os.path.realpath(args.ckpt or ""), (args.arch or "").rpartition(":")[0]
-        self._text = repr((options, ckpt, stamp_of(ckpt), stamp_of(own_network)))  # trained on since then?
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[Any]:
+        """Yield the open file, when all that other processes have appended has been read."""
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+        for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # no link is followed, no FIFO waited for
+            flags |= getattr(os, name, 0)
+        with self._mutex, self._lock, open(os.open(self.path, flags, 0o666), "r+b", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise FileExistsError(errno.EEXIST, "it is not a regular file; remove it")
+            file.seek(self._position)
+            for line in io.BufferedReader(io.FileIO(file.fileno(), closefd=False)):
+                if line.endswith(b"\n"):
+                    self._position += len(line)
+                    self._take(parse_record(line))
+            yield file
 
-    def digest(self, place: str, stamp: tuple[int, int]) -> str:
-        """A short name for the options, the place of a photo's files and the stamp of the photo."""
-        return hashlib.sha256(f"{self._text} {place} {stamp}".encode("utf-8", "backslashreplace")).hexdigest()[:16]
+    def _take(self, record: Mapping[str, Any]) -> None:
+        """Remember a record."""
+        if not record:
+            return
+        image, stem, options = file_key(record["image"]), record.get("output_stem"), record.get("options", "")
+        folder = None if stem is None else self.folder / os.path.dirname(stem)
+        files = [Path(file) if folder is None else folder / os.path.basename(file) for file in record["files"]]
+        self._last[image, record["method"]] = options, files
+        self._owners.update((file_key(file), (image, options)) for file in files)
+        if stem:
+            self._stems[file_key(self.folder / stem)] = image
+            self._stem_of[image] = stem
 
+    def stem(self, image: str, folder: str) -> str:
+        """Return the beginning of the names of a photo's files, below the output folder, such as cats/33 or cats/33_2.
 
-Key = tuple[str, str]  # image, methods
-
-
-class Results:
-    """`results.jsonl` in the output folder: one JSON object a line for each photo and choice of methods.
-
-    Under torchrun each process writes its own `results.RANK.jsonl`. A line that a kill cut off is dropped at the next
-    start, and so are the lines of photos that are done again.
-    """
-
-    def __init__(self, folder: Path, share: Share) -> None:
-        names = [f"results.{rank}.jsonl" for rank in range(share.world)] if share.world > 1 else ["results.jsonl"]
-        self._of_rank = [folder / name for name in names]
-        self._own = self._of_rank[share.rank]
-        ours = (path for path in folder.glob("results*.jsonl") if re.fullmatch(r"results(\.\d+)?\.jsonl", path.name))
-        self._all = sorted({*self._of_rank, *ours})
-        # Files that an earlier run with other processes has left belong to the first process of this one.
-        left = [path for path in self._all if path not in self._of_rank and share.rank == 0]
-        self._writable = [self._own, *left]
-        self._lock = threading.Lock()
-
-    def finished(self) -> dict[Key, dict[Path, int]]:
-        """The photos that an earlier run has finished: in which results files, and the hash of how it ran.
-
-        All their files are there, and no run with other options has written over one of them (the picture of guided
-        backpropagation has the same name for all methods).
+        It is the photo's own, and the same in later runs.
         """
-        last: dict[int, int] = {}  # how each file was written at last
-        for path in self._all:
-            of_path = {_file_key(file): options for record, options in finished_lines(path) for file in record["files"]}
-            # Of two results files nobody knows which run was later.
-            last |= {file: options if last.get(file, options) == options else 0 for file, options in of_path.items()}
-        found: dict[Key, dict[Path, int]] = {}
-        for path in self._all:
-            for record, options in finished_lines(path):
-                files = record["files"]  # of which another process may just have written one
-                if all(last.get(_file_key(file)) == options and os.path.isfile(file) for file in files):
-                    found.setdefault((record["image"], record["method"]), {})[path] = options
-        return found
+        base, key = "/".join([*Path(folder).parts, Path(image).stem]), file_key(image)
+        known = self._stem_of.get(key, "")
+        if known == base or re.fullmatch(re.escape(base) + r"_\d+", known):
+            return known
+        first = file_key(self.folder / base)
+        while True:
+            self._numbers[first] += 1
+            number = self._numbers[first]
+            stem = base if number == 1 else f"{base}_{number}"
+            if self._stems.setdefault(file_key(self.folder / stem), key) == key:
+                return stem
 
-    def file_of(self, rank: int) -> Path:
-        """The results file of a process."""
-        return self._of_rank[rank]
+    def is_done(self, image: str, method: str, options: str) -> bool:
+        """Return whether a photo's files are all there as a run with the same options has written them."""
+        done, files = self._last.get((file_key(image), method), (None, []))
+        mine = file_key(image), options
+        return done == options and all(self._owners[file_key(f)] == mine and os.path.isfile(f) for f in files)
 
-    def forget(self, again: set[Key], elsewhere: Mapping[Key, Path]) -> None:
-        """Drops the lines of photos that are done again, and those that stand in another file too. Raises OSError."""
-        for path in filter(Path.exists, self._writable):
-            keys = {line: (record["image"], record["method"]) for line, record in whole_lines(path)}
-            dropped = {line for line, key in keys.items() if key in again or elsewhere.get(key, path) != path}
-            with path.open("rb") as file:  # another program's lines stay, half a line of ours does not
-                kept = [line for line in file if line not in dropped and (line in keys or not line.startswith(b'{"im'))]
-            if kept and not kept[-1].endswith(b"\n"):
-                kept.append(b"\n")
-            write_file(path, b"".join(kept))
+    def write(
+        self, record: dict[str, Any], stem: str, names: Callable[[str], Iterable[str]], contents: Sequence[bytes]
+    ) -> bool:
+        """Write the files of a photo and append its record. Return False where another process has done so meanwhile.
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a line, all of it or none. Raises OSError."""
+        Args:
+            record: without `output_stem` and `files`, which are added.
+            stem: from `Log.stem`; a number is added where a file of that name is not the photo's own.
+            names: the photo's stem -> the names of its files.
+            contents: of the files.
+
+        Raises:
+            OSError: the folder is gone, the disk is full ...
+        """
+        folder, image = self.folder / os.path.dirname(stem), file_key(record["image"])
+        parts: list[Path] = []
+        try:
+            if contents:
+                folder.mkdir(parents=True, exist_ok=True)
+            for content in contents:
+                parts.append(folder / f".{secrets.token_hex(8)}.part")  # cannot be foretold; "x" follows no link
+                with open(parts[-1], "xb") as file:
+                    file.write(content)
+            with self._locked() as log:
+                key = image, record["method"]
+                if self._last.get(key) != self._at_start.get(key) and self._last[key][0] == record.get("options", ""):
+                    return False
+                files = [folder / name for name in names(os.path.basename(stem))]
+                while not all(self._is_free(file, image) for file in files):
+                    stem = self.stem(record["image"], os.path.dirname(stem))
+                    files = [folder / name for name in names(os.path.basename(stem))]
+                record |= {"files": [str(file) for file in files], "output_stem": stem}
+                for file in files:  # a run that is killed from here on leaves no file of the run before it
+                    file.unlink(missing_ok=True)
+                self._append(log, record)
+                for part, file in zip(parts, files, strict=True):
+                    move(part, file)
+        finally:
+            for part in parts:
+                part.unlink(missing_ok=True)
+        return True
+
+    def _is_free(self, file: Path, image: int) -> bool:
+        """Return whether there is no such file, or one of this image. Raises OSError: the name is too long."""
+        try:
+            regular = stat.S_ISREG(os.lstat(file).st_mode)
+        except FileNotFoundError:
+            return self._owners.get(file_key(file), (image,))[0] == image
+        return regular and self._owners.get(file_key(file), (None,))[0] == image
+
+    def _append(self, log: Any, record: Mapping[str, Any]) -> None:
+        """Append a line, all of it or none. Raises OSError; the line is then appended with the next one."""
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        with self._lock, self._own.open("ab", buffering=0) as file:
-            end = file.tell()
-            if file.write(line) < len(line):
-                file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        end = log.seek(0, os.SEEK_END)
+        if end > self._position:  # half a line, of a process that was killed
+            line = b"\n" + line
+        if log.write(line) < len(line):
+            log.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._position = end + len(line)
+        self._take(record)
+
+    def write_error(self, record: dict[str, Any] | None = None) -> None:
+        """Append the record of a photo without files, and those for which there was no room before."""
+        self._unwritten += [record] if record else []
+        with contextlib.suppress(OSError), self._locked() as log:
+            while self._unwritten:
+                self._append(log, {**self._unwritten[0], "files": []})
+                del self._unwritten[0]
 
 
-def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The lines of a results file that are whole, raw and parsed."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                key = (record.get("image"), record.get("method")) if isinstance(record, dict) else (None, None)
-                if line.endswith(b"\n") and all(isinstance(part, str) for part in key):
-                    yield line, record
+def move(part: Path, file: Path) -> None:
+    """Move a file to its place. On Windows that is tried again while another program has the old one open."""
+    for pause in (0.1, 0.5, 0):
+        try:
+            return os.replace(part, file)
+        except PermissionError:
+            if not pause:
+                raise
+            time.sleep(pause)
 
 
-def finished_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The records of photos that were explained, each with the hash of the options."""
-    for _, record in whole_lines(path):
-        files, options = record.get("files"), record.get("options")
-        if isinstance(options, str) and isinstance(files, list) and all(isinstance(file, str) for file in files):
-            yield record, hash(options)
+# ---------------------------------------------------------------------------------------------------------------------
+# 7  Run. Threads read, one explains, threads write; a photo that fails stops nothing.
+# ---------------------------------------------------------------------------------------------------------------------
+
+READERS = min(4, os.cpu_count() or 1)
 
 
-def describe(done: Explained, job: Job, files: Iterable[Path]) -> dict[str, Any]:
-    """The record of a photo that was explained, as it stands in results.jsonl."""
-    photo, explanation = done.photo, done.explanation
-    chances = probabilities(torch.from_numpy(explanation.logits))[0].tolist()
+@dataclass
+class Item:
+    """A photo on its way through the program; each step fills in what it finds, or `error`.
 
-    def named(index: int) -> dict[str, Any]:
-        return {"index": index, "name": job.classifier.class_names[index], "probability": round(chances[index], 6)}
-
-    classes = [named(index) for index in explanation.targets[0].tolist()]
-    likeliest = sorted(range(len(chances)), key=lambda index: -chances[index])
-    return {
-        "image": photo.path,
-        "width": photo.width,
-        "height": photo.height,
-        "class": classes[0],
-        **({"classes": classes} if job.labels else {}),
-        "top5": [named(index) for index in likeliest[:5]],
-        "method": ",".join(job.wanted.methods),
-        "target_layer": ",".join(job.explainer.target_layers),
-        **({"metrics": done.trust} if done.trust else {}),
-        "files": [str(file) for file in files],
-    }
-
-
-def as_line(record: Mapping[str, Any]) -> str:
-    """What is printed for a photo: its classes, what the maps are worth, and the files."""
-    classes = record.get("classes", [record["class"]])
-    parts = [", ".join(f"{each['name']} {each['probability']:.3f}" for each in classes)]
-    for found in record.get("metrics", ()):
-        of = f" for {found['class']}" if len(classes) > 1 else ""
-        parts.append(f"{found['method']}{of}: " + ", ".join(f"{name} {found[name]:.3g}" for name in METRICS))
-    return f"{record['image']}: {'; '.join(parts)} -> {', '.join(record['files'])}"
-
-
-def draw_all(done: Explained, job: Job, labels: Sequence[str]) -> Iterator[tuple[FileKey, Picture]]:
-    """The pictures of a photo, one by one, with their keys in `Wanted.files`."""
-    photo, explanation, drawn = done.photo, done.explanation, set()
-    for index, label in enumerate(labels):
-        guided = None if explanation.guided is None else explanation.guided[0, index]
-        for method, cams in explanation.cams.items():
-            for output in job.wanted.outputs:
-                key = (output, "" if output == "gb" else method, label)
-                if key not in drawn:
-                    drawn.add(key)
-                    yield key, draw(output, photo.picture, cams[0, index], guided, job.look)
-
-
-def save_files(
-    done: Explained, job: Job, record: Mapping[str, Any], labels: Sequence[str], files: Mapping[FileKey, Path]
-) -> None:
-    """Writes what is wanted of a photo. Raises OSError."""
-    on_sheet = {}
-    for key, picture in draw_all(done, job, labels):
-        write_picture(files[key], picture, job.look, done.photo.path)
-        if job.wanted.sheet:
-            on_sheet[key] = resized(picture, CELL)
-    if job.wanted.sheet:
-        classes = record.get("classes", [record["class"]])
-        rows = [
-            (
-                f"{method}   {each['name']} {each['probability']:.3f}",
-                [on_sheet[output, "" if output == "gb" else method, label] for output in job.wanted.outputs],
-            )
-            for each, label in zip(classes, labels, strict=True)
-            for method in job.wanted.methods
-        ]
-        sheet = draw_sheet(done.photo.picture, job.wanted.outputs, rows)
-        write_picture(files["sheet", "", ""], sheet, job.look, done.photo.path)
-    if job.wanted.arrays:
-        write_arrays(files["arrays", "", ""], as_arrays(done, job), done.photo.path)
-
-
-def as_arrays(done: Explained, job: Job) -> dict[str, Any]:
-    """What --save-arrays writes: M methods, K classes that were explained, inputs of H x W.
-
-    methods (M,); classes int64 (K,); cams float32 (M, K, H, W) in [0, 1]; guided float32 (K, 3, H, W), if asked for;
-    logits float32 and class_names for all classes; target_layers; box float64 (4,): left, top, right and bottom of what
-    the network saw, in the photo's pixels.
+    Attributes:
+        path, stem: where it comes from, and the beginning of its files' names (`Log.stem`).
+        options: a hash of the options and of the file, by which a later run knows what was done.
+        width, height, box: its size, and the part of it that the network sees, in its own pixels.
+        picture, inputs: that part to draw on, and as the network gets it, (3, H, W).
+        explanation, metrics: (1, K, ...), and one dict for each class and method.
+        record: its line in the log; empty where another process wrote it.
+        error: one line.
     """
-    explanation = done.explanation
-    arrays = {
-        "methods": np.array(job.wanted.methods),
-        "classes": explanation.targets[0],
-        "cams": np.stack([explanation.cams[method][0] for method in job.wanted.methods]),
-        "logits": explanation.logits[0],
-        "class_names": np.array(job.classifier.class_names),
-        "target_layers": np.array(job.explainer.target_layers),
-        "box": np.array(done.photo.box),
-    }
-    return arrays if explanation.guided is None else {**arrays, "guided": explanation.guided[0]}
+
+    path: str
+    stem: str
+    options: str = ""
+    width: int = 0
+    height: int = 0
+    box: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    picture: Picture | None = None
+    inputs: Tensor | None = None
+    explanation: Explanation | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
 
 
-def free_files(photo: Prepared, wanted: Wanted, labels: Sequence[str]) -> dict[FileKey, Path]:
-    """The photo's files; numbered where the classes, only known now, make names that another photo has taken."""
-    for number in itertools.count(1):
-        files = wanted.files(photo.place if number == 1 else f"{photo.place}_{number}", labels)
-        if all(may_write(file, photo.path) for file in files.values()):
-            return files
+@dataclass(frozen=True)
+class Job:
+    """What is done with every photo: the command line, the network, and the classes to explain.
+
+    Attributes:
+        targets: (1, K); None: the prediction, or the `top_k` classes of highest probability.
+        labels: of all classes, for file names; None: no class stands in them.
+        font, font_has_names: for the sheet.
+    """
+
+    args: argparse.Namespace
+    options: str
+    log: Log
+    classifier: Classifier
+    explainer: Explainer
+    targets: Tensor | None
+    labels: Sequence[str] | None
+    font: Any = None
+    font_has_names: bool = True
 
 
-def save(outcome: Explained | Failed, job: Job, options: Options, results: Results) -> Failed | str:
-    """Writes the files and the record of one photo. Returns the line to print for it, or what went wrong."""
-    path = outcome.path if isinstance(outcome, Failed) else outcome.photo.path
+def prefetch(function: Callable[[Any], Any], items: Iterable[Any], depth: int, threads: int) -> Iterator[Any]:
+    """Map `function` over `items`, in order, in threads, up to `depth` items ahead."""
+    pool, pending = ThreadPoolExecutor(threads), deque[Future[Any]]()
     try:
-        if isinstance(outcome, Failed):
-            results.append({"image": path, "method": ",".join(job.wanted.methods), "error": outcome.error})
-            return outcome
-        targets = outcome.explanation.targets[0]
-        labels = [job.labels[target] for target in targets] if job.labels else [""]
-        files = free_files(outcome.photo, job.wanted, labels)
-        record = describe(outcome, job, files.values())
-        for method, cams in outcome.explanation.cams.items():
-            for target in targets[~cams[0].any((1, 2))]:
-                where, name = record["target_layer"], job.classifier.class_names[target]
-                note(f"{path}: the {method} map is 0 everywhere: nothing in {where} speaks for {name}, or all alike")
-        save_files(outcome, job, record, labels, files)
-        results.append({**record, "options": options.digest(outcome.photo.place, outcome.photo.stamp)})
-    except OSError as error:
-        return Failed(path, f"{path}: its results cannot be written: {error.strerror or error}")
-    return as_line(record)
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= depth:
+                yield result_of(pending.popleft())
+        while pending:
+            yield result_of(pending.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def plan(args: argparse.Namespace, share: Share, results: Results) -> tuple[list[tuple[str, str]], int]:
-    """What this process has to do, (photo, place of its pictures), and how many of its photos are done already."""
-    finished = results.finished() if args.skip_existing else {}
-    options = Options(args)
-    todo, again, elsewhere, skipped = [], set(), {}, 0
-    for index, (path, place) in enumerate(find_places(args.photos, args.output, as_wanted(args))):
-        key, rank = (path, ",".join(args.methods)), index % share.world
-        recorded = finished.get(key, {})
-        done = bool(recorded) and hash(options.digest(place, stamp_of(path))) in recorded.values()
-        if not done:
-            again.add(key)
-        elif results.file_of(rank) in recorded:
-            elsewhere[key] = results.file_of(rank)
-        if rank == share.rank:
-            skipped += done
-            todo += [] if done else [(path, place)]
-    try:
-        for folder in {os.path.dirname(place) or "." for _, place in todo}:
-            os.makedirs(folder, exist_ok=True)
-        results.forget(again, elsewhere)
-    except OSError as error:
-        raise CallError(f"--output {args.output}: cannot write there: {error.strerror or error}") from error
-    return todo, skipped
+def result_of(future: Future[Any]) -> Any:
+    """Return the future's result; on Windows, Ctrl-C ends only such waits as have a limit."""
+    while not future.done():
+        wait([future], timeout=0.2)
+    return future.result()
 
 
-def as_wanted(args: argparse.Namespace) -> Wanted:
-    """The files that the command line asks for."""
-    return Wanted(args.methods, args.outputs, args.format, args.sheet, args.save_arrays)
+def options_digest(args: argparse.Namespace) -> str:
+    """Return a hash of the options that decide what is in the files, and of the checkpoint's size and time.
+
+    The methods are among them only where all share a file; else they are in the files' names and in the record.
+    """
+    ignored = {"images", "photos", "ckpt", "device", "batch_size", "output", "skip_existing"}
+    ignored |= set() if args.sheet or args.save_arrays else {"methods"}
+    options = [(name, str(value)) for name, value in sorted(vars(args).items()) if name not in ignored]
+    ckpt, own_network = os.path.realpath(args.ckpt or ""), (args.arch or "").rpartition(":")[0]
+    return repr((options, ckpt, file_signature(ckpt), file_signature(own_network)))
 
 
-def load(args: argparse.Namespace, share: Share) -> Job:
-    """The network and what is to be done with it, as the command line asks for it. Raises CallError."""
-    device = find_device(args.device, share.local_rank if share.world > 1 else None)
+def photo_digest(options: str, path: str) -> str:
+    """Return a hash of the options and of the photo's size and time."""
+    return hashlib.sha256(f"{options} {file_signature(path)}".encode("utf-8", "backslashreplace")).hexdigest()[:16]
+
+
+def load_job(args: argparse.Namespace, options: str, log: Log, local_rank: int | None) -> Job:
+    """Load the network that the command line asks for, and print what is assumed about it. Raises CallError."""
+    device, why = find_device(args.device, local_rank)
     classifier = load_classifier(
         args.arch,
         args.ckpt,
@@ -3479,14 +2620,13 @@ def load(args: argparse.Namespace, share: Share) -> Job:
         class_names=args.class_names,
         input_size=args.input_size,
         resize=args.resize,
+        mean=args.mean,
+        std=args.std,
     )
-    names = classifier.class_names
+    names, side = classifier.class_names, classifier.input_size
     targets = list(dict.fromkeys(find_class(wanted, names) for wanted in args.target_classes or ()))
-    top = args.top_k or 1
-    if top > len(names):
-        note(f"--top-k {top}, but the network has {len(names)} classes; all of them are explained")
-    stop = threading.Event()
-    bar = partial(tqdm, desc=",".join(args.methods), unit="pass", leave=False, disable=None)
+    if (args.top_k or 1) > len(names):
+        warn(f"--top-k {args.top_k}, but the network has {len(names)} classes; all of them are explained")
     explainer = Explainer(
         classifier.model,
         args.methods,
@@ -3494,89 +2634,301 @@ def load(args: argparse.Namespace, share: Share) -> Job:
         guided=args.outputs != ["cam"],
         aug_smooth=args.aug_smooth,
         eigen_smooth=args.eigen_smooth,
-        progress=lambda passes: until(stop, bar(passes)),
+        progress=partial(tqdm, desc=",".join(args.methods), unit="pass", leave=False, disable=None),
     )
-    return Job(
-        classifier,
-        explainer,
-        torch.tensor([targets]) if targets else None,
-        top,
-        as_wanted(args),
-        Look(args.colormap, args.alpha, args.format, args.quality),
-        args.output_size,
-        args.metrics,
-        file_labels(names) if max(len(targets), top) > 1 else None,
-        stop,
-    )
+    try:
+        explainer.prepare(torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if isinstance(error, CallError) or is_out_of_memory(error):
+            raise
+        raise CallError(
+            f"{classifier.arch} fails at inputs of {side} x {side}: {first_line(error)}; pass another --input-size"
+        ) from error
+    if not local_rank:
+        told = replace(classifier, origins={**classifier.origins, "device": why})
+        print_line(told.describe(explainer.target_layers), sys.stderr)
+    font, has_names = find_font("".join(names)) if args.sheet else (None, True)
+    labels = file_labels(names) if targets or (args.top_k or 1) > 1 else None
+    asked = torch.tensor([targets]) if targets else None
+    return Job(args, options, log, classifier, explainer, asked, labels, font, has_names)
 
 
-def outcomes_of(todo: Sequence[tuple[str, str]], job: Job, args: argparse.Namespace) -> Iterator[Explained | Failed]:
-    """Reads and explains the photos, by up to four workers at once on the CPU."""
-    classes = len(args.target_classes or ()) or args.top_k or 1  # each needs as much memory as a photo
-    batch_size, workers = max(1, args.batch_size // classes), 1
-    # grad-cam's classes change settings of the weights, which the workers share
-    if job.explainer.device.type == "cpu" and not BY_GRAD_CAM.keys() & set(args.methods):
-        workers = even_threads(min(batch_size, len(todo)))
-    return explain_photos(ahead(partial(prepare, job=job), todo, 2 * args.batch_size), job, batch_size, workers)
+def read_item(entry: tuple[str, str], job: Job) -> Item:
+    """Read a photo, and keep only what is needed further on, so that large photos do not pile up in memory."""
+    item = Item(*entry)
+    try:
+        item.options = photo_digest(job.options, item.path)
+        photo = read_photo(item.path)
+        item.height, item.width = photo.pixels.shape[:2]
+        item.box = job.classifier.seen_box(item.height, item.width)
+        item.picture = seen_picture(photo, item.box, job.args.output_size)
+        item.inputs = job.classifier.preprocess(photo)
+    except PhotoError as error:
+        item.error = str(error)
+    return item
+
+
+def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Iterator[Item]:
+    """Yield the items with their explanations, or what went wrong, in order."""
+
+    def explain(part: list[Item]) -> list[Item]:
+        try:
+            inputs = torch.stack([item.inputs for item in part])
+            explanation = job.explainer(inputs, job.targets, top=job.args.top_k or 1)
+            for index, item in enumerate(part):
+                item.explanation = explanation.only(index)
+                item.metrics = measure(item, job) if job.args.metrics else []
+            return part
+        except CallError:
+            raise
+        except (RuntimeError, ValueError, MemoryError) as error:
+            if re.search("(CUDA|HIP) error", str(error)) and not is_out_of_memory(error):  # the GPU answers no more
+                raise CallError(f"the GPU has failed: {first_line(error)}; go on with --skip-existing") from error
+            if len(part) > 1 and is_out_of_memory(error):
+                raise
+            if len(part) == 1:
+                part[0].error = f"{part[0].path}: the network failed: {first_line(error)}"
+                return part
+        return [explain([item])[0] for item in part]  # it may be one of them only
+
+    while batch := list(itertools.islice(items, batch_size.size)):
+        for _ in batch_size.run(explain, [item for item in batch if not item.error]):
+            pass
+        yield from batch
+
+
+def measure(item: Item, job: Job) -> list[dict[str, Any]]:
+    """Return the metrics of each map of a photo, class by class and method by method."""
+    found = []
+    for index, target in enumerate(item.explanation.targets[0].tolist()):
+        for method, cams in item.explanation.cams.items():
+            values = faithfulness(job.explainer, item.inputs[None], cams[0, index], target)
+            found.append({"class": job.classifier.class_names[target], "method": method, **values})
+    return found
+
+
+def describe(item: Item, job: Job) -> dict[str, Any]:
+    """Return the record of a photo that was explained, as it stands in the log, without its files."""
+    p = probabilities(torch.from_numpy(item.explanation.logits))[0].tolist()
+
+    def named(index: int) -> dict[str, Any]:
+        return {"index": index, "name": job.classifier.class_names[index], "probability": round(p[index], 6)}
+
+    classes = [named(index) for index in item.explanation.targets[0].tolist()]
+    top5 = [named(index) for index in sorted(range(len(p)), key=lambda index: -p[index])[:5]]
+    preset = job.classifier.preset
+    return {
+        "image": item.path,
+        "width": item.width,
+        "height": item.height,
+        "prediction": top5[0],
+        "class": classes[0],
+        **({"classes": classes} if job.labels else {}),
+        "top5": top5,
+        "method": ",".join(job.args.methods),
+        "target_layer": ",".join(job.explainer.target_layers),
+        "input_size": job.classifier.input_size,
+        "mean": [round(value, 6) for value in preset.mean],
+        "std": [round(value, 6) for value in preset.std],
+        "resize": job.args.resize,
+        **({"metrics": item.metrics} if item.metrics else {}),
+        "options": item.options,
+    }
+
+
+def as_line(record: Mapping[str, Any]) -> str:
+    """Return what is printed for a photo: its prediction, the classes explained, metrics, and the files."""
+    prediction, classes = record["prediction"], record.get("classes", [record["class"]])
+    parts = [f"{prediction['name']} {prediction['probability']:.3g}"]
+    if classes != [prediction]:
+        parts.append("explained: " + ", ".join(f"{each['name']} {each['probability']:.3g}" for each in classes))
+    for found in record.get("metrics", ()):
+        of = f" for {found['class']}" if len(classes) > 1 else ""
+        parts.append(f"{found['method']}{of}: " + ", ".join(f"{name} {found[name]:.3g}" for name in METRICS))
+    return f"{record['image']}: {'; '.join(parts)} -> {', '.join(record['files'])}"
+
+
+def draw_files(item: Item, job: Job) -> dict[tuple[str, str, str], Picture]:
+    """Return the pictures of a photo by output, method ("" for gb, which has none) and class label ("" for none)."""
+    drawn = {}
+    for index, target in enumerate(item.explanation.targets[0]):
+        guided = None if item.explanation.guided is None else item.explanation.guided[0, index]
+        height, width = item.picture.shape[:2]
+        for output, (method, cams) in itertools.product(job.args.outputs, item.explanation.cams.items()):
+            key = output, "" if output == "gb" else method, job.labels[target] if job.labels else ""
+            if output == "cam":
+                drawn[key] = draw_cam(item.picture, cams[0, index], job.args.colormap, job.args.alpha)
+            elif key not in drawn:
+                drawn[key] = draw_gradients(guided if output == "gb" else guided * cams[0, index], width, height)
+    return drawn
+
+
+def draw_item_sheet(item: Item, job: Job, record: Mapping[str, Any], drawn: Mapping[Any, Picture]) -> Picture:
+    """Return the sheet of a photo: for each class the source above gb, then for each method cam above cam_gb."""
+
+    def name(found: Mapping[str, Any]) -> str:
+        return f"{found['name'] if job.font_has_names else found['index']} {found['probability']:.3f}"
+
+    blocks = []
+    for index, found in enumerate(record.get("classes", [record["class"]])):
+        label = job.labels[found["index"]] if job.labels else ""
+        columns = [[("source", item.picture)]]
+        columns[0] += [("gb", drawn["gb", "", label])] if "gb" in job.args.outputs else []
+        for method, cams in item.explanation.cams.items():
+            note = "" if cams[0, index].any() else ": no positive evidence"
+            pictures = [(output, drawn.get((output, method, label))) for output in ("cam", "cam_gb")]
+            columns.append([(f"{method} {output}{note}", each) for output, each in pictures if each is not None])
+        blocks.append((f"explained: {name(found)}", [column for column in columns if column]))
+    shown = "".join(c if c.isascii() or job.font_has_names else "?" for c in os.path.basename(item.path))
+    title = f"{shown}   prediction: {name(record['prediction'])}   layer: {record['target_layer']}"
+    return draw_sheet(title, blocks, job.font, job.args.colormap)
+
+
+def encode_arrays(item: Item, job: Job) -> bytes:
+    """Return what --save-arrays writes, as a compressed .npz: M methods, K explained classes, inputs of H x W.
+
+    methods (M,); classes int64 (K,); cams float32 (M, K, H, W) in [0, 1]; guided float32 (K, 3, H, W), if asked for;
+    logits float32 and class_names for all classes; target_layers; box float64 (4,): left, top, right and bottom of what
+    the network saw, in the photo's pixels.
+    """
+    explanation = item.explanation
+    arrays = {
+        "methods": np.array(job.args.methods),
+        "classes": explanation.targets[0],
+        "cams": np.stack([explanation.cams[method][0] for method in job.args.methods]),
+        "logits": explanation.logits[0],
+        "class_names": np.array(job.classifier.class_names),
+        "target_layers": np.array(job.explainer.target_layers),
+        "box": np.array(item.box),
+        **({} if explanation.guided is None else {"guided": explanation.guided[0]}),
+    }
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def save_item(item: Item, job: Job) -> Item:
+    """Write the files and the record of a photo."""
+    args = job.args
+    try:
+        if not item.error:
+            item.record, drawn = describe(item, job), draw_files(item, job)
+            contents = {key: encode(picture, args.format, args.quality) for key, picture in drawn.items()}
+            if args.sheet:
+                sheet = draw_item_sheet(item, job, item.record, drawn)
+                contents["sheet", "", ""] = encode(sheet, args.format, args.quality)
+            if args.save_arrays:
+                contents["arrays", "", ""] = encode_arrays(item, job)
+            if not job.log.write(
+                item.record, item.stem, partial(file_names, contents, args.format), [*contents.values()]
+            ):
+                item.record = {}
+    except OSError as error:
+        item.error = f"{item.path}: its results cannot be written: {error.strerror or error}"
+    if item.error:
+        job.log.write_error({"image": item.path, "method": ",".join(args.methods), "error": item.error})
+    item.picture = item.inputs = None
+    return item
+
+
+def file_names(keys: Iterable[tuple[str, str, str]], form: str, stem: str) -> list[str]:
+    """Return the file name for each output, method and class label of `draw_files`, the sheet and the arrays."""
+    names = []
+    for output, method, label in keys:
+        named = f"{stem}_{label}" if label else stem
+        if output in OUTPUTS:
+            names.append("_".join(filter(None, (method, output, named))) + f".{form}")
+        else:
+            names.append(f"{stem}.npz" if output == "arrays" else f"{stem}_sheet.{form}")
+    return names
+
+
+def plan(
+    args: argparse.Namespace, log: Log, options: str, rank: int, world_size: int
+) -> tuple[list[tuple[str, str]], int]:
+    """Return what this process has to do, (photo, output stem), and how many of its photos are done already."""
+    todo, skipped = [], 0
+    for index, (path, folder) in enumerate(args.photos):
+        stem = log.stem(path, folder)
+        if index % world_size != rank:
+            continue
+        if args.skip_existing and log.is_done(path, ",".join(args.methods), photo_digest(options, path)):
+            skipped += 1
+        else:
+            todo.append((path, stem))
+    return todo, skipped
 
 
 def run(args: argparse.Namespace) -> int:
-    """Explains the photos that the command line names. Returns the exit status; raises CallError."""
-    began, share, tally = time.monotonic(), Share.from_environment(), Counter[str]()
-    results, options = Results(args.output, share), Options(args)
-    todo, tally["skipped"] = plan(args, share, results)
-    interrupted = False
-    with tqdm(total=len(todo), unit="photo", disable=None) as bar, ThreadPoolExecutor(THREADS) as writers:
-        writing: deque[Future[Failed | str]] = deque()
+    """Explain the photos that the command line names. Returns the exit status; raises CallError."""
+    began, interrupted = time.monotonic(), False
+    rank, world_size, local_rank = (
+        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    log, options = Log(args.output), options_digest(args)
+    todo, skipped = plan(args, log, options, rank, world_size)
+    tally = Counter(skipped=skipped)
+    writing = deque[Future[Item]]()
+    with tqdm(total=len(todo), unit="photo", disable=None) as bar, ThreadPoolExecutor(READERS) as writers:
         try:
-            job = load(args, share) if todo else None
-            for outcome in outcomes_of(todo, job, args) if job else ():
-                writing.append(writers.submit(save, outcome, job, options, results))
-                while len(writing) > 2 * args.batch_size or (writing and writing[0].done()):
-                    report(writing.popleft().result(), tally, bar)
+            job = load_job(args, options, log, local_rank if world_size > 1 else None) if todo else None
+            batch_size = BatchSize(args.batch_size or (2 if job is None or job.explainer.device.type == "cpu" else 32))
+            items = prefetch(partial(read_item, job=job), todo, 2 * batch_size.size + READERS, READERS)
+            for item in explain_items(items, job, batch_size):
+                writing.append(writers.submit(save_item, item, job))
+                while len(writing) > 2 * batch_size.size + READERS or (writing and writing[0].done()):
+                    report(result_of(writing.popleft()), tally, bar)
         except KeyboardInterrupt:
             interrupted = True
-        while writing:  # after Ctrl-C too: what is being written is finished
-            report(writing.popleft().result(), tally, bar)
-    if interrupted or tally["skipped"] or len(todo) > 1:
-        of_processes = f" by process {share.rank} of {share.world}" if share.world > 1 else ""
+        finally:  # whatever happened: what is being written is finished, and its lines are printed
+            while writing:
+                report(result_of(writing.popleft()), tally, bar)
+            log.write_error()
+    if interrupted or skipped or len(todo) > 1:
+        of_processes = f" by process {rank} of {world_size}" if world_size > 1 else ""
         counts = f"{tally['done']} done, {tally['skipped']} skipped, {tally['failed']} failed"
         go_on = "; stopped, the same command with --skip-existing goes on" if interrupted else ""
-        say(f"{counts}{of_processes} in {time.monotonic() - began:.1f} s{go_on}", sys.stderr)
-    # torchrun stops all processes as soon as one does not return 0, so there a broken photo is told by its line only
-    return 130 if interrupted else int(tally["failed"] > 0 and share.world == 1)
+        print_line(f"{counts}{of_processes} in {time.monotonic() - began:.1f} s{go_on}", sys.stderr)
+    # torchrun stops all processes as soon as one does not return 0, so there a broken photo has only its line
+    return 130 if interrupted else int(tally["failed"] > 0 and world_size == 1)
 
 
-def report(outcome: Failed | str, tally: Counter[str], bar: Any) -> None:
-    """Counts a photo and prints its line, above the progress bar where there is one."""
-    failed = isinstance(outcome, Failed)
-    tally["failed" if failed else "done"] += 1
+def report(item: Item, tally: Counter[str], bar: Any) -> None:
+    """Count a photo and print its line, above the progress bar where there is one."""
+    tally["failed" if item.error else "done" if item.record else "skipped"] += 1
     with bar.external_write_mode():
-        if failed:
-            say(f"error: {outcome.error}", sys.stderr)
-        else:
-            say(outcome)
+        if item.error:
+            print_line(f"error: {item.error}", sys.stderr)
+        elif item.record:
+            print_line(as_line(item.record))
+    if item.explanation and not item.error:
+        for method, cams in item.explanation.cams.items():
+            if not cams[0].any((1, 2)).all():
+                where = item.record.get("target_layer", "the layer")
+                print_line(
+                    f"warning: {item.path}: the {method} map is all zeros: no positive evidence at {where}", sys.stderr
+                )
     bar.update()
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the program. Returns the exit status: 0 done, 1 a photo failed, 2 a wrong call, 130 stopped by Ctrl-C."""
-    quiet_libraries()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end the run
+    """Run the program. Returns the exit status: 0 done, 1 a photo failed, 2 a wrong call, 130 stopped by Ctrl-C."""
+    warnings.filterwarnings("ignore")  # the user cannot act on them
+    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
+    Image.MAX_IMAGE_PIXELS = None  # read_photo has a limit of its own
     try:
         return run(args)
     except CallError as error:
-        say(f"error: {error}", sys.stderr)
+        print_line(f"error: {error}", sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        say(f"error: the network needs more memory than there is: {first_line(error)}", sys.stderr)
+        print_line(f"error: the network needs more memory than there is: {first_line(error)}", sys.stderr)
         return 2
     except OSError as error:  # stdout: `| head` has read enough, or the disk that it goes to is full
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (its last flush would fail as well)
-        say(f"error: stopped, nothing more can be written: {error.strerror or error}", sys.stderr)
+        print_line(f"error: stopped, nothing more can be written: {error.strerror or error}", sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
