@@ -43,19 +43,7 @@ COLORMAPS = (  # OpenCV's
     *("parula", "magma", "inferno", "plasma", "viridis", "cividis", "twilight", "twilight_shifted", "turbo"),
     "deepgreen",
 )
-FORMATS = ("jpg", "png", "webp")
-SYNONYMS = {  # options of other programs
-    **dict.fromkeys(("--model", "--model-name", "--architecture", "--network"), "--arch"),
-    **dict.fromkeys(("--weights", "--checkpoint", "--resume", "--pretrained"), "--ckpt"),
-    **dict.fromkeys(("--cuda", "--gpu", "--gpus", "--use-cuda"), "--device"),
-    **{
-        "--layer": "--target-layer",
-        "--class": "--target-class",
-        "--size": "--input-size",
-        "--classes": "--class-names",
-    },
-    **{"--img-size": "--input-size", "--cam": "--method", "--out": "--output", "--output-dir": "--output"},
-}
+SYNONYMS = {"--model": "--arch", "--cuda": "--device cuda", "--weights": "--ckpt", "--checkpoint": "--ckpt"}
 EXAMPLES = """\
 examples:
   your own network, one photo:
@@ -100,20 +88,23 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near[:3])}?" if near else ""
 
 
+# Types of options: a text becomes a value, or CallError says what is wrong with it.
+
+
 def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
-    """Return an argparse type: a number of that kind from `low` to `high`."""
+    """Return an option type: a number of that kind from `low` to `high`."""
 
     def parse(text: str) -> Any:
-        with_point = kind is float
-        if not re.fullmatch(r"\d*\.?\d+|\d+\." if with_point else r"\d+", text) or not low <= kind(text) <= high:
-            raise CallError(f"'{text}' is not a {'' if with_point else 'whole '}number from {low} to {high}")
+        pattern, name = (r"\d+", "whole number") if kind is int else (r"\d*\.?\d+|\d+\.", "number")
+        if not re.fullmatch(pattern, text) or not low <= kind(text) <= high:
+            raise CallError(f"'{text}' is not a {name} from {low} to {high}")
         return kind(text)
 
     return parse
 
 
-def colours(low: float) -> Callable[[str], list[float]]:
-    """Return an argparse type: three numbers from `low` to 255, "R,G,B", or one for all three."""
+def three_numbers(low: float) -> Callable[[str], list[float]]:
+    """Return an option type: three numbers from `low` to 255, "R,G,B", or one for all three."""
 
     def parse(text: str) -> list[float]:
         values = [number(float, low, 255)(each.strip()) for each in text.split(",")]
@@ -124,66 +115,65 @@ def colours(low: float) -> Callable[[str], list[float]]:
     return parse
 
 
-def names_from(known: Sequence[str], kind: str, all_of_them: Sequence[str] = ()) -> Callable[[str], list[str]]:
-    """Return an argparse type: known names with commas between them, or "all"."""
+def names_from(known: Sequence[str], kind: str, everything: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return an option type: known names with commas between them, or "all"."""
 
     def parse(text: str) -> list[str]:
         names = [name.strip().lower() for name in text.split(",") if name.strip()] or [""]
-        names = [*all_of_them] if names == ["all"] and all_of_them else names
-        for name in names:
+        for name in names if names != ["all"] else ():
             if name not in known:
                 raise CallError(f"unknown {kind} '{name}'{closest(name, known)} (known: {', '.join(known)})")
-        return names
+        return names if names != ["all"] else list(everything)
 
     return parse
 
 
 def some_text(text: str) -> str:
-    """Be an argparse type: text that is not empty."""
+    """Text that is not empty."""
     if not text.strip():
         raise CallError("the value is empty; leave the option out or pass a value")
     return text
 
 
 def existing_file(text: str) -> Path:
-    """Be an argparse type: the path of a file that exists and is not empty."""
+    """The path of a file that exists and is not empty."""
     path = Path(some_text(text))
-    if not path.is_file():
-        raise CallError(f"{text}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
-    if path.stat().st_size == 0:
-        raise CallError(f"{text}: the file is empty")
+    if not path.is_file() or path.stat().st_size == 0:
+        fault = "is a folder, not a file" if path.is_dir() else "is empty" if path.exists() else "no such file"
+        raise CallError(f"{text}: {fault}")
     return path
 
 
 def architecture(text: str) -> str:
-    """Be an argparse type: an architecture, which torchvision checks later, or file.py:function."""
+    """An architecture, which torchvision checks later, or file.py:function."""
     file, _, function = text.rpartition(":")
-    if text.endswith(".py") or (file.endswith(".py") and not function.isidentifier()):
+    if not file.endswith(".py") and not text.endswith(".py"):
+        return some_text(text).lower()
+    if not function.isidentifier():
         raise CallError(f"'{text}' names no function; pass --arch file.py:function")
-    if file.endswith(".py"):
-        existing_file(file)
-        return text
-    return some_text(text).lower()
+    existing_file(file)
+    return text
 
 
 def device_name(text: str) -> str:
-    """Be an argparse type: a device that torch may know."""
+    """A device that torch may know."""
     if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", text.lower()):
         raise CallError(f"unknown device '{text}' (known: cpu, cuda, cuda:1, mps, xpu)")
     return text.lower()
 
 
 def class_names(text: str) -> list[str]:
-    """Be an argparse type: names with commas between them, or a file with one a line or JSON (`ordered_names`)."""
+    """Names with commas between them, or a file of them, one a line or JSON (see `ordered_names`)."""
     if "," in text and not os.path.exists(text):
         return [name.strip() for name in text.split(",") if name.strip()]
-    path = existing_file(text)
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        content = existing_file(text).read_text(encoding="utf-8-sig")
         if content.lstrip()[:1] in ("[", "{"):
             return ordered_names(json.loads(content))
+    except CallError:
+        raise
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CallError(f"{path}: not class names in UTF-8, one a line or as JSON: {first_line(error)}") from error
+        raise CallError(f"{text}: not class names in UTF-8, one a line or as JSON: {first_line(error)}") from error
     return [line.strip() for line in content.splitlines() if line.strip()]
 
 
@@ -218,20 +208,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
-def make_parser() -> Parser:
-    """Return the parser of all options."""
-    about = """Show what in a photo made a network answer as it did. For each photo the program writes the
-heatmap (CAM) over the photo, guided backpropagation (gb), and the product of the two (cam_gb)."""
-    parser = Parser("cnn_visualizations.py", description=about, epilog=EXAMPLES, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    text = "Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders, patterns, or - to read paths from standard input."
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help=text)
-
+def network_options(parser: Parser) -> None:
+    """Add the options of the network and of what it sees."""
     add = parser.add_argument_group("the network").add_argument
     text = "A torchvision architecture, or net.py:build, your own function. Default: recognised from the checkpoint."
     add("--arch", type=architecture, metavar="NAME", help=text)
     text = (
-        "Your checkpoint: .pth, .pt, .ckpt or .safetensors. Without it, torchvision's ImageNet weights are downloaded."
+        "Your checkpoint: .pth, .pt, .ckpt or .safetensors. Without it torchvision's ImageNet weights are downloaded."
     )
     add("--ckpt", type=existing_file, metavar="FILE", help=text)
     add("--num-classes", type=number(int, 1, 10**6), metavar="N", help="How many classes. Default: the checkpoint's.")
@@ -239,22 +222,22 @@ heatmap (CAM) over the photo, guided backpropagation (gb), and the product of th
     add("--class-names", type=class_names, metavar="NAMES", help=text)
     text = "cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. Default: the CUDA GPU if there is one, else the CPU."
     add("--device", type=device_name, metavar="NAME", help=text)
-
+    text = "Photos that go through the network at once. Default: 32 on a GPU, 2 on the CPU."
+    add("--batch-size", type=number(int, 1, 4096), metavar="N", help=text)
     add = parser.add_argument_group("what the network sees").add_argument
     text = "Side of the network's square input. Default: the checkpoint's entry, else torchvision's preset."
     add("--input-size", type=number(int, 8, 4096), metavar="PX", help=text)
     text = "crop: the central square (default). squash: the whole photo, aspect ratio not kept."
     add("--resize", type=str.lower, choices=("crop", "squash"), default="crop", help=text)
     text = "Mean that is subtracted, R,G,B from 0 to 1 or to 255, or one number. ToTensor() alone: --mean 0 --std 1."
-    add("--mean", type=colours(0), metavar="R,G,B", help=text)
-    add("--std", type=colours(1e-6), metavar="R,G,B", help="Standard deviation that is divided by, likewise.")
-    text = "Photos that go through the network at once. Default: 32 on a GPU, 2 on the CPU."
-    add("--batch-size", type=number(int, 1, 4096), metavar="N", help=text)
+    add("--mean", type=three_numbers(0), metavar="R,G,B", help=text)
+    add("--std", type=three_numbers(1e-6), metavar="R,G,B", help="Standard deviation that is divided by, likewise.")
 
+
+def explanation_options(parser: Parser) -> None:
+    """Add the options of the explanation."""
     add = parser.add_argument_group("the explanation").add_argument
-    text = (
-        f"{', '.join(METHODS)} (default: gradcam); several with commas, all for these. Also {', '.join(MORE_METHODS)}."
-    )
+    text = f"{', '.join(METHODS)} (default: gradcam); several with commas; all for these. Or {', '.join(MORE_METHODS)}."
     parse = names_from((*METHODS, *MORE_METHODS), "method", METHODS)
     add("--method", type=parse, action="extend", metavar="LIST", dest="methods", help=text)
     text = "Layer to explain, such as layer4; repeat it to average several. Default: the last with a spatial map."
@@ -267,6 +250,9 @@ heatmap (CAM) over the photo, guided backpropagation (gb), and the product of th
     text = "Measure each map: average drop, increase in confidence, deletion, insertion, ROAD."
     add("--metrics", action="store_true", help=text)
 
+
+def file_options(parser: Parser) -> None:
+    """Add the options of the files that are written."""
     add = parser.add_argument_group("the files").add_argument
     add("--output", type=some_text, default="out", metavar="FOLDER", help="Where the files go. Default: out.")
     text = "Which pictures: cam, gb, cam_gb. Default: all three. cam alone is the fastest."
@@ -279,11 +265,12 @@ heatmap (CAM) over the photo, guided backpropagation (gb), and the product of th
     add("--colormap", type=str.lower, choices=COLORMAPS, default="jet", metavar="NAME", help=text)
     text = "Opacity of the heatmap over the photo, 0 to 1. Default: 0.5."
     add("--alpha", type=number(float, 0, 1), default=0.5, metavar="A", help=text)
-    add("--format", type=str.lower, choices=FORMATS, default="jpg", help="Format of the pictures. Default: jpg.")
+    add(
+        "--format", type=str.lower, choices=("jpg", "png", "webp"), default="jpg", help="Of the pictures. Default: jpg."
+    )
     add("--quality", type=number(int, 1, 100), default=98, metavar="Q", help="Of jpg and webp. Default: 98.")
     text = "Skip photos that an earlier run with the same options has finished."
     add("--skip-existing", action="store_true", help=text)
-    return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -292,13 +279,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         SystemExit: 0 after --help, 2 where an option is wrong.
     """
-    parser, argv = make_parser(), list(sys.argv[1:] if argv is None else argv)
+    about = """Show what in a photo made a network answer as it did. For each photo the program writes the
+heatmap (CAM) over the photo, guided backpropagation (gb), and the product of the two (cam_gb)."""
+    parser = Parser("cnn_visualizations.py", description=about, epilog=EXAMPLES, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    text = "Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders, patterns, or - to read paths from standard input."
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help=text)
+    for add_options in (network_options, explanation_options, file_options):
+        add_options(parser)
+    argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index("--") if "--" in argv else len(argv)
     args, rest = parser.parse_known_args(argv[:end])
-    for option in (word for word in rest if word.startswith("-") and word != "-"):
-        name = option.split("=")[0]
+    for option in (word.split("=")[0] for word in rest if word.startswith("-") and word != "-"):
         known = [each for action in parser._actions for each in action.option_strings]
-        meant = f"; pass {SYNONYMS[name]}" if name in SYNONYMS else closest(name, known)
+        meant = f"; pass {SYNONYMS[option]}" if option in SYNONYMS else closest(option, known)
         parser.error(f"unknown option {option}{meant} (see --help)")
     args.images += rest + argv[end + 1 :]  # photos stand on both sides of the options
     args.methods = list(dict.fromkeys(args.methods or ["gradcam"]))
@@ -323,7 +317,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 NOT_READ = (".heic", ".heif", ".avif")  # Pillow needs further packages for these
-DECODERS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 120_000_000  # decoded to RGB and copied once, 1.2 GB
 MAX_DEEP_PIXELS = 30_000_000  # of photos with 16 or 32 bits a value; above, other photos are decoded one at a time
 MAX_RESIZED = 50_000_000  # pixels; a strip of 700 x 1 has them where the short side becomes 256
@@ -331,14 +324,14 @@ MIN_SIDE = 8  # pixels
 LOG_NAME = "results.jsonl"
 
 
-def photo_fault(path: str | Path) -> str | None:
-    """Return why a path cannot be a photo, without opening the file, or None."""
+def photo_fault(path: str | Path) -> str:
+    """Return why a path cannot be a photo, without opening the file, or ""."""
     try:
         if os.path.isfile(path):
-            return "the file is empty" if os.path.getsize(path) == 0 else None
+            return "the file is empty" if os.path.getsize(path) == 0 else ""
     except (OSError, ValueError):
         pass
-    if re.match(r"\w+://", str(path)):
+    if "://" in str(path):
         return "this is a URL; download the photo and pass the file"
     return "not a file" if os.path.exists(path) else "no such file"
 
@@ -364,8 +357,8 @@ def find_photos(inputs: Sequence[str]) -> list[tuple[str, str]]:
         elif os.path.isdir(name):
             found.update(walk(os.path.normpath(name), common))
         elif glob.has_magic(name) and not os.path.lexists(name):  # a shell that leaves patterns to the program
-            matches = [match for match in sorted(glob.glob(name, recursive=True)) if os.path.isfile(match)]
-            found.update((m, "") for m in matches if os.path.basename(m) not in logged_names(os.path.dirname(m)))
+            files = sorted(file for file in glob.glob(name, recursive=True) if os.path.isfile(file))
+            found.update((f, "") for f in files if os.path.basename(f) not in logged_names(os.path.dirname(f)))
         else:
             found.setdefault(name if "://" in name else str(Path(name)), "")
     if not found:
@@ -376,84 +369,94 @@ def find_photos(inputs: Sequence[str]) -> list[tuple[str, str]]:
 def walk(top: str, common: str) -> Iterator[tuple[str, str]]:
     """Yield the photos below a folder, each with its folder relative to `common`.
 
-    Hidden files and pictures that this program wrote are left out. Links to folders are followed, as torchvision's
-    ImageFolder does; of a folder that is reached twice, the second visit is left out.
+    Hidden files and the pictures that a log lists are left out. Links to folders are followed, as torchvision's
+    ImageFolder does, but no folder is read twice.
     """
     visited, unread = set(), 0
     written: dict[str, frozenset[str]] = {}  # folder -> names of our own pictures in it and below it
     for folder, inner, files in os.walk(
         top, onerror=lambda e: warn(f"{e.filename}: cannot be listed"), followlinks=True
     ):
-        real = os.path.realpath(folder)
-        inner[:] = sorted(name for name in inner if not name.startswith(".") and real not in visited)
-        written[folder] = written.get(os.path.dirname(folder), frozenset()) | logged_names(folder)
-        absolute = os.path.abspath(folder)
-        mirrored = os.path.relpath(absolute, common) if common else os.path.splitdrive(absolute)[1].lstrip("\\/")
-        for name in sorted(files) if real not in visited else ():
-            unread += name.lower().endswith(NOT_READ)
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".") and name not in written[folder]:
-                yield os.path.join(folder, name), "" if mirrored == "." else mirrored
+        absolute, real = os.path.abspath(folder), os.path.realpath(folder)
+        if real in visited:
+            inner.clear()
+            continue
         visited.add(real)
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        written[folder] = written.get(os.path.dirname(folder), frozenset()) | logged_names(folder)
+        mirrored = os.path.relpath(absolute, common) if common else os.path.splitdrive(absolute)[1].lstrip("\\/")
+        for name in sorted(name for name in files if not name.startswith(".") and name not in written[folder]):
+            unread += name.lower().endswith(NOT_READ)
+            if name.lower().endswith(SUFFIXES):
+                yield os.path.join(folder, name), "" if mirrored == "." else mirrored
     if unread:
         warn(f"{top}: {unread} photos left out, {' '.join(NOT_READ)} cannot be read; convert them to JPEG")
 
 
 @functools.cache
 def logged_names(folder: str) -> frozenset[str]:
-    """Return the names of the files that the log in a folder lists, which are pictures of ours and not photos."""
-    names = set()
+    """Return the names of the files that the log in a folder lists: our own pictures, which are not photos."""
     path = os.path.join(folder, LOG_NAME)
     with open(path if os.path.isfile(path) else os.devnull, encoding="utf-8", errors="backslashreplace") as lines:
-        for record in map(parse_record, lines):
-            names |= {os.path.basename(file) for file in record.get("files", ())}
-    return frozenset(names)
+        records = map(parse_record, lines)
+        return frozenset(os.path.basename(file) for record in records for file in record.get("files", ()))
 
 
 def parse_record(line: str | bytes) -> dict[str, Any]:
     """Return a line of the log as a dict; an empty one where it is no record of this program."""
     try:
         record = json.loads(line)
-        texts = (record["image"], record["method"], record.get("options", ""), record.get("output_stem", ""))
         files = record.setdefault("files", [])
-        return record if all(isinstance(text, str) for text in (*texts, *files)) else {}
+        texts = (record["image"], record["method"], record.get("options", ""), record.get("output_stem", ""), *files)
+        return record if all(isinstance(text, str) for text in texts) else {}
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return {}
 
 
 def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Be the program's sys.excepthook: one line for what a person can mend, else the traceback."""
+    """Print one line for an uncaught error that the user can mend, else the traceback, as sys.excepthook does."""
     message = first_line(error)
     if issubclass(kind, ModuleNotFoundError):
         print_line(f"error: {message}; run: pip install -r requirements.txt", sys.stderr)
-    elif issubclass(kind, (MemoryError, OSError, ImportError)) or "thread" in message or "allocate" in message:
-        print_line(f"error: memory, threads or files do not suffice here ({message}); see ulimit -a", sys.stderr)
+    elif issubclass(kind, (MemoryError, OSError, ImportError)) or re.search("thread|allocate|out of memory", message):
+        print_line(f"error: memory, threads or open files do not suffice ({message}); see ulimit -a", sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
-if __name__ == "__main__":
-    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, stream) is None:  # closed by the shell
-            setattr(sys, stream, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+def start() -> argparse.Namespace:
+    """Return the command line with its photos; what can be found wrong without torch ends the program here.
+
+    Raises:
+        SystemExit: 2 after a wrong call, 1 where none of the photos exists.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
         # a name that the terminal cannot show, or that is not UTF-8, does not end the run
-        getattr(sys, stream).reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
-    ARGS = parse_args()
+        getattr(sys, name).reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
+    args, faults, status = parse_args(), [], 2
     try:
-        ARGS.photos = find_photos(ARGS.images)
-        FAULTS = [f"{path}: {photo_fault(path)}" for path, _ in ARGS.photos if photo_fault(path)]
-        if len(FAULTS) < len(ARGS.photos):
-            ARGS.output.mkdir(parents=True, exist_ok=True)
-    except (CallError, OSError) as error:
-        WHERE = f"--output {ARGS.output}: cannot write there: " if isinstance(error, OSError) else ""
-        print_line(f"error: {WHERE}{getattr(error, 'strerror', None) or error}", sys.stderr)
-        sys.exit(2)
-    if len(FAULTS) == len(ARGS.photos):
-        for FAULT in FAULTS:
-            print_line(f"error: {FAULT}", sys.stderr)
-        sys.exit(1)
+        args.photos = find_photos(args.images)
+        faults = [f"{path}: {photo_fault(path)}" for path, _ in args.photos if photo_fault(path)]
+        if len(faults) == len(args.photos):
+            status = 1
+        else:
+            args.output.mkdir(parents=True, exist_ok=True)
+            return args
+    except CallError as error:
+        faults = [str(error)]
+    except OSError as error:
+        faults = [f"--output {args.output}: cannot write there: {error.strerror or error}"]
+    for fault in faults:
+        print_line(f"error: {fault}", sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    ARGS = start()
     sys.excepthook = report_crash
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
-
 import contextlib
 import copy
 import errno
@@ -471,7 +474,7 @@ import time
 import types
 import unicodedata
 import warnings
-from collections import Counter, deque
+from collections import Counter, deque, namedtuple
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta, timezone
@@ -514,18 +517,14 @@ def read_photo(path: str | Path) -> Photo:
     Raises:
         PhotoError: the file is missing, not a picture, broken, too large or too small.
     """
-    fault = photo_fault(path)
-    if fault:
-        raise PhotoError(f"{path}: {fault}")
+    if photo_fault(path):
+        raise PhotoError(f"{path}: {photo_fault(path)}")
     try:
-        with Image.open(path, formats=DECODERS) as image:
+        with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")) as image:
             width, height = image.size
-            limit = MAX_DEEP_PIXELS if is_deep(image) else MAX_PIXELS
+            limit = MAX_DEEP_PIXELS if image.mode[0] in "IF" else MAX_PIXELS
             if width * height > limit:
-                deep = " of 16 or 32 bits" if is_deep(image) else ""
-                raise PhotoError(
-                    f"{path}: {width} x {height} pixels{deep}, at most {limit // 10**6} megapixels can be read"
-                )
+                raise PhotoError(f"{path}: {width} x {height} pixels, at most {limit // 10**6} million can be read")
             if min(width, height) < MIN_SIDE:
                 raise PhotoError(f"{path}: {width} x {height} pixels, at least {MIN_SIDE} x {MIN_SIDE} are needed")
             with DECODING if width * height > MAX_DEEP_PIXELS else contextlib.nullcontext():
@@ -540,14 +539,9 @@ def read_photo(path: str | Path) -> Photo:
         raise PhotoError(f"{path}: cannot be decoded: {first_line(error)}") from error
 
 
-def is_deep(image: Image.Image) -> bool:
-    """Return whether the one channel of an image has 16 or 32 bits a value."""
-    return image.mode.startswith("I;16") or image.mode in ("I", "F")
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any Pillow mode to 8-bit RGB; 16 bits are scaled down, where Pillow's own convert clips them to white."""
-    if is_deep(image):
+    if image.mode[0] in "IF":  # I;16, I, F
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         white = 65535.0 if image.mode != "F" else 1.0 if values.max(initial=0) <= 1 else 255.0
         image = Image.fromarray(np.clip(values * (255 / white) + 0.5, 0, 255).astype(np.uint8))
@@ -586,52 +580,44 @@ def import_torchvision() -> types.ModuleType:
 
 torchvision = import_torchvision()
 ARCHITECTURES = tuple(torchvision.models.list_models(module=torchvision.models))
-HEADS = ("fc", "classifier", "head", "heads")  # where torchvision's networks keep their last layer
+HEADS = re.compile(r"(^|\.)(fc|classifier|head|heads)\.")  # where torchvision's networks keep their last layer
 AUXILIARY = re.compile(r"(^|\.)(aux1|aux2|AuxLogits)\.")  # training-time heads of googlenet and inception_v3
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 COMPUTED = ("num_batches_tracked", "relative_position_index", "relative_coords_table")  # the network comes with these
 # Before 2018 torchvision's DenseNet called its layers norm.1 and conv.2 instead of norm1 and conv2.
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
+OTHER_TASKS = {"rpn.": "detector", "classification_head.": "detector", "aux_classifier.": "segmentation network"}
+OTHER_TASKS |= {"classifier.4.": "segmentation network", "decode_head.": "segmentation network"}
 OWN_NETWORK = "give a network of your own by --arch net.py:build"
+
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network with its preprocessing and its classes.
+    """A network with its preprocessing and its classes."""
 
-    Attributes:
-        model: on `device`, float32, in eval mode.
-        arch: its torchvision name, or file.py:function.
-        class_names: one for each output.
-        preset: torchvision's preprocessing for the architecture (resnet50's for a network of your own); PIL image ->
-            float32 (3, S, S), normalised.
-        device: where the weights are.
-        squash: whether the network is shown the whole photo (True) or the central square (False).
-        origins: where arch, classes, input, mean and device come from, in brackets for the user, or "".
-    """
-
-    model: nn.Module
-    arch: str
-    class_names: tuple[str, ...]
-    preset: Any
+    model: nn.Module  # on `device`, float32, in eval mode
+    arch: str  # its torchvision name, or file.py:function
+    class_names: tuple[str, ...]  # one for each output
+    preset: Any  # torchvision's preprocessing: PIL image -> float32 (3, S, S), normalised
     device: torch.device
-    squash: bool = False
-    origins: Mapping[str, str] = field(default_factory=dict)
+    squash: bool = False  # whether the network sees the whole photo (True) or the central square (False)
+    origins: Mapping[str, str] = field(default_factory=dict)  # where arch, classes, input ... come from
 
     def __repr__(self) -> str:
         return f"Classifier({self.describe()})"
 
     def describe(self, layers: Sequence[str] = ()) -> str:
         """Return, in one line, all that is assumed about the network, and where each item comes from."""
-        mean, std = self.preset.mean, self.preset.std
-        imagenet = np.allclose([mean, std], [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
-        values = [f"{name} {','.join(f'{v:.4g}' for v in of)}" for name, of in (("mean", mean), ("std", std))]
+        mean, std = ([round(value, 4) for value in values] for values in (self.preset.mean, self.preset.std))
+        imagenet = (mean, std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         items = {
             "arch": self.arch,
             "classes": f"{len(self.class_names)} classes",
             "layers": " and ".join(layers),
             "input": f"input {self.input_size} x {self.input_size} {'squash' if self.squash else 'crop'}",
-            "mean": "ImageNet mean and std" if imagenet else " ".join(values),
+            "mean": "ImageNet mean and std" if imagenet else f"mean {mean} std {std}",
             "device": str(self.device),
         }
         told = {key: f" ({origin})" for key, origin in self.origins.items() if origin}
@@ -658,11 +644,10 @@ class Classifier:
         """Return the part of a photo that the network sees: left, top, right, bottom, in the photo's pixels."""
         if self.squash:
             return 0.0, 0.0, float(width), float(height)
-        short, side = self.preset.resize_size[0], self.input_size
         # as torchvision does: the long side is rounded down, the corner of the crop to the nearest pixel
-        new_width, new_height = (
-            (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-        )
+        short, side = self.preset.resize_size[0], self.input_size
+        new_width = short if width <= height else int(short * width / height)
+        new_height = int(short * height / width) if width <= height else short
         left, top = round((new_width - side) / 2.0), round((new_height - side) / 2.0)
         x, y = width / new_width, height / new_height
         return max(0.0, left * x), max(0.0, top * y), min(width, (left + side) * x), min(height, (top + side) * y)
@@ -703,35 +688,28 @@ def load_classifier(
         raise CallError(f"unknown resize '{resize}' (known: crop, squash)")
     own = arch is not None and ".py:" in arch
     if arch is not None and not own and arch not in ARCHITECTURES:
-        raise CallError(
-            f"unknown architecture '{arch}'{closest(arch, ARCHITECTURES)} (known: {', '.join(ARCHITECTURES)})"
-        )
-    origins = {"arch": "" if arch else "default", "device": why}
+        raise CallError(f"unknown architecture '{arch}'{closest(arch, ARCHITECTURES)} (alexnet ... wide_resnet50_2)")
+    origins = {"device": why}
     if ckpt is None:
+        origins["arch"] = "" if arch else "default"
         arch = arch or "resnet50"
-        checkpoint = Checkpoint("the network") if own else download_weights(arch)
+        checkpoint = Checkpoint("the network", {}) if own else download_weights(arch)
     else:
         checkpoint = read_checkpoint(Path(ckpt))
     if arch is None:
-        arch = named_architecture(checkpoint)
-        origins["arch"] = f"from {os.path.basename(checkpoint.name)}" if arch else "recognised"
-        arch = arch or recognise(checkpoint)
+        arch, origins["arch"] = recognise(checkpoint)
     build = build_own_model if own else build_model
     model, beside = build(arch, checkpoint, num_classes, input_size)
     given = {"input_size": input_size, "mean": mean, "std": std}
-    preset, told = make_preset("resnet50" if own else arch, model, checkpoint, beside, given)
+    preset = make_preset("resnet50" if own else arch, model, checkpoint, beside, given, origins)
     if resize == "squash":
         preset.resize_size = [preset.crop_size[0]] * 2
     outputs = count_outputs(model, preset.crop_size[0], num_classes) if own else find_head(model)[1].weight.shape[0]
     if num_classes not in (None, outputs, max(outputs, 2)):
         raise CallError(f"--num-classes {num_classes}, but {checkpoint.name}: {outputs} classes; leave the option out")
-    model.register_forward_hook(partial(two_sided if outputs == 1 else only_logits, outputs=outputs))
-    names = name_classes(class_names, checkpoint, max(outputs, 2))
-    if not any(names) or names[0] == "class 0":
-        told["classes"] = (
-            "without names; pass --class-names cat,dog in the order of training, ImageFolder's: alphabetical"
-        )
-    return Classifier(model.to(target), arch, names, preset, target, resize == "squash", origins | told)
+    model.register_forward_hook(partial(give_logits, outputs=outputs))
+    names = name_classes(class_names, checkpoint, max(outputs, 2), origins)
+    return Classifier(model.to(target), arch, names, preset, target, resize == "squash", origins)
 
 
 def find_device(name: str | torch.device | None, local_rank: int | None = None) -> tuple[torch.device, str]:
@@ -754,9 +732,8 @@ def find_device(name: str | torch.device | None, local_rank: int | None = None) 
         torch.zeros(1, device=device).add_(1).item()  # whether this torch has code for this GPU shows only now
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         if name in have or f"{name}:0" in have:
-            raise CallError(
-                f"device {name} cannot be used: {first_line(error)}; free its memory, or pass --device cpu"
-            ) from error
+            why = f"{first_line(error)}; free its memory, or pass --device cpu"
+            raise CallError(f"device {name} cannot be used: {why}") from error
         why = f" ({why_no_gpu()})" if name.startswith("cuda") and not torch.cuda.is_available() else ""
         raise CallError(f"device {name} does not exist; this machine has: {', '.join(have)}{why}") from error
     return device, ""
@@ -769,9 +746,8 @@ def why_no_gpu() -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:  # an old driver, an empty CUDA_VISIBLE_DEVICES
-        return "no CUDA GPU found" + (
-            f": {first_line(error)}" if "NVIDIA driver on your system" not in str(error) else ""
-        )
+        if "no NVIDIA driver" not in str(error):
+            return f"no CUDA GPU found: {first_line(error)}"
     return "no CUDA GPU found"
 
 
@@ -783,61 +759,33 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The content of a checkpoint.
+    """The content of a checkpoint."""
 
-    Attributes:
-        name: for messages.
-        tensors: all of them by dotted name, as "state_dict.layer1.0.conv1.weight".
-        containers: for the name of each tensor, that of the dict that holds it, as "state_dict.".
-        entries: what else the file's outermost dict holds, such as `arch`, `classes`, `input_size`.
-    """
-
-    name: str
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    containers: Mapping[str, str] = field(default_factory=dict)
-    entries: Mapping[str, Any] = field(default_factory=dict)
-
-    def under(self, prefix: str) -> dict[str, Tensor]:
-        """Return the tensors whose names begin with a prefix and that lie in one dict, the prefix taken off."""
-        found = {name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
-        container = min((self.containers[name] for name in found), key=len, default="")
-        return {n.removeprefix(prefix): t for n, t in found.items() if self.containers[n] == container}
-
-    def beside(self, prefix: str) -> dict[str, Tensor]:
-        """Return the other tensors of the same dict, by name below that dict."""
-        container = min(
-            (self.containers[name] for name in self.tensors if name.startswith(prefix)), key=len, default=""
-        )
-        names = [n for n in self.tensors if self.containers[n] == container and not n.startswith(prefix)]
-        return {name.removeprefix(container): self.tensors[name] for name in names}
+    name: str  # for messages
+    states: Mapping[str, State]  # the name of each dict in it, "", "model." ... -> its tensors by their names there
+    entries: Mapping[str, Any] = field(default_factory=dict)  # the outermost dict's others, as `arch`, `classes`
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read the tensors and the entries beside them without running code from the file.
-
-    Raises:
-        CallError: not a checkpoint, or one that can only be opened by running its code.
-    """
+    """Read the tensors and the entries beside them without running code from the file. Raises CallError."""
     content = load_safely(path)
-    tensors: dict[str, Tensor] = {}
-    containers: dict[str, str] = {}
+    states: dict[str, State] = {}
     waiting, visited = deque([("", content)]), {id(content)}
     while waiting:  # breadth first, each dict once: a file may nest them in themselves
-        container, inside = waiting.popleft()
+        prefix, inside = waiting.popleft()
         for key, value in inside.items() if isinstance(inside, Mapping) else ():
-            name = container + OLD_DENSENET.sub(r"\1\2", str(key).replace("_orig_mod.", ""))
+            name = OLD_DENSENET.sub(r"\1\2", str(key).replace("_orig_mod.", ""))
             if isinstance(value, Tensor) and not AUXILIARY.search(name):
-                tensors.setdefault(name, value.detach())
-                containers.setdefault(name, container)
-            elif isinstance(value, Mapping) and id(value) not in visited and "optim" not in str(key):
+                states.setdefault(prefix, {})[name] = value.detach()
+            elif isinstance(value, Mapping) and id(value) not in visited and "optim" not in name:
                 visited.add(id(value))
-                waiting.append((f"{name}.", value))
-    if not any(tensor.ndim > 1 for tensor in tensors.values()):
+                waiting.append((f"{prefix}{name}.", value))
+    if not any(tensor.ndim > 1 for state in states.values() for tensor in state.values()):
         held = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
         raise CallError(f"{path}: no weights in it (found: {held}); save them with torch.save(model.state_dict(), ...)")
-    bare = "" in containers.values()  # then a tensor called mean is a buffer of the network
-    entries = {str(key): value for key, value in content.items() if not (bare and isinstance(value, Tensor))}
-    return Checkpoint(str(path), tensors, containers, entries)
+    # in a bare state dict a tensor called mean is a buffer of the network
+    entries = {str(key): value for key, value in content.items() if not ("" in states and isinstance(value, Tensor))}
+    return Checkpoint(str(path), states, entries)
 
 
 def load_safely(path: Path) -> Any:
@@ -855,22 +803,20 @@ def load_safely(path: Path) -> Any:
     except ImportError as error:
         raise CallError(f"{path}: needs the safetensors package; run: pip install safetensors") from error
     except Exception as error:
-        message = str(error)
-        if "TorchScript" in message:
-            raise CallError(f"{path}: a TorchScript archive, which is code; {advice}") from error
-        found = re.search(r"(?:GLOBAL |global |but got <class )[`']?([\w.]+)", message)
-        if "Weights only" in message and found:
-            raise CallError(
-                f"{path}: holds a pickled {found.group(1)} object, and loading it would run code; {advice} "
-                "(the README has a line that does so with a model of your own)"
-            ) from error
-        if isinstance(error, PermissionError):
-            raise CallError(f"{path}: cannot be read: permission denied") from error
-        raise CallError(f"{path}: not a whole checkpoint that torch can read; copy it again, or {advice}") from error
+        found = re.search(r"(?:GLOBAL |global |but got <class )[`']?([\w.]+)", str(error))
+        if "TorchScript" in str(error):
+            why = f"a TorchScript archive, which is code; {advice}"
+        elif "Weights only" in str(error) and found:
+            why = f"holds a pickled {found.group(1)} object, and loading it would run code; {advice} (see the README)"
+        elif isinstance(error, PermissionError):
+            why = "cannot be read: permission denied"
+        else:
+            why = f"not a whole checkpoint that torch can read; copy it again, or {advice}"
+        raise CallError(f"{path}: {why}") from error
 
 
 def plain_types() -> list[Any]:
-    """Return what many checkpoints hold beside the weights: options of training scripts, values of NumPy."""
+    """Return the types that many checkpoints hold beside the weights: options of training scripts, NumPy's values."""
     # Pickles name NumPy's two builders after its module, which has another name since NumPy 2.
     builders = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
     named = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in builders for core in ("core", "_core")]
@@ -878,7 +824,7 @@ def plain_types() -> list[Any]:
     paths = [(PurePath, f"pathlib{where}.{kind}") for where in ("", "._local") for kind in kinds]
     # not of strings: a pickle may change the size of their items while an array has memory for others
     dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
-    return [argparse.Namespace, np.ndarray, np.dtype, *named, *paths, date, datetime, timedelta, timezone, *dtypes]
+    return [argparse.Namespace, np.ndarray, np.dtype, *named, *paths, datetime, date, timedelta, timezone, *dtypes]
 
 
 def download_weights(arch: str) -> Checkpoint:
@@ -891,44 +837,40 @@ def download_weights(arch: str) -> Checkpoint:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             state = weights.get_state_dict(progress=False, check_hash=True)
     except Exception as error:
-        raise CallError(
-            f"torchvision's weights for {arch} cannot be downloaded ({first_line(error)}); pass yours with --ckpt"
-        ) from error
+        why = f"cannot be downloaded ({first_line(error)}); pass your own with --ckpt FILE"
+        raise CallError(f"torchvision's weights for {arch} {why}") from error
     state = {key: tensor for key, tensor in state.items() if not AUXILIARY.search(key)}
-    entries = {"classes": weights.meta["categories"]}
-    return Checkpoint(f"torchvision's {arch} weights", state, dict.fromkeys(state, ""), entries)
+    return Checkpoint(f"torchvision's {arch} weights", {"": state}, {"classes": weights.meta["categories"]})
 
 
 class MetaParameters(TorchFunctionMode):
     """Inside `with`, parameters are made on the meta device and not initialised: they cost nothing until loaded."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        module, name = (getattr(func, key, "") for key in ("__module__", "__name__"))
-        if module == "torch.nn.init" or name in ("normal_", "uniform_", "trunc_normal_"):
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        if getattr(func, "__module__", "") == "torch.nn.init" or name in ("normal_", "uniform_", "trunc_normal_"):
             return args[0] if args else kwargs["tensor"]  # initialising on the meta device imports torch's compiler
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
 
 
-def skeleton(arch: str, tensors: Mapping[str, Tensor], input_size: int | None = None) -> nn.Module:
-    """Return the architecture in eval mode with two classes, without weights, with the options that `tensors` imply."""
+def skeleton(arch: str, checkpoint: Checkpoint, input_size: int | None = None) -> nn.Module:
+    """Return the architecture in eval mode with two classes and no weights, with the options that the file implies."""
 
-    def ending(name: str) -> Tensor | None:
-        return next((tensor for key, tensor in tensors.items() if key.endswith(name)), None)
+    def ending(name: str) -> Tensor:
+        tensors = (t for state in checkpoint.states.values() for key, t in state.items() if key.endswith(name))
+        return next(tensors, torch.zeros(1))
 
     options: dict[str, Any] = {}
     if arch in ("googlenet", "inception_v3"):
         # torchvision's own weights for these two expect (p - 0.5) / 0.5, and its builders add that transform when they
         # load them. A trained checkpoint is nearly always fine-tuned from those; the weights themselves don't tell.
         mean = ending("running_mean")
-        trained = mean is not None and not mean.is_meta and bool(mean.any())
-        options = {"aux_logits": False, "init_weights": False, "transform_input": trained}
-    position, patch = ending("encoder.pos_embedding"), ending("conv_proj.weight")
-    if arch.startswith("vit_") and position is not None and patch is not None and position.ndim == 3:
-        if arch.endswith(f"_{patch.shape[-1]}"):  # the name ends in the side of the patches
-            options["image_size"] = math.isqrt(max(position.shape[1] - 1, 1)) * patch.shape[-1]
+        options = {"aux_logits": False, "init_weights": False, "transform_input": not mean.is_meta and bool(mean.any())}
+    position, patch = ending("encoder.pos_embedding"), ending("conv_proj.weight").shape[-1]
+    if arch.startswith("vit_") and arch.endswith(f"_{patch}") and position.ndim == 3:
+        options["image_size"] = math.isqrt(max(position.shape[1] - 1, 1)) * patch
     if arch == "maxvit_t" and input_size:
         options["input_size"] = (input_size, input_size)
     try:
@@ -939,133 +881,109 @@ def skeleton(arch: str, tensors: Mapping[str, Tensor], input_size: int | None = 
 
 
 def find_head(model: nn.Module) -> tuple[str, nn.Module]:
-    """Return the layer that gives the logits, with its name: the last one with weights (a convolution in SqueezeNet)."""
+    """Return the layer that gives the logits, with its name: the last one with weights (SqueezeNet's is a Conv2d)."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
 
 
-def backbone(model: nn.Module) -> dict[str, Tensor]:
+def backbone(model: nn.Module) -> State:
     """Return the tensors of a torchvision network without its head, and without those that it computes itself."""
     root = find_head(model)[0].partition(".")[0] + "."
     return {k: v for k, v in model.state_dict().items() if not k.startswith(root) and not k.endswith(COMPUTED)}
 
 
-def find_prefixes(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[tuple[int, str]]:
-    """Return the prefixes under which tensors have names of `wanted`, each with how many are there in their shape.
+def find_prefixes(wanted: State, checkpoint: Checkpoint) -> list[tuple[int, str, str]]:
+    """Return where a checkpoint has tensors of `wanted`: how many in their shape, the name of the dict, the prefix.
 
-    The best come first, as [(62, ""), (60, "model_ema.")] of 62. The prefixes are those of the first wanted name.
+    The best come first, as [(62, "model.", "backbone."), (62, "model_ema.", "backbone.")]. The prefixes are those of
+    the first wanted name that is there.
     """
-    first = next((key for key in wanted if any(name.endswith(key) for name in tensors)), "")
-    prefixes = [name.removesuffix(first) for name in tensors if f".{name}".endswith(f".{first}")][:100]
-    counts = [sum(p + k in tensors and tensors[p + k].shape == v.shape for k, v in wanted.items()) for p in prefixes]
-    return sorted(zip(counts, prefixes, strict=True), key=lambda found: -found[0])
+    found = []
+    for name, state in checkpoint.states.items():
+        first = next((key for key in wanted if any(f".{each}".endswith(f".{key}") for each in state)), None)
+        for prefix in [e.removesuffix(first) for e in state if first and f".{e}".endswith(f".{first}")][:100]:
+            shapes = ((state[prefix + k].shape, v.shape) for k, v in wanted.items() if prefix + k in state)
+            found.append((sum(a == b for a, b in shapes), name, prefix))
+    return sorted(found, key=lambda each: -each[0])
 
 
-def choose_prefix(arch: str, wanted: Mapping[str, Tensor], checkpoint: Checkpoint) -> str:
-    """Return the prefix of the one network in the file that has every wanted tensor.
+def split_state(arch: str, wanted: State, checkpoint: Checkpoint) -> tuple[State, State]:
+    """Return the tensors of the one network that has every wanted tensor, and those beside it in the same dict.
 
-    Of a network and its moving average (EMA), the network itself is taken.
-
-    Raises:
-        CallError: there is none, or there are several.
+    Of a network and its moving average (EMA), the network itself is taken. Raises CallError: there is none, or several.
     """
-    found = find_prefixes(wanted, checkpoint.tensors)
-    whole = {checkpoint.tensors[p + next(iter(wanted))].data_ptr(): p for count, p in found if count == len(wanted)}
-    prefixes = [*whole.values()]
-    if len(prefixes) > 1:
-        prefixes = [p for p in prefixes if not re.search("ema|averag", p, re.IGNORECASE)] or prefixes
-    if len(prefixes) > 1:
-        raise CallError(
-            f"{checkpoint.name}: holds {len(prefixes)} networks, under {' and '.join(map(repr, prefixes))}; save the "
-            "state dict of the one to explain"
-        )
-    if not prefixes:
-        raise misfit(arch, wanted, found[0][1] if found else "", checkpoint)
-    return prefixes[0]
+    found = find_prefixes(wanted, checkpoint) or [(0, next(iter(checkpoint.states)), "")]
+    places = {checkpoint.states[n][p + next(iter(wanted))].data_ptr(): (n, p) for c, n, p in found if c == len(wanted)}
+    several = [place for place in places.values() if not re.search("ema|averag", "".join(place), re.IGNORECASE)]
+    chosen = several or [*places.values()] or [found[0][1:]]
+    if len(chosen) > 1:
+        names = " and ".join(f"'{name}{prefix}'" for name, prefix in chosen)
+        raise CallError(f"{checkpoint.name}: holds several networks, under {names}; save the one to explain")
+    prefix, state = chosen[0][1], checkpoint.states[chosen[0][0]]
+    inside = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    if not places:
+        raise misfit(arch, wanted, inside, checkpoint)
+    return inside, {key: tensor for key, tensor in state.items() if not key.startswith(prefix)}
 
 
-def misfit(
-    arch: str, wanted: Mapping[str, Tensor], prefix: str, checkpoint: Checkpoint, more: Sequence[str] = ()
-) -> CallError:
-    """Return the error that says which tensors are missing, unexpected (`more`) or of another shape."""
-    tensors = checkpoint.under(prefix)
-    missing = [key for key in wanted if key not in tensors]
+def misfit(arch: str, wanted: State, state: State, checkpoint: Checkpoint, unexpected: Sequence[str] = ()) -> CallError:
+    """Return the error that says which tensors are missing, unexpected or of another shape."""
+    missing = [key for key in wanted if key not in state]
     differ = [
-        f"{key}: {shape_of(tensors[key])} in the file, {shape_of(value)} in {arch}"
-        for key, value in wanted.items()
-        if key in tensors and tensors[key].shape != value.shape
+        f"{key}: {shape_of(state[key])} in the file, {shape_of(wanted[key])} in {arch}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
     ]
-    kinds = (("missing", missing), ("unexpected", more), ("of another shape", differ))
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", differ))
     parts = [f"{len(keys)} {kind} ({'; '.join(keys[:3])}{'; ...' * (len(keys) > 3)})" for kind, keys in kinds if keys]
     hint = OWN_NETWORK
     with contextlib.suppress(CallError):
-        other = recognise(checkpoint) if ".py:" not in arch else arch
-        hint = f"it fits {other}: pass --arch {other}" if other != arch else hint
+        other = recognise(checkpoint)[0]
+        hint = f"it fits {other}: pass --arch {other}" if other != arch and ".py:" not in arch else hint
     return CallError(f"{checkpoint.name} does not fit {arch}: {', '.join(parts)}; {hint}")
 
 
-def named_architecture(checkpoint: Checkpoint) -> str | None:
-    """Return the architecture that an entry of the checkpoint names, or None."""
-    entries = checkpoint.entries
-    names = (entries.get("arch"), entries.get("model_name"), getattr(entries.get("args"), "model", None))
-    return next((name.lower() for name in names if isinstance(name, str) and name.lower() in ARCHITECTURES), None)
+def recognise(checkpoint: Checkpoint) -> tuple[str, str]:
+    """Return the architecture of a checkpoint, and how it was found.
 
-
-def recognise(checkpoint: Checkpoint) -> str:
-    """Return the architecture of a checkpoint, found from its tensors.
-
-    The architectures are compared in the order of how near their published number of parameters comes; it is the first
-    whose backbone is all there with nothing else under the same prefix.
-
-    Raises:
-        CallError: there is none.
+    It is named by an entry of the file. Else the architectures are compared in the order of how near their published
+    number of parameters comes; it is the first whose backbone is all there with nothing else under the same prefix.
+    Raises CallError.
     """
-    sizes = Counter[str]()
-    for name, tensor in checkpoint.tensors.items():
-        sizes[checkpoint.containers[name]] += 0 if name.endswith(STATISTICS) else tensor.numel()
-    count, nearest = max(sizes.values()), (0.0, "")
-    published = {
-        arch: [each.meta["num_params"] for each in torchvision.models.get_model_weights(arch)] for arch in ARCHITECTURES
-    }
-    for arch in sorted(ARCHITECTURES, key=lambda arch: min(abs(size - count) for size in published[arch])):
-        model = skeleton(arch, checkpoint.tensors)
-        wanted, root = backbone(model), find_head(model)[0].partition(".")[0]
-        for found, prefix in find_prefixes(wanted, checkpoint.tensors):
-            others = [k for k in checkpoint.under(prefix) if k not in wanted and k.partition(".")[0] != root]
+    entries = checkpoint.entries
+    for name in (entries.get("arch"), entries.get("model_name"), getattr(entries.get("args"), "model", None)):
+        if isinstance(name, str) and name.lower() in ARCHITECTURES:
+            return name.lower(), f"from {os.path.basename(checkpoint.name)}"
+    counts = [sum(t.numel() for k, t in s.items() if not k.endswith(STATISTICS)) for s in checkpoint.states.values()]
+    count, nearest = max(counts), (0.5, "")
+
+    def distance(arch: str) -> int:
+        return min(abs(w.meta["num_params"] - count) for w in torchvision.models.get_model_weights(arch))
+
+    for arch in sorted(ARCHITECTURES, key=distance):
+        model = skeleton(arch, checkpoint)
+        wanted, root = backbone(model), find_head(model)[0].partition(".")[0] + "."
+        for found, name, prefix in find_prefixes(wanted, checkpoint):
+            known = (*(prefix + key for key in wanted), prefix + root)
+            others = [key for key in checkpoint.states[name] if key.startswith(prefix) and not key.startswith(known)]
             if found == len(wanted) and all(key.endswith((*STATISTICS, *COMPUTED)) for key in others):
-                return arch
+                return arch, "recognised"
             nearest = max(nearest, (found / len(wanted), arch))
-    kind = next(
-        (f", it looks like a {kind}" for key, kind in OTHER_TASKS.items() if key in " ".join(checkpoint.tensors)), ""
-    )
-    near = f"{nearest[0]:.0%} of {nearest[1]}'s tensors are there: pass --arch {nearest[1]} to see which are not; "
-    raise CallError(
-        f"{checkpoint.name} fits no torchvision classifier ({count / 1e6:.1f} million parameters{kind}); "
-        + (near if nearest[0] > 0.5 else "")
-        + OWN_NETWORK
-    )
-
-
-OTHER_TASKS = {
-    **dict.fromkeys(("rpn.", "roi_heads.", "head.classification_head", "transformer.decoder"), "detector"),
-    **dict.fromkeys(
-        ("classifier.4.weight", "aux_classifier.", "decode_head.", "segmentation_head"), "segmentation network"
-    ),
-}
+    names = " ".join(key for state in checkpoint.states.values() for key in state)
+    kind = next((f", it looks like a {kind}" for key, kind in OTHER_TASKS.items() if key in names), "")
+    share, arch = nearest
+    near = f"{share:.0%} of {arch}'s tensors are there: pass --arch {arch} to see which are not; " if arch else ""
+    why = f"fits no torchvision classifier ({count / 1e6:.1f} million parameters{kind}); {near}{OWN_NETWORK}"
+    raise CallError(f"{checkpoint.name} {why}")
 
 
 def build_model(
     arch: str, checkpoint: Checkpoint, num_classes: int | None, input_size: int | None
-) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return the architecture with the checkpoint's weights, in eval mode on the CPU, and the tensors beside it.
-
-    Raises:
-        CallError: the checkpoint does not fit the architecture, or the architecture the input size.
-    """
-    model = skeleton(arch, checkpoint.tensors, input_size or side_of(checkpoint))
-    prefix = choose_prefix(arch, backbone(model), checkpoint)
-    state, beside = checkpoint.under(prefix), checkpoint.beside(prefix)
+) -> tuple[nn.Module, State]:
+    """Return the architecture with the checkpoint's weights, and the tensors beside it. Raises CallError."""
+    model = skeleton(arch, checkpoint, input_size or side_of(checkpoint))
+    state, beside = split_state(arch, backbone(model), checkpoint)
     outputs = fit_head(arch, model, state, beside, checkpoint)
-    load_state(arch, model, state, prefix, checkpoint)
+    load_state(arch, model, state, checkpoint)
     for key, tensor in beside.items():
         if tensor.ndim == 4:
             raise CallError(f"{checkpoint.name}: {key} is of a second network beside {arch}; save only one of them")
@@ -1077,59 +995,49 @@ def build_model(
     return model.eval(), beside
 
 
-def fit_head(
-    arch: str, model: nn.Module, state: dict[str, Tensor], beside: dict[str, Tensor], checkpoint: Checkpoint
-) -> int:
+def fit_head(arch: str, model: nn.Module, state: State, beside: State, checkpoint: Checkpoint) -> int:
     """Give the network the head that the checkpoint has, and return its number of outputs.
 
     The head may be one layer in another place: `model.fc = nn.Sequential(nn.Dropout(), nn.Linear(...))`, one Linear
-    layer instead of a whole classifier, or beside the backbone. Its weights are renamed in `state`.
-
-    Raises:
-        CallError: there is no head, or one of several layers.
+    layer instead of a whole classifier, or beside the backbone. Its tensors are renamed in `state`. Raises CallError.
     """
     name, layer = find_head(model)
     root = name.partition(".")[0]
-    for place in (name, root, None):
-        source = state if place else beside
-        inside = [key for key in source if not place or key.startswith(f"{place}.")]
+    for source, place in ((state, f"{name}."), (state, f"{root}."), (beside, "")):
+        inside = [key for key in source if key.startswith(place)]
         weights = [key for key in inside if key.endswith("weight") and source[key].ndim in (2, 4)]
-        if weights or (place and inside):
+        if weights:
             break
     if len(weights) != 1 or (source[weights[0]].ndim == 4) != isinstance(layer, nn.Conv2d):
-        found = f"is not one layer: {'; '.join(inside[:4])}" if inside else "is missing"
+        found = f"is not one layer: {'; '.join(inside[:4])}" if weights else "is missing"
         raise CallError(f"{checkpoint.name}: the head of {arch} ({name}) {found}; {OWN_NETWORK}")
-    old, weight = weights[0].removesuffix(".weight"), source[weights[0]]
-    has_bias = f"{old}.bias" in source
+    old, weight = weights[0].removesuffix("weight"), source[weights[0]]
+    options = {"bias": f"{old}bias" in source, "device": "meta"}
     if isinstance(layer, nn.Conv2d):
-        head: nn.Module = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:], bias=has_bias, device="meta")
+        head: nn.Module = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:], **options)
     else:
-        head = nn.Linear(weight.shape[1], weight.shape[0], bias=has_bias, device="meta")
-    lost = [key for key in model.state_dict() if key.startswith(f"{root}.") and not key.startswith(f"{name}.")]
-    if place != name and lost and not any(key in state for key in lost):
+        head = nn.Linear(weight.shape[1], weight.shape[0], **options)
+    others = [key for key in model.state_dict() if key.startswith(f"{root}.") and not key.startswith(f"{name}.")]
+    if place != f"{name}." and others and not any(key in state for key in others):
         model.add_module(root, nn.Sequential(nn.Flatten(1), head))  # instead of a whole classifier, as VGG's
-        new = f"{root}.1"
+        name = f"{root}.1"
     else:
         model.set_submodule(name, head)
-        new = name
     for part in ("weight", "bias"):
-        if f"{old}.{part}" in source:
-            state[f"{new}.{part}"] = source.pop(f"{old}.{part}")
+        if f"{old}{part}" in source:
+            state[f"{name}.{part}"] = source.pop(f"{old}{part}")
     return weight.shape[0]
 
 
-def load_state(arch: str, model: nn.Module, state: Mapping[str, Tensor], prefix: str, checkpoint: Checkpoint) -> None:
+def load_state(arch: str, model: nn.Module, state: State, checkpoint: Checkpoint) -> None:
     """Put the tensors into the network, the floating-point ones as float32. Raises CallError where one does not fit."""
-    wanted = model.state_dict()
-    needed = {key: tensor for key, tensor in wanted.items() if not key.endswith(COMPUTED) or key in state}
+    wanted = model.state_dict()  # it has the version marks that MNASNet insists on
+    for key in [key for key in wanted if key.endswith(COMPUTED) and key not in state]:
+        del wanted[key]
     unexpected = [key for key in state if key not in wanted]
-    if unexpected or any(key not in state or state[key].shape != value.shape for key, value in needed.items()):
-        raise misfit(arch, needed, prefix, checkpoint, unexpected)
-    for key in list(wanted):  # into its own dict, which has the version marks that MNASNet insists on
-        if key not in needed:
-            del wanted[key]
-            continue
-        tensor = state[key]
+    if unexpected or any(key not in state or state[key].shape != value.shape for key, value in wanted.items()):
+        raise misfit(arch, wanted, state, checkpoint, unexpected)
+    for key, tensor in ((key, state[key]) for key in wanted):
         if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
             raise CallError(
                 f"{checkpoint.name}: {key} has no values or is sparse; save the weights as ordinary tensors"
@@ -1145,22 +1053,20 @@ def load_state(arch: str, model: nn.Module, state: Mapping[str, Tensor], prefix:
 
 def build_own_model(
     arch: str, checkpoint: Checkpoint, num_classes: int | None, input_size: int | None
-) -> tuple[nn.Module, dict[str, Tensor]]:
+) -> tuple[nn.Module, State]:
     """Return the network that the function in `arch`, "file.py:function", builds, like `build_model`.
 
     The function is called with `num_classes` if it takes it and the number is known. The file is the user's own code
-    and is run; the checkpoint is not. Inputs are prepared as for torchvision's resnet50.
-
-    Raises:
-        CallError: there is no such function, it fails, or the checkpoint does not fit its network.
+    and is run; the checkpoint is not. Inputs are prepared as for torchvision's resnet50. Raises CallError.
     """
-    heads = [k for k, v in checkpoint.tensors.items() if v.ndim == 2 and any(f".{h}." in f".{k}" for h in HEADS)]
-    model = run_own_file(arch, num_classes or (checkpoint.tensors[heads[-1]].shape[0] if heads else None))
-    if checkpoint.tensors:
+    tensors = [(k, v) for state in checkpoint.states.values() for k, v in state.items() if v.ndim == 2]
+    classes = next((v.shape[0] for k, v in reversed(tensors) if HEADS.search(k)), None)
+    model, beside = run_own_file(arch, num_classes or classes), {}
+    if checkpoint.states:
         wanted = {key: value for key, value in model.state_dict().items() if not key.endswith(COMPUTED)}
-        prefix = choose_prefix(arch, wanted, checkpoint)
-        load_state(arch, model, checkpoint.under(prefix), prefix, checkpoint)
-    return model.eval(), checkpoint.beside(prefix) if checkpoint.tensors else {}
+        state, beside = split_state(arch, wanted, checkpoint)
+        load_state(arch, model, state, checkpoint)
+    return model.eval(), beside
 
 
 def run_own_file(arch: str, classes: int | None) -> nn.Module:
@@ -1174,8 +1080,7 @@ def run_own_file(arch: str, classes: int | None) -> nn.Module:
         spec = importlib.util.spec_from_file_location(f"own_{Path(file).stem}", file)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look there
-        with contextlib.redirect_stderr(io.StringIO()):  # a parser of options would print how to call the file
-            spec.loader.exec_module(module)
+        spec.loader.exec_module(module)
         build = getattr(module, function, None)
         if not callable(build):
             functions = [name for name in vars(module) if callable(getattr(module, name))]
@@ -1186,7 +1091,7 @@ def run_own_file(arch: str, classes: int | None) -> nn.Module:
     except CallError:
         raise
     except (Exception, SystemExit) as error:
-        hint = "; is it --num-classes that it needs?" if "num_classes" in str(error) and not classes else ""
+        hint = "; does it need --num-classes?" if "num_classes" in str(error) and not classes else ""
         if isinstance(error, SystemExit):
             hint = "; put what must not run on import under if __name__ == '__main__':"
         raise CallError(f"--arch {arch}: {type(error).__name__}: {first_line(error)}{hint}") from error
@@ -1199,10 +1104,9 @@ def run_own_file(arch: str, classes: int | None) -> nn.Module:
 
 
 def as_logits(answer: Any, outputs: int | None = None) -> Tensor:
-    """Return what a network returns as logits (N, classes); of several tensors, the one with `outputs` columns.
+    """Return a network's answer as logits (N, classes); of several tensors, the one with `outputs` columns.
 
-    Raises:
-        CallError: it is something else, or ambiguous.
+    Raises CallError: it is something else, or ambiguous.
     """
 
     def is_row(tensor: Any) -> bool:  # (N, C), (N, C, 1, 1) or (N,)
@@ -1215,23 +1119,29 @@ def as_logits(answer: Any, outputs: int | None = None) -> Tensor:
     answer = getattr(answer, "logits", answer)
     if isinstance(answer, (tuple, list)):
         rows = [each for each in answer if is_row(each)]
-        chosen = [row for row in rows if outputs == row.shape[-1]] if outputs and len(rows) > 1 else rows
-        if len(chosen) > 1:
+        if len(rows) > 1:
+            rows = [row for row in rows if outputs == row.shape[-1]] or rows
+        if len(rows) > 1:
             shapes = " and ".join(map(shape_of, rows))
             raise CallError(f"the network returns {shapes}; let it return the logits alone, or pass --num-classes")
-        answer = chosen[0] if chosen else answer
+        answer = rows[0] if rows else answer
     if not is_row(answer):
         kind = f"tensor of {shape_of(answer)}" if isinstance(answer, Tensor) else type(answer).__name__
         raise CallError(f"the network returns a {kind}; let it return the logits, (N, classes)")
     return answer[:, None] if answer.ndim == 1 else answer.flatten(1)
 
 
-def count_outputs(model: nn.Module, side: int, num_classes: int | None) -> int:
-    """Return how many outputs a network has for inputs (N, 3, side, side), by running it once.
+def give_logits(model: nn.Module, inputs: Any, answer: Any, outputs: int) -> Tensor:
+    """Return the logits (N, classes) of a network's answer, as a forward hook.
 
-    Raises:
-        CallError: it fails, or returns probabilities.
+    Of a single output it makes two, whose softmax gives the second class the sigmoid of the one.
     """
+    logits = as_logits(answer, outputs)
+    return torch.cat([-logits, logits], 1) / 2 if outputs == 1 else logits
+
+
+def count_outputs(model: nn.Module, side: int, num_classes: int | None) -> int:
+    """Return how many outputs a network has, by running it once at that input size. Raises CallError."""
     try:
         with torch.enable_grad():
             logits = as_logits(model(torch.zeros(1, 3, side, side, requires_grad=True)), num_classes)
@@ -1241,23 +1151,12 @@ def count_outputs(model: nn.Module, side: int, num_classes: int | None) -> int:
         hint = "; pass another --input-size if it is the size" if isinstance(error, RuntimeError) else ""
         if "channels" in first_line(error):
             hint = "; let it begin with x.mean(1, keepdim=True) if it is for grey photos"
-        message = f"{type(error).__name__}: {first_line(error)}"
-        raise CallError(f"the network fails at an input of 3 x {side} x {side} ({message}){hint}") from error
+        why = f"({type(error).__name__}: {first_line(error)}){hint}"
+        raise CallError(f"the network fails at an input of 3 x {side} x {side} {why}") from error
     last = re.match("(Softmax|Sigmoid)Backward", logits.grad_fn.name() if logits.grad_fn else "")
     if last:
         raise CallError(f"the network ends in a {last[1].lower()}; let it return the logits, without that")
     return logits.shape[1]
-
-
-def only_logits(model: nn.Module, inputs: Any, answer: Any, outputs: int) -> Tensor:
-    """Be a forward hook that returns the logits alone, (N, classes)."""
-    return as_logits(answer, outputs)
-
-
-def two_sided(model: nn.Module, inputs: Any, answer: Any, outputs: int) -> Tensor:
-    """Be a forward hook that makes two logits, (N, 2), of one, whose sigmoid is the probability of the second class."""
-    logit = as_logits(answer, outputs)
-    return torch.cat([-logit, logit], 1) / 2
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -1268,24 +1167,27 @@ def shape_of(tensor: Tensor) -> str:
 def side_of(checkpoint: Checkpoint) -> int | None:
     """Return a checkpoint's input_size, 225, (225, 225) or (3, 225, 225), as the side of a square. Raises CallError."""
     entry = checkpoint.entries.get("input_size")
+    sides = [*entry][-2:] if isinstance(entry, (list, tuple)) else [entry]
     if entry is None:
         return None
-    sides = [*entry][-2:] if isinstance(entry, (list, tuple)) else [entry]
     if all(isinstance(side, (int, np.integer)) and 8 <= side <= 4096 for side in sides) and len({*sides}) == 1:
         return int(sides[0])
     raise CallError(f"{checkpoint.name}: its input_size {str(entry)[:60]} is not a usable square; pass --input-size")
 
 
 def make_preset(
-    arch: str, model: nn.Module, checkpoint: Checkpoint, beside: Mapping[str, Tensor], given: Mapping[str, Any]
-) -> tuple[Any, dict[str, str]]:
-    """Return torchvision's preprocessing for the architecture, and where "input" and "mean" come from.
+    arch: str,
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    beside: State,
+    given: Mapping[str, Any],
+    origins: dict[str, str],
+) -> Any:
+    """Return torchvision's preprocessing for the architecture, with the input size, mean and std that are known.
 
-    At another size than the preset's the margin around the crop is in proportion.
-
-    Args:
-        beside: tensors of the checkpoint beside the network; three of a layer in front that normalised the inputs count.
-        given: "input_size", "mean" and "std" as the user gave them, or None.
+    They are those given, else the checkpoint's entries; mean and std of colours from 0 to 1 or to 255 may also lie in
+    `beside`, where a layer in front of the network normalised its inputs. At another size than the preset's, the margin
+    around the crop is in proportion. Where the values come from is added to `origins`. Raises CallError.
     """
     name = os.path.basename(checkpoint.name)
     all_weights = torchvision.models.get_model_weights(arch)
@@ -1294,43 +1196,33 @@ def make_preset(
     size = given["input_size"] or fixed or side_of(checkpoint)
     if fixed and size != fixed:
         raise CallError(f"this {arch} takes inputs of {fixed} x {fixed} pixels only; leave --input-size {size} out")
-    asked = "" if given["input_size"] or name.startswith("torchvision's ") else f"from {name}"
-    origins = {"input": asked if size else asked and f"not in {name}; pass --input-size if you trained at another"}
+    if not given["input_size"] and not name.startswith("torchvision's "):
+        origins["input"] = f"from {name}" if size else f"not in {name}; pass --input-size if you trained at another"
     if size:
-        # torchvision has presets for several sizes of some networks; else the margin grows with the size
-        presets = [preset, *(weights.transforms() for weights in all_weights)]
+        presets = [preset, *(weights.transforms() for weights in all_weights)]  # some have several sizes
         same = [each.resize_size[0] for each in presets if each.crop_size[0] == size]
         margin = preset.resize_size[0] / preset.crop_size[0]
         preset.crop_size, preset.resize_size = [size], [same[0] if same else round(size * margin)]
-    normalising = {name.rpartition(".")[2]: tensor for name, tensor in beside.items() if tensor.numel() == 3}
-    entries = {key: colour_entry(checkpoint, key, normalising.get(key)) for key in ("mean", "std")}
-    for key, entry in entries.items():
-        values = given[key] if given[key] is not None else entry
-        if values is not None:
-            white = 255 if max(*(given["mean"] or entries["mean"] or []), *values) > 1 else 1
-            setattr(preset, key, [value / white for value in values])
+    entries = {key.rpartition(".")[2]: tensor for key, tensor in beside.items() if tensor.numel() == 3}
+    colours: dict[str, list[float]] = {}
+    for key, low in (("mean", 0), ("std", 1e-6)):
+        entry = given[key] if given[key] is not None else checkpoint.entries.get(key, entries.get(key))
+        if entry is not None:
+            with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError, RecursionError):
+                colours[key] = [float(v) for v in np.asarray(entry, dtype=np.float64).flatten() if low <= v <= 255]
+            if len(colours.get(key, ())) != 3:
+                raise CallError(f"{checkpoint.name}: its {key} is not three usable numbers; pass --{key} R,G,B")
             origins["mean"] = "" if given[key] is not None else f"from {name}"
-    return preset, origins
+    white = 255 if any(max(values) > 1 for values in colours.values()) else 1
+    for key, values in colours.items():
+        setattr(preset, key, [value / white for value in values])
+    return preset
 
 
-def colour_entry(checkpoint: Checkpoint, key: str, default: Tensor | None) -> list[float] | None:
-    """Return the entry `mean` or `std` of a checkpoint as three numbers, or None. Raises CallError."""
-    entry = checkpoint.entries.get(key, default)
-    try:
-        values = None if entry is None else [float(value) for value in np.asarray(entry, dtype=np.float64).flatten()]
-        if values is None or (len(values) == 3 and all((1e-6 if key == "std" else 0) <= v <= 255 for v in values)):
-            return values
-    except (TypeError, ValueError, OverflowError, RuntimeError, RecursionError):
-        pass
-    raise CallError(f"{checkpoint.name}: its entry {key} is not three usable numbers; pass --{key} R,G,B")
-
-
-def name_classes(given: Sequence[str] | None, checkpoint: Checkpoint, count: int) -> tuple[str, ...]:
-    """Return a name for each output: those given, else the checkpoint's, else ImageNet's for 1000 classes.
-
-    Raises:
-        CallError: names were given, but not as many as there are classes.
-    """
+def name_classes(
+    given: Sequence[str] | None, checkpoint: Checkpoint, count: int, origins: dict[str, str]
+) -> tuple[str, ...]:
+    """Return a name for each output: those given, else the checkpoint's, else ImageNet's. Raises CallError."""
     if given is not None:
         if len(given) != count:
             raise CallError(f"{len(given)} class names were given, but the network has {count} classes")
@@ -1347,6 +1239,9 @@ def name_classes(given: Sequence[str] | None, checkpoint: Checkpoint, count: int
             warn(f"{checkpoint.name}: its entry {entry} is not used: {why}")
     if count == 1000:
         return tuple(torchvision.models.get_model_weights("resnet50").DEFAULT.meta["categories"])
+    origins["classes"] = (
+        "without names; pass --class-names cat,dog in the order of training, ImageFolder's: alphabetical"
+    )
     return tuple(f"class {index}" for index in range(count))
 
 
@@ -1366,14 +1261,13 @@ def find_class(wanted: str, class_names: Sequence[str]) -> int:
 # 4  Explanation. One forward pass gives the logits and the activations, two backward passes the rest.
 # ---------------------------------------------------------------------------------------------------------------------
 
-Progress = Callable[[Sequence[Tensor]], Iterable[Tensor]]
-
 # The autograd nodes of activation functions, whose incoming gradients guided backpropagation clamps. Gates (Sigmoid,
 # Hardsigmoid, Tanh) scale a signal rather than rectify it and are left alone.
 ACTIVATION_NODES = re.compile(
     r"(Relu|LeakyRelu|RreluWithNoise|Prelu|PreluKernel|Hardtanh|Threshold|Elu|Celu|Selu|Gelu|Silu|Swish|Hardswish|Mish"
     r"|Softplus)\w*Backward\d*"
 )
+Progress = Callable[[Sequence[Tensor]], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -1404,18 +1298,12 @@ class Explanation:
     def only(self, index: int) -> Explanation:
         """Return the explanation of one input, as a batch of one."""
         i = slice(index, index + 1)
-        guided = None if self.guided is None else self.guided[i]
         cams = {method: maps[i] for method, maps in self.cams.items()}
-        return Explanation(cams, guided, self.logits[i], self.targets[i])
+        return Explanation(cams, None if self.guided is None else self.guided[i], self.logits[i], self.targets[i])
 
 
 # How each method weighs the channels. `activations` are (..., C, h, w), `gradients` those of the class score with
 # respect to them; the result is each channel's contribution to the map, of the shape of the two.
-
-
-def gradcam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Grad-CAM (Selvaraju et al., ICCV 2017, arXiv:1610.02391): channels weighted by their mean gradient."""
-    return activations * gradients.mean((-2, -1), keepdim=True)
 
 
 def gradcam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -1433,26 +1321,6 @@ def xgradcam(activations: Tensor, gradients: Tensor) -> Tensor:
     """XGrad-CAM (Fu et al., BMVC 2020, arXiv:2008.02312): the mean gradient, weighted by the activations."""
     shares = activations / (activations.sum((-2, -1), keepdim=True) + 1e-7)
     return activations * (gradients * shares).sum((-2, -1), keepdim=True)
-
-
-def hirescam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """HiResCAM (Draelos and Carin, 2020, arXiv:2011.08891): each position weighted by its own gradient."""
-    return activations * gradients
-
-
-def gradcam_elementwise(activations: Tensor, gradients: Tensor) -> Tensor:
-    """HiResCAM without negative contributions, a variant of the grad-cam package."""
-    return (activations * gradients).clamp(min=0)
-
-
-def layercam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """LayerCAM (Jiang et al., IEEE TIP 2021, doi:10.1109/TIP.2021.3089943): positive gradients by position."""
-    return activations * gradients.clamp(min=0)
-
-
-def unweighted(activations: Tensor, gradients: Tensor | None) -> Tensor:
-    """Return the activations: no class is asked for."""
-    return activations
 
 
 def fem(activations: Tensor, gradients: Tensor | None) -> Tensor:
@@ -1502,32 +1370,20 @@ def principal_component(contributions: Tensor, of_class: bool = True) -> Tensor:
     return torch.from_numpy(maps).to(contributions).view(*contributions.shape[:-3], *contributions.shape[-2:])
 
 
-@dataclass(frozen=True)
-class CamMethod:
-    """How a method makes its map of a layer.
-
-    Attributes:
-        weight_fn: activations and gradients -> contributions of the channels.
-        reduce_fn: contributions -> map.
-        gradients: whether `weight_fn` reads the gradients. If not, the map is the same for every class.
-    """
-
-    weight_fn: Callable[[Tensor, Any], Tensor]
-    reduce_fn: Callable[[Tensor], Tensor] = channel_sum
-    gradients: bool = True
-
-
+# activations and gradients -> contributions; contributions -> map; whether the gradients are read, that is the class
+CamMethod = namedtuple("CamMethod", ("weight_fn", "reduce_fn", "gradients"), defaults=(channel_sum, True))
 CAM_METHODS = {
-    "gradcam": CamMethod(gradcam),
+    "gradcam": CamMethod(lambda a, g: a * g.mean((-2, -1), keepdim=True)),  # Selvaraju, ICCV 2017, arXiv:1610.02391
     "gradcam++": CamMethod(gradcam_plus_plus),
     "xgradcam": CamMethod(xgradcam),
-    "eigencam": CamMethod(unweighted, partial(principal_component, of_class=False), gradients=False),
-    "eigengradcam": CamMethod(hirescam, principal_component),
-    "hirescam": CamMethod(hirescam),
-    "layercam": CamMethod(layercam),
-    "gradcamelementwise": CamMethod(gradcam_elementwise),
+    "eigencam": CamMethod(lambda a, g: a, partial(principal_component, of_class=False), False),
+    "eigengradcam": CamMethod(lambda a, g: a * g, principal_component),
+    "hirescam": CamMethod(lambda a, g: a * g),  # Draelos and Carin, 2020, arXiv:2011.08891
+    "layercam": CamMethod(lambda a, g: a * g.clamp(min=0)),  # Jiang, IEEE TIP 2021, doi:10.1109/TIP.2021.3089943
+    "gradcamelementwise": CamMethod(lambda a, g: (a * g).clamp(min=0)),  # a variant of the grad-cam package
     "fem": CamMethod(fem, gradients=False),
     "randomcam": CamMethod(random_weights, gradients=False),
+    "refinecam": CamMethod(gradcam_plus_plus),  # arXiv:2605.14641: the product over several layers
 }
 BY_GRAD_CAM = {  # through the classes of the grad-cam package
     "fullgrad": "FullGrad",  # Srinivas and Fleuret, NeurIPS 2019, arXiv:1905.00780: every bias instead of a layer
@@ -1535,7 +1391,6 @@ BY_GRAD_CAM = {  # through the classes of the grad-cam package
     "shapleycam": "ShapleyCAM",  # arXiv:2501.06261: needs second derivatives
     "finercam": "FinerCAM",  # CVPR 2025, arXiv:2501.11309: the class against the three most similar ones
     "segeigencam": "SegEigenCAM",  # Chung and Ying, Applied Sciences 2025, doi:10.3390/app15137562
-    "refinecam": "RefineCAM",  # arXiv:2605.14641: the product over several layers
 }
 
 
@@ -1554,9 +1409,8 @@ def channel_axis(output: Tensor, size: Sequence[int]) -> int:
     def like_input(rows: int, columns: int) -> bool:
         return abs(rows * size[1] - columns * size[0]) <= max(size)
 
-    if output.ndim == 4 and (like_input(*output.shape[2:]) or not like_input(*output.shape[1:3])):
-        return 1
-    return output.ndim - 1
+    first = output.ndim == 4 and (like_input(*output.shape[2:]) or not like_input(*output.shape[1:3]))
+    return 1 if first else output.ndim - 1
 
 
 def as_map(output: Tensor, size: Sequence[int]) -> Tensor | None:
@@ -1567,13 +1421,11 @@ def as_map(output: Tensor, size: Sequence[int]) -> Tensor | None:
     if output.ndim == 4:
         spatial = output.movedim(channel_axis(output, size), 1)
         return spatial if spatial[0, 0].numel() > 1 else None
-    if output.ndim == 3:
-        height, width = size
-        for special in (1, 0, 2, 3, 4, 5):
-            positions = max(output.shape[1] - special, 0)
-            rows = math.isqrt(positions * height // width)
-            if positions > 1 and rows and rows * rows * width == positions * height:
-                return output[:, special:].transpose(1, 2).unflatten(2, (rows, positions // rows))
+    for special in (1, 0, 2, 3, 4, 5) if output.ndim == 3 else ():
+        positions = max(output.shape[1] - special, 0)
+        rows = math.isqrt(positions * size[0] // size[1])
+        if positions > 1 and rows and rows * rows * size[1] == positions * size[0]:
+            return output[:, special:].transpose(1, 2).unflatten(2, (rows, positions // rows))
     return None
 
 
@@ -1597,19 +1449,17 @@ def guided_gradients(scores: Sequence[Tensor], inputs: Tensor) -> list[Tensor]:
     for node in {node for score in scores for node in graph_nodes(score.grad_fn)}:
         if ACTIVATION_NODES.fullmatch(node.name()):
             node.register_prehook(lambda gradients: tuple(None if g is None else g.clamp(min=0) for g in gradients))
-    last = scores[-1]
-    return [torch.autograd.grad(score, inputs, retain_graph=score is not last)[0] for score in scores]
+    return [torch.autograd.grad(score, inputs, retain_graph=score is not scores[-1])[0] for score in scores]
 
 
 def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
     """Return the dotted name of a layer that is given by its name or as the module itself. Raises CallError."""
     modules = dict(model.named_modules())
     if isinstance(layer, nn.Module):
-        name = next((name for name, module in modules.items() if module is layer), "")
+        name, wanted = next((name for name, module in modules.items() if module is layer), ""), type(layer).__name__
     else:
-        name = layer.removeprefix("module.")
+        name, wanted = layer.removeprefix("module."), layer
     if not name or name not in modules:
-        wanted = layer if isinstance(layer, str) else type(layer).__name__
         outermost = ", ".join(name for name, _ in model.named_children())
         hint = "; repeat the option for each layer" if "," in wanted else closest(wanted, modules)
         raise CallError(f"the network has no layer '{wanted}'{hint} (outermost: {outermost})")
@@ -1618,19 +1468,16 @@ def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
 
 def choose_targets(logits: Tensor, targets: Sequence[int] | Tensor | int | None, top: int | None = None) -> Tensor:
     """Return the class to explain for each input, int64 (N,), or the K classes, (N, K). Raises CallError."""
-    classes = logits.shape[1]
     if targets is None:
-        return logits.detach().argmax(1) if top is None else logits.detach().topk(min(top, classes)).indices
-    chosen = torch.as_tensor(targets).clone()
-    if chosen.numel() and (chosen.is_floating_point() or chosen.dtype == torch.bool):
+        return logits.detach().argmax(1) if top is None else logits.detach().topk(min(top, logits.shape[1])).indices
+    chosen = torch.as_tensor(targets)
+    if chosen.is_floating_point() or chosen.dtype == torch.bool:
         raise CallError(f"target classes are indices, not {chosen.dtype}")
-    chosen = chosen.long()
-    if chosen.ndim > 2 or (chosen.ndim and len(chosen) != len(logits) and not (chosen.ndim == 2 and len(chosen) == 1)):
+    if chosen.ndim > 2 or (chosen.ndim and len(chosen) != len(logits) and (chosen.ndim, len(chosen)) != (2, 1)):
         raise CallError(f"{shape_of(chosen)} target classes do not go with {len(logits)} inputs: give one for each")
-    chosen = chosen.expand(len(logits), *chosen.shape[1:])
-    if not ((chosen >= 0) & (chosen < classes)).all():
-        raise CallError(f"class {chosen.tolist()} is out of range: the network has {classes} classes, from 0")
-    return to_device(chosen, logits.device)
+    if not ((chosen >= 0) & (chosen < logits.shape[1])).all():
+        raise CallError(f"class {chosen.tolist()} is out of range: the network has {logits.shape[1]} classes, from 0")
+    return chosen.long().expand(len(logits), *chosen.shape[1:]).to(logits.device, non_blocking=True)
 
 
 @contextlib.contextmanager
@@ -1659,16 +1506,8 @@ def capture_outputs(
         yield outputs
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of a module in a forward pass; `came_from` and `node` are the autograd nodes on its two sides."""
-
-    name: str
-    module: nn.Module
-    input: Tensor
-    came_from: Any
-    output: Tensor
-    node: Any
+# one call of a module in a forward pass; `came_from` and `node` are the autograd nodes on its two sides
+Call = namedtuple("Call", ("name", "module", "input", "came_from", "output", "node"))
 
 
 def record_calls(network: nn.Module, inputs: Tensor) -> tuple[list[Call], Tensor]:
@@ -1690,10 +1529,7 @@ def find_target_layer(network: nn.Module, calls: Sequence[Call], logits: Tensor,
 
     Adaptive pooling, and layers inside the head (SqueezeNet's has one map for each class), count only where nothing
     else does. In a ViT the last tokens do not reach the head, only the class token does; the last layer whose tokens
-    do is the norm before the last attention, which grad-cam's examples use too.
-
-    Raises:
-        CallError: there is none.
+    do is the norm before the last attention, which grad-cam's examples use too. Raises CallError: there is none.
     """
     head = next((call for call in reversed(calls) if isinstance(call.module, (nn.Linear, nn.Conv2d))), None)
     # the input of the head, not the score: the weights of a head that was just initialised may all be zero
@@ -1702,9 +1538,7 @@ def find_target_layer(network: nn.Module, calls: Sequence[Call], logits: Tensor,
     parent = head.name.rpartition(".")[0] if head else ""
     in_head = f"{parent}." if parent and isinstance(network.get_submodule(parent), nn.Sequential) else None
     second_choice = ""
-    for call in reversed(calls):
-        if not call.name or as_map(call.output, size) is None:
-            continue
+    for call in (call for call in reversed(calls) if call.name and as_map(call.output, size) is not None):
         pooling = isinstance(call.module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d))
         if not pooling and not (in_head and f"{call.name}.".startswith(in_head)) and call.output.requires_grad:
             gradient = torch.autograd.grad(probe, call.output, retain_graph=True, allow_unused=True)[0]
@@ -1743,22 +1577,22 @@ class BatchSize:
 
     def run(self, function: Callable[[Any], Any], items: Any) -> Iterator[Any]:
         """Yield `function` of consecutive slices of `items`. Raises what `function` raises for one item."""
-        start = 0
-        while start < len(items):
-            part, result = items[start : start + self.size], None
+        while len(items):
+            part, result = items[: self.size], None
             try:
                 result = function(part)
             except (RuntimeError, MemoryError) as error:
                 if len(part) == 1 or not is_out_of_memory(error):
                     raise
-            if result is None:  # here, where the error does not hold memory any more
-                warn("memory does not suffice for such large batches; going on with smaller ones")
-                self.size = (len(part) + 1) // 2
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+            if result is not None:
+                yield result
+                items = items[len(part) :]
                 continue
-            start += len(part)
-            yield result
+            # here the error does not hold memory any more
+            warn("memory does not suffice for such large batches; going on with smaller ones")
+            self.size = (len(part) + 1) // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 @torch.inference_mode()
@@ -1773,23 +1607,18 @@ def ablation_weights(
     Only what follows the layer runs again: at its last call the layer returns many ablated copies of its output. Before
     it runs a small stand-in for the input, or where that does not fit the input itself, once or as often as the copies.
     """
-    calls = [0]
-    with capture_outputs(network, [layer]) as outputs:
-        counting = network.get_submodule(layer).register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-        with counting:
-            logits = as_logits(network(inputs))
-    output = outputs[layer]
+    module, calls = network.get_submodule(layer), list[None]()
+    with module.register_forward_hook(lambda *_: calls.append(None)), capture_outputs(network, [layer]) as outputs:
+        logits, output = as_logits(network(inputs)), outputs[layer]
 
-    def logits_for(copies: Tensor, stand_in: Tensor) -> Tensor:
+    def logits_for(copies: Tensor, stand_in: Tensor, count: int) -> Tensor:
         done = itertools.count(1)
-        hook = network.get_submodule(layer).register_forward_hook(lambda *_: copies if next(done) == calls[0] else None)
-        with hook:
-            return as_logits(network(stand_in.expand(len(copies), -1, -1, -1) if stand_in is repeated else stand_in))
+        with module.register_forward_hook(lambda *_: copies if next(done) == len(calls) else None):
+            return as_logits(network(stand_in.expand(count or len(copies), -1, -1, -1)))
 
-    small, repeated = torch.zeros_like(inputs[..., :64, :64]), inputs.clone()
-    for stand_in in (small, inputs, repeated):
+    for stand_in, count in ((torch.zeros_like(inputs[..., :64, :64]), 1), (inputs, 1), (inputs, 0)):
         with contextlib.suppress(RuntimeError, AssertionError, ValueError):
-            twice = logits_for(output.repeat(2, *[1] * (output.ndim - 1)), stand_in)
+            twice = logits_for(output.repeat(2, *[1] * (output.ndim - 1)), stand_in, count)
             if len(twice) == 2 and torch.allclose(twice, logits, 1e-3, 1e-3):
                 break
     axis, score = channel_axis(output, inputs.shape[2:]), logits[0, targets]
@@ -1800,7 +1629,7 @@ def ablation_weights(
     for channels in progress(alive.split(most)):
         changed = channels_first.repeat(len(channels), *[1] * (channels_first.ndim - 1))
         changed[torch.arange(len(channels), device=channels.device), channels] = 0
-        ablated[channels] = logits_for(changed.movedim(1, axis), stand_in)[:, targets]
+        ablated[channels] = logits_for(changed.movedim(1, axis), stand_in, count)[:, targets]
     return (score - ablated).T
 
 
@@ -1810,49 +1639,20 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
-            new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since torch 2.9, which refuses to mix the two
-            exact = {"fp32_precision": "ieee"} if new else {"allow_tf32": False}
-            stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, **exact))
-            matmul, ((name, value),) = torch.backends.cuda.matmul, exact.items()
+            matmul = torch.backends.cuda.matmul
+            new = hasattr(matmul, "fp32_precision")  # since torch 2.9, which refuses to mix the two
+            name, value = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, **{name: value}))
             stack.callback(setattr, matmul, name, getattr(matmul, name))
             setattr(matmul, name, value)
         yield
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """Return channels-last where oneDNN computes; on a GPU it pays only in half precision, which is not used."""
-    on_cpu = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return torch.channels_last if on_cpu else torch.contiguous_format
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode, float32 and the memory format that pays, whose weights need no gradients."""
-    # Tensors that hang on a graph cannot be copied: what a module keeps of its last run, an old weight_norm's weight.
-    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
-    network = copy.deepcopy(model, {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf})
-    return network.eval().requires_grad_(False).float().to(memory_format=memory_format(device_of(network)))
-
-
-def device_of(network: nn.Module) -> torch.device:
-    """Return where the network is; one without any weights is on the CPU."""
-    return next((t.device for t in itertools.chain(network.parameters(), network.buffers())), torch.device("cpu"))
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on a device, without waiting for a GPU's earlier work."""
-    return tensor.to(device, non_blocking=device.type == "cuda")  # a copy to the CPU must be waited for
-
-
-def to_numpy(tensor: Tensor) -> NDArray[Any]:
-    """Return the tensor as a NumPy array of its own."""
-    return tensor.detach().cpu().contiguous().numpy()
-
-
 class Explainer:
-    """Explains the predictions of any `nn.Module` classifier.
+    """Explains the predictions of any `nn.Module` classifier, in one thread.
 
     The model is not changed: everything runs on a frozen float32 copy, whose batch norms are folded into the
-    convolutions. After training on, make a new explainer. It is for one thread.
+    convolutions. After training on, make a new explainer.
 
     Args:
         model: takes (N, 3, H, W), returns logits (N, classes); or (N, 1) or (N,) for a single sigmoid output, of which
@@ -1884,27 +1684,29 @@ class Explainer:
         batch_size: int | None = None,
         progress: Progress = iter,
     ) -> None:
-        known = (*METHODS, *MORE_METHODS)
-        self.methods = (methods,) if isinstance(methods, str) else tuple(methods)
-        for method in self.methods:
-            if method not in known:
-                raise CallError(f"unknown method '{method}'{closest(method, known)} (known: {', '.join(known)})")
+        methods = methods if isinstance(methods, str) else ",".join(methods)
+        self.methods = tuple(names_from((*METHODS, *MORE_METHODS), "method", METHODS)(methods))
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         layers = [target_layers] if isinstance(target_layers, (str, nn.Module)) else target_layers or ()
         self.target_layers = tuple(layer_name(model, layer) for layer in layers)
         self.guided, self.aug_smooth, self.eigen_smooth = guided, aug_smooth, eigen_smooth
         self.progress = progress
+        # Tensors that hang on a graph cannot be copied: what a module keeps of its last run, as weight_norm's weight.
+        kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
         with torch.inference_mode(False):
-            self.network = frozen_copy(model)
-        self.device = device_of(self.network)
+            network = copy.deepcopy(model, {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf})
+            weight = next(itertools.chain(network.parameters(), network.buffers()), torch.empty(0))
+            self.device = weight.device
+            # channels-last where oneDNN computes; on a GPU it pays only in half precision, which is not used
+            fast = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
+            self._format = torch.channels_last if fast else torch.contiguous_format
+            self.network = network.eval().requires_grad_(False).float().to(memory_format=self._format)
         self.batch_size = BatchSize(batch_size or (2 if self.device.type == "cpu" else 32))
         self._prepared = False
 
     def prepare(self, inputs: Tensor) -> None:
         """Run one input (1, 3, H, W): find the target layer where none was named, and fold the batch norms."""
-        if self._prepared:
-            return
         with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
             calls, logits = record_calls(self.network, self._own(inputs))
             if not self.target_layers:
@@ -1932,7 +1734,8 @@ class Explainer:
             raise CallError(f"inputs are a tensor, not {type(inputs).__name__}; use classifier.preprocess(photo)[None]")
         if inputs.ndim != 4:
             raise CallError(f"inputs are a batch (N, 3, H, W), not {shape_of(inputs)}; of one photo: inputs[None]")
-        self.prepare(inputs[:1])
+        if not self._prepared:
+            self.prepare(inputs[:1])
         # Whatever mode the caller is in, this needs a graph, and leaves the caller's settings alone.
         with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
             inputs = self._own(inputs)
@@ -1949,7 +1752,7 @@ class Explainer:
 
     def _own(self, inputs: Tensor) -> Tensor:
         """Return a copy of the inputs as the network wants them."""
-        return inputs.detach().to(self.device, torch.float32).clone(memory_format=memory_format(self.device))
+        return inputs.detach().to(self.device, torch.float32).clone(memory_format=self._format)
 
     def _smoothed(self, inputs: Tensor, targets: Tensor) -> dict[str, Floats]:
         """Return the maps averaged over the variants of the inputs that grad-cam takes."""
@@ -1959,8 +1762,7 @@ class Explainer:
         sums = dict.fromkeys(self.methods, 0.0)
         for variant in variants:
             varied = self._own(variant.augment_image(inputs))
-            cams = self._explain(varied, targets, None, self.methods, guided=False).cams
-            for method, maps in cams.items():
+            for method, maps in self._explain(varied, targets, None, self.methods, guided=False).cams.items():
                 maps = variant.deaugment_mask(torch.from_numpy(maps).view(-1, 1, *maps.shape[-2:])).view(maps.shape)
                 sums[method] = sums[method] + maps.numpy()
         return {method: maps / np.float32(len(variants)) for method, maps in sums.items()}
@@ -1972,87 +1774,77 @@ class Explainer:
         inputs.requires_grad_(guided)
         with capture_outputs(self.network, self.target_layers, with_gradients) as outputs:
             logits = as_logits(self.network(inputs))
-        for layer in self.target_layers:
-            if layer not in outputs:
-                raise CallError(f"layer '{layer}' is not called when the network runs; choose another one")
         targets = choose_targets(logits, targets, top)
         classes = targets.view(len(inputs), -1)  # (N, K); K is 1 where the caller thinks of one class
         scores = [logits.gather(1, column[:, None]).sum() for column in classes.T]
-        gradients = self._gradients(scores, outputs, inputs, guided) if with_gradients else {}
+        layers = self._layers(outputs, scores if with_gradients else (), inputs, guided)
         guided_maps = torch.stack(guided_gradients(scores, inputs), 1) if guided else None
         # The first result that is waited for: a GPU has been given all of the work above by now.
         if not torch.isfinite(logits).all():
             raise ValueError("the logits are NaN or infinite; the weights are probably broken")
-        inputs = inputs.detach()
-        layers = {layer: self._as_map(layer, outputs[layer].detach(), inputs) for layer in self.target_layers}
-        cams = {method: self._cam(method, layers, gradients, inputs, classes) for method in methods}
-        shape = targets.shape
-        return Explanation(
-            {method: to_numpy(maps.view(*shape, *maps.shape[2:])) for method, maps in cams.items()},
-            None if guided_maps is None else to_numpy(guided_maps.view(*shape, *guided_maps.shape[2:])),
-            to_numpy(logits),
-            to_numpy(targets),
-        )
+        cams = {method: self._cam(method, layers, inputs.detach(), classes) for method in methods}
 
-    def _gradients(
-        self, scores: Sequence[Tensor], outputs: Mapping[str, Tensor], inputs: Tensor, keep_graph: bool
-    ) -> dict[str, Tensor]:
-        """Return for each layer the gradients of the K scores with respect to its output, (N, K, C, h, w)."""
-        wanted = [outputs[layer] for layer in self.target_layers]
-        of_scores = []
-        for score in scores:
-            keep = keep_graph or score is not scores[-1]
-            of_scores.append(torch.autograd.grad(score, wanted, retain_graph=keep, allow_unused=True))
-        gradients = {}
-        for layer, of_layer in zip(self.target_layers, zip(*of_scores, strict=True), strict=True):
+        def array(tensor: Tensor) -> NDArray[Any]:
+            shape = tensor.shape[1:] if tensor is logits else tensor.shape[2:]
+            lead = tensor.shape[:1] if tensor is logits else targets.shape
+            return tensor.detach().view(*lead, *shape).cpu().contiguous().numpy()
+
+        maps = {method: array(of_method) for method, of_method in cams.items()}
+        return Explanation(maps, None if guided_maps is None else array(guided_maps), array(logits), array(classes))
+
+    def _layers(
+        self, outputs: Mapping[str, Tensor], scores: Sequence[Tensor], inputs: Tensor, keep_graph: bool
+    ) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Return for each layer its activations (N, C, h, w) and the gradients of the K scores, (N, K, C, h, w)."""
+
+        def spatial(layer: str, output: Tensor) -> Tensor:
+            found = as_map(output, inputs.shape[2:])
+            if found is None:
+                raise CallError(f"layer '{layer}' has no spatial map but {shape_of(output)} values; choose another one")
+            return found
+
+        for layer in self.target_layers:
+            if layer not in outputs:
+                raise CallError(f"layer '{layer}' is not called when the network runs; choose another one")
+        of_scores = [
+            torch.autograd.grad(
+                score, [*outputs.values()], None, keep_graph or score is not scores[-1], allow_unused=True
+            )
+            for score in scores
+        ]
+        layers = {}
+        for index, (layer, output) in enumerate(outputs.items()):
+            of_layer = [gradients[index] for gradients in of_scores]
             if any(gradient is None for gradient in of_layer):
                 raise CallError(f"the class score does not depend on layer '{layer}'; choose another one")
-            gradients[layer] = torch.stack([self._as_map(layer, gradient, inputs) for gradient in of_layer], 1)
-        return gradients
+            stacked = torch.stack([spatial(layer, gradient) for gradient in of_layer], 1) if of_layer else None
+            layers[layer] = spatial(layer, output.detach()), stacked
+        return layers
 
-    def _as_map(self, layer: str, output: Tensor, inputs: Tensor) -> Tensor:
-        spatial = as_map(output, inputs.shape[2:])
-        if spatial is None:
-            raise CallError(f"layer '{layer}' has no spatial map but {shape_of(output)} values; choose another one")
-        return spatial
-
-    def _cam(
-        self,
-        method: str,
-        layers: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
-        inputs: Tensor,
-        classes: Tensor,
-    ) -> Tensor:
+    def _cam(self, method: str, layers: Mapping[str, Any], inputs: Tensor, classes: Tensor) -> Tensor:
         """Return the maps (N, K, H, W) of one method, in [0, 1], averaged over all layers."""
         if method in BY_GRAD_CAM:
-            rows = zip(inputs.split(1), classes, strict=True)
-            each = [self._by_grad_cam(method, photo, int(target)) for photo, row in rows for target in row]
-            return normalise(torch.stack(each).view(*classes.shape, *inputs.shape[2:]))
+            photos = [
+                (photo, int(target)) for photo, row in zip(inputs.split(1), classes, strict=True) for target in row
+            ]
+            names = self.target_layers[: 1 if method == "fullgrad" else None]
+            each = [self._by_grad_cam(method, name, *photo) for name in names for photo in photos]
+            return normalise(torch.stack(each).view(len(names), *classes.shape, *inputs.shape[2:]).mean(0))
         maps = []
-        for layer, activations in layers.items():
-            small = self._map(method, layer, activations, gradients.get(layer), inputs, classes)
+        for layer, (activations, gradients) in layers.items():
+            if method in CAM_METHODS:
+                contributions = CAM_METHODS[method].weight_fn(activations[:, None], gradients)
+                reduce_fn = CAM_METHODS[method].reduce_fn
+            else:  # the weights (K, C) of methods that run the network again
+                weigh = self._score_weights if method == "scorecam" else partial(self._ablation_weights, layer)
+                weights = torch.stack([weigh(*one) for one in zip(activations, inputs.split(1), classes, strict=True)])
+                contributions, reduce_fn = weights[..., None, None] * activations[:, None], channel_sum
+            if self.eigen_smooth and reduce_fn is channel_sum and method != "fem":  # grad-cam does not smooth it either
+                reduce_fn = principal_component
+            small = reduce_fn(contributions).expand(*classes.shape, *activations.shape[2:])
             maps.append(nn.functional.interpolate(normalise(small.clamp(min=0)), inputs.shape[2:], mode="bilinear"))
-        return normalise(torch.stack(maps).mean(0))
-
-    def _map(
-        self, method: str, layer: str, activations: Tensor, gradients: Tensor | None, inputs: Tensor, classes: Tensor
-    ) -> Tensor:
-        """Return one method's map of one layer, (N, K, h, w), before it is clipped and stretched.
-
-        `activations` are (N, C, h, w), `gradients` (N, K, C, h, w).
-        """
-        reduce_fn: Callable[[Tensor], Tensor] = channel_sum
-        if method in CAM_METHODS:
-            contributions = CAM_METHODS[method].weight_fn(activations[:, None], gradients)
-            reduce_fn = CAM_METHODS[method].reduce_fn
-        else:  # the weights (K, C) of methods that run the network again
-            weigh = self._score_weights if method == "scorecam" else partial(self._ablation_weights, layer)
-            weights = torch.stack([weigh(*one) for one in zip(activations, inputs.split(1), classes, strict=True)])
-            contributions = weights[..., None, None] * activations[:, None]
-        if self.eigen_smooth and reduce_fn is channel_sum and method != "fem":  # which grad-cam does not smooth either
-            reduce_fn = principal_component
-        return reduce_fn(contributions).expand(*classes.shape, *activations.shape[2:])
+        joined = torch.stack(maps)
+        return normalise(joined.prod(0) if method == "refinecam" else joined.mean(0))
 
     def _ablation_weights(self, layer: str, activations: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         return ablation_weights(self.network, layer, inputs, targets, self.progress)
@@ -2073,14 +1865,12 @@ class Explainer:
             low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
             return as_logits(self.network(self._own(inputs * ((masks - low) / (high - low + 1e-8)))))[:, targets]
 
-        found, count = [], self.batch_size.size
-        for part in self.progress(varied.split(max(1, 8 * count))):
-            found += self.batch_size.run(masked_scores, part)
-        scores[varied] = torch.cat([scores[:0], *found])
+        for channels in self.progress(varied.split(8 * self.batch_size.size)):
+            scores[channels] = torch.cat([*self.batch_size.run(masked_scores, channels)])
         return scores.softmax(0).T
 
-    def _by_grad_cam(self, method: str, inputs: Tensor, target: int) -> Tensor:
-        """Return the map (H, W) of a method for one input (1, 3, H, W) through grad-cam's class. Raises CallError."""
+    def _by_grad_cam(self, method: str, layer: str, inputs: Tensor, target: int) -> Tensor:
+        """Return the map (H, W) of a method for one input (1, 3, H, W) by grad-cam's class. Raises CallError."""
         import pytorch_grad_cam
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWeightedTarget
 
@@ -2089,24 +1879,22 @@ class Explainer:
             logits = self.logits(inputs)[0]
             similar = (logits - logits[target]).abs().argsort(stable=True).tolist()
             wanted = FinerWeightedTarget(target, [index for index in similar if index != target][:3], alpha=1)
-        kind, layers = getattr(pytorch_grad_cam, BY_GRAD_CAM[method]), self.target_layers
-        if method == "fullgrad":
-            cam = kind(network, [], None)
-        else:
-            cam = kind(network, [network.get_submodule(n) for n in layers], partial(as_map, size=inputs.shape[2:]))
+        layers = [] if method == "fullgrad" else [network.get_submodule(layer)]
+        places = (layers, partial(as_map, size=inputs.shape[2:]) if layers else None)
+        cam = getattr(pytorch_grad_cam, BY_GRAD_CAM[method])(network, *places)
         kept = getattr(cam, "base_cam", cam).activations_and_grads
         network.requires_grad_(
             method == "shapleycam"
         )  # where weights are frozen, it cannot cope with a constant gradient
         try:
             # These hooks stand behind grad-cam's, so that what follows cannot change the activations that it keeps.
-            with capture_outputs(network, layers):
+            with capture_outputs(network, [layer]):
                 found = cam(inputs.detach().clone().requires_grad_(), [wanted], eigen_smooth=self.eigen_smooth)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             # Shapley-CAM takes no tokens, Finer-CAM no single output, FullGrad no layer that is called twice.
-            raise CallError(f"{method} does not work on layer '{', '.join(layers)}': {first_line(error)}") from error
+            raise CallError(f"{method} does not work on layer '{layer}': {first_line(error)}") from error
         finally:
             network.requires_grad_(False)
             kept.activations, kept.gradients = [], []  # which its own release() fails to detach where they are views
@@ -2145,18 +1933,27 @@ def faithfulness(explainer: Explainer, inputs: Tensor, cam: Floats, target: int)
     photo, pixels = inputs[0].cpu().numpy(), cam.size
     kept = [turned < np.quantile(turned, share) for turned in (cam, 1 - cam) for share in ROAD_SHARES]
     counts = np.array([*range(0, pixels, -(-pixels // CURVE_STEPS)), pixels])
-    ranks = np.empty(pixels, int)
-    ranks[np.argsort(-cam.flatten(), kind="stable")] = np.arange(pixels)
-    masks = (ranks.reshape(cam.shape) < counts[:, None, None])[:, None]
-    changed = [photo[None], photo[None] * cam, photo * ~masks, photo * masks, [impute(photo, each) for each in kept]]
+    ranks = np.argsort(np.argsort(-cam.flatten(), kind="stable"))
+    hottest = (ranks.reshape(cam.shape) < counts[:, None, None])[:, None]
+    changed = [
+        photo[None],
+        photo[None] * cam,
+        photo * ~hottest,
+        photo * hottest,
+        [impute(photo, each) for each in kept],
+    ]
     asked = torch.from_numpy(np.concatenate(changed).astype(np.float32))
     p = probabilities(explainer.logits(asked))[:, target].double().cpu().numpy()
     before, masked, deletion, insertion, road = np.split(p, np.cumsum([len(part) for part in changed[:-1]]))
+
+    def area(curve: NDArray[Any]) -> float:
+        return float(((curve[1:] + curve[:-1]) / 2 * np.diff(counts)).sum() / pixels)
+
     values = {
         "average_drop": max(0.0, before[0] - masked[0]) / (before[0] + 1e-7),
         "increase": masked[0] > before[0],
-        "deletion": np.trapezoid(deletion, counts / pixels),
-        "insertion": np.trapezoid(insertion, counts / pixels),
+        "deletion": area(deletion),
+        "insertion": area(insertion),
         "road": (road[len(ROAD_SHARES) :] - road[: len(ROAD_SHARES)]).mean() / 2,
     }
     return {name: round(float(value), 6) for name, value in values.items()}
@@ -2168,39 +1965,20 @@ def probabilities(logits: Tensor) -> Tensor:
 
 
 def impute(photo: Floats, kept: NDArray[np.bool_]) -> Floats:
-    """Return a photo (3, H, W) with the pixels that are not in `kept` (H, W) filled from those around.
+    """Return a photo (3, H, W) with the pixels that are not in `kept` (H, W) filled from those around, plus noise.
 
-    ROAD's noisy linear imputation (arXiv:2202.00449, section 4): a missing pixel is the mean of its eight neighbours,
-    those beside it counting double, plus noise of 0.01. grad-cam solves the same equations with another ordering of
-    the unknowns, which takes several times as long.
+    ROAD's noisy linear imputation (arXiv:2202.00449, section 4), with grad-cam's equations; its solver takes several
+    times as long.
     """
-    from scipy.sparse import coo_matrix
+    from pytorch_grad_cam.metrics.road import NoisyLinearImputer, neighbors_weights
+    from scipy.sparse import csc_matrix
     from scipy.sparse.linalg import splu
 
-    missing = ~kept
-    count = int(missing.sum())
-    unknown = np.full(np.add(kept.shape, 2), -2)  # -2 outside of the photo, -1 a known pixel, else the unknown's index
-    unknown[1:-1, 1:-1] = -1
-    unknown[1:-1, 1:-1][missing] = np.arange(count)
-    values = np.pad(photo, ((0, 0), (1, 1), (1, 1)))
-    diagonal, right = np.zeros(count), np.zeros((count, len(photo)))
-    entries: list[Any] = []
-    for down, across in itertools.product((0, 1, 2), repeat=2):
-        weight = (0, 1 / 6, 1 / 12)[(down != 1) + (across != 1)]
-        window = slice(down, down + kept.shape[0]), slice(across, across + kept.shape[1])
-        neighbour = unknown[window][missing]
-        diagonal += weight * (neighbour != -2)
-        right += weight * (values[(slice(None), *window)][:, missing] * (neighbour == -1)).T
-        rows = np.flatnonzero(neighbour >= 0)
-        entries.append((np.full(len(rows), -weight), rows, neighbour[rows]))
-    entries.append((diagonal, np.arange(count), np.arange(count)))
-    data, rows, columns = (np.concatenate(part) for part in zip(*entries, strict=True))
-    system = coo_matrix((data, (rows, columns)), shape=(count, count)).tocsc()
-    options = {"SymmetricMode": True}
-    solution = splu(system, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options).solve(right)
+    system, right = NoisyLinearImputer.setup_sparse_system(kept.astype(np.float32), photo, neighbors_weights)
+    solver = splu(csc_matrix(system), "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+    noise = np.random.default_rng(0).standard_normal(right.T.shape)
     filled = photo.copy()
-    noise = np.random.default_rng(0).standard_normal((len(photo), count))
-    filled[:, missing] = solution.T + 0.01 * noise
+    filled[:, ~kept] = solver.solve(right).T + 0.01 * noise
     return filled
 
 
@@ -2224,12 +2002,9 @@ def resized(picture: Picture, long_side: int) -> Picture:
 
 
 def seen_picture(photo: Photo, box: tuple[float, float, float, float], long_side: int | None = None) -> Picture:
-    """Return the part of the photo that the network sees, at the photo's own resolution, at most 1024 pixels long.
+    """Return the part of a photo in a box: left, top, right, bottom in its pixels.
 
-    Args:
-        photo: the whole of it.
-        box: left, top, right, bottom in the photo's pixels.
-        long_side: another length for the long side; a small photo is enlarged to it.
+    It has the photo's own resolution, at most 1024 pixels, or the given long side.
     """
     left, top = min(round(box[0]), photo.pixels.shape[1] - 1), min(round(box[1]), photo.pixels.shape[0] - 1)
     width, height = max(1, round(box[2] - box[0])), max(1, round(box[3] - box[1]))
@@ -2247,8 +2022,7 @@ def draw_cam(picture: Picture, cam: Floats, colormap: str = "jet", alpha: float 
     if not cam.any():
         return picture
     enlarged = cv2.resize(cam, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    heat = colour_map(cv2.convertScaleAbs(enlarged, alpha=255), colormap)
-    return cv2.addWeighted(picture, 1 - alpha, heat, alpha, 0)
+    return cv2.addWeighted(picture, 1 - alpha, colour_map(cv2.convertScaleAbs(enlarged, alpha=255), colormap), alpha, 0)
 
 
 def draw_gradients(gradients: Floats, width: int, height: int) -> Picture:
@@ -2282,35 +2056,35 @@ def draw_sheet(title: str, blocks: Sequence[tuple[str, Sequence[Any]]], font: An
     side = max(16, min(CELL, (TALLEST - line * (len(bands) + 2)) // rows - line))
     height, width = resized(bands[0][1][0][0][1], side).shape[:2]
     across = max(3, *(len(columns) for _, columns in bands)) * (width + gap) + gap
-    sheet = Image.new("RGB", (across, rows * (height + line) + line * (len(bands) + 1) + gap), "white")
+    sheet = Image.new("RGB", (across, line * (len(blocks[:MOST_CLASSES]) + 1) + rows * (height + line) + gap), "white")
     pen = ImageDraw.Draw(sheet)
+
+    def write(left: int, top: int, text: str, room: int, colour: str = "dimgray") -> None:
+        cut = text
+        while len(cut) > 1 and font.getlength(cut) > room:
+            cut = cut[: len(cut) - 4] + "..."
+        pen.text((left, top), cut, colour, font)
+
+    write(gap, 6, title, across - 300, "black")
+    write(across - 280, 6, "evidence 0", 120)
+    write(across - 22, 6, "1", 20)
     scale = colour_map(np.linspace(0, 255, 128, dtype=np.uint8)[None].repeat(TEXT, 0), colormap)
-    write_text(pen, gap, 6, title, across - 280, "black", font)
-    write_text(pen, across - 264, 6, "evidence 0", 120, "dimgray", font)
     sheet.paste(Image.fromarray(scale), (across - 156, 8))
-    write_text(pen, across - 22, 6, "1", 20, "dimgray", font)
     top = line
     for heading, columns in bands:
-        write_text(pen, gap, top + 4, heading, across - gap, "black", font)
+        write(gap, top + 4, heading, across - gap, "black")
         top += line if heading else 0
         for number, column in enumerate(columns):
             left = gap + number * (width + gap)
             for row, (caption, picture) in enumerate(column):
-                write_text(pen, left, top + row * (height + line) + 4, caption, width, "dimgray", font)
+                write(left, top + row * (height + line) + 4, caption, width)
                 sheet.paste(Image.fromarray(resized(picture, side)), (left, top + row * (height + line) + line))
         top += max(map(len, columns)) * (height + line)
-    return np.asarray(sheet.crop((0, 0, across, top + gap)))
-
-
-def write_text(pen: ImageDraw.ImageDraw, left: int, top: int, text: str, width: int, colour: str, font: Any) -> None:
-    """Write one line of text, cut off where it is wider than `width`."""
-    while len(text) > 1 and font.getlength(text) > width:
-        text = text[:-2] + "…" if text.isascii() is False or len(text) > 2 else text[:-1]
-    pen.text((left, top), text, colour, font)
+    return np.asarray(sheet)
 
 
 def find_font(characters: str) -> tuple[Any, bool]:
-    """Return a font for a sheet, and whether it has all the characters: Pillow's own for ASCII, else an installed one."""
+    """Return a font, and whether it has all the characters: Pillow's own for ASCII, else an installed one."""
     if not characters.isascii():
         from matplotlib import font_manager, ft2font
 
@@ -2346,10 +2120,9 @@ def file_key(path: str | Path) -> int:
 def file_signature(path: str | Path) -> tuple[int, int]:
     """Return size and time of a file, by which a changed one is known; zeros where there is none."""
     try:
-        status = os.stat(path)
+        return os.stat(path).st_size, os.stat(path).st_mtime_ns
     except (OSError, ValueError):
         return 0, 0
-    return status.st_size, status.st_mtime_ns
 
 
 class Log:
@@ -2357,29 +2130,25 @@ class Log:
 
     One JSON object a line for each photo and choice of methods; the last line of the two counts. Nothing is ever
     rewritten. Several processes append to it under a lock, and each reads what the others have appended before it
-    writes: so none writes over another's files.
-
-    Raises:
-        CallError: the log cannot be opened.
+    writes: so none writes over another's files. Raises CallError: the log cannot be opened.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / LOG_NAME
         self._mutex = threading.Lock()  # a FileLock counts for each thread
-        self._lock = FileLock(folder / ".results.lock", thread_local=False, poll_interval=0.01)
+        self._lock = FileLock(folder / ".results.lock", poll_interval=0.01)
         self._position = 0  # up to which the log was read
         self._last: dict[tuple[int, str], tuple[str, list[Path]]] = {}  # (image, method) -> options, files
         self._owners: dict[int, tuple[int, str]] = {}  # file -> (image, options) of the last record that lists it
         self._stems: dict[int, int] = {}  # output stem -> image
         self._stem_of: dict[int, str] = {}  # image -> output stem
-        self._numbers: Counter[int] = Counter()  # how many numbers of a stem were tried
-        self._unwritten: list[bytes] = []  # lines for which there was no room
+        self._numbers: Counter[int] = Counter()  # how many numbers behind a stem were tried
+        self._unwritten: list[dict[str, Any]] = []  # records for which there was no room
         try:
             with self._locked():
-                pass
+                self._at_start = dict(self._last)
         except OSError as error:
             raise CallError(f"{self.path}: cannot be written: {error.strerror or error}") from error
-        self._at_start = dict(self._last)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[Any]:
@@ -2394,15 +2163,14 @@ class Log:
             for line in io.BufferedReader(io.FileIO(file.fileno(), closefd=False)):
                 if line.endswith(b"\n"):
                     self._position += len(line)
-                    self._take(parse_record(line))
+                    self._remember(parse_record(line))
             yield file
 
-    def _take(self, record: Mapping[str, Any]) -> None:
-        """Remember a record."""
+    def _remember(self, record: Mapping[str, Any]) -> None:
         if not record:
             return
         image, stem, options = file_key(record["image"]), record.get("output_stem"), record.get("options", "")
-        folder = None if stem is None else self.folder / os.path.dirname(stem)
+        folder = None if stem is None else self.folder / os.path.dirname(stem)  # a log of older versions has no stem
         files = [Path(file) if folder is None else folder / os.path.basename(file) for file in record["files"]]
         self._last[image, record["method"]] = options, files
         self._owners.update((file_key(file), (image, options)) for file in files)
@@ -2422,8 +2190,7 @@ class Log:
         first = file_key(self.folder / base)
         while True:
             self._numbers[first] += 1
-            number = self._numbers[first]
-            stem = base if number == 1 else f"{base}_{number}"
+            stem = base if self._numbers[first] == 1 else f"{base}_{self._numbers[first]}"
             if self._stems.setdefault(file_key(self.folder / stem), key) == key:
                 return stem
 
@@ -2439,31 +2206,31 @@ class Log:
         """Write the files of a photo and append its record. Return False where another process has done so meanwhile.
 
         Args:
-            record: without `output_stem` and `files`, which are added.
+            record: `output_stem` and `files` are added to it.
             stem: from `Log.stem`; a number is added where a file of that name is not the photo's own.
             names: the photo's stem -> the names of its files.
             contents: of the files.
 
         Raises:
-            OSError: the folder is gone, the disk is full ...
+            OSError: the disk is full, a name is too long ...
         """
-        folder, image = self.folder / os.path.dirname(stem), file_key(record["image"])
-        parts: list[Path] = []
+        folder, image, parts = self.folder / os.path.dirname(stem), file_key(record["image"]), list[Path]()
         try:
-            if contents:
-                folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             for content in contents:
                 parts.append(folder / f".{secrets.token_hex(8)}.part")  # cannot be foretold; "x" follows no link
                 with open(parts[-1], "xb") as file:
                     file.write(content)
             with self._locked() as log:
                 key = image, record["method"]
-                if self._last.get(key) != self._at_start.get(key) and self._last[key][0] == record.get("options", ""):
+                if self._last.get(key) != self._at_start.get(key) and self._last[key][0] == record["options"]:
                     return False
-                files = [folder / name for name in names(os.path.basename(stem))]
-                while not all(self._is_free(file, image) for file in files):
+                while not all(
+                    self._is_free(file, image) for file in (folder / n for n in names(os.path.basename(stem)))
+                ):
+                    del self._stem_of[image]
                     stem = self.stem(record["image"], os.path.dirname(stem))
-                    files = [folder / name for name in names(os.path.basename(stem))]
+                files = [folder / name for name in names(os.path.basename(stem))]
                 record |= {"files": [str(file) for file in files], "output_stem": stem}
                 for file in files:  # a run that is killed from here on leaves no file of the run before it
                     file.unlink(missing_ok=True)
@@ -2476,15 +2243,15 @@ class Log:
         return True
 
     def _is_free(self, file: Path, image: int) -> bool:
-        """Return whether there is no such file, or one of this image. Raises OSError: the name is too long."""
+        """Return whether a file does not exist, or is one of this image. Raises OSError: the name is too long."""
+        owner = self._owners.get(file_key(file), (None,))[0]
         try:
-            regular = stat.S_ISREG(os.lstat(file).st_mode)
+            return stat.S_ISREG(os.lstat(file).st_mode) and owner == image
         except FileNotFoundError:
-            return self._owners.get(file_key(file), (image,))[0] == image
-        return regular and self._owners.get(file_key(file), (None,))[0] == image
+            return owner in (None, image)
 
     def _append(self, log: Any, record: Mapping[str, Any]) -> None:
-        """Append a line, all of it or none. Raises OSError; the line is then appended with the next one."""
+        """Append a line, all of it or none. Raises OSError."""
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         end = log.seek(0, os.SEEK_END)
         if end > self._position:  # half a line, of a process that was killed
@@ -2493,24 +2260,24 @@ class Log:
             log.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._position = end + len(line)
-        self._take(record)
+        self._remember(record)
 
-    def write_error(self, record: dict[str, Any] | None = None) -> None:
-        """Append the record of a photo without files, and those for which there was no room before."""
-        self._unwritten += [record] if record else []
+    def write_error(self, *records: dict[str, Any]) -> None:
+        """Append records without files, and those before them for which there was no room."""
+        self._unwritten += ({**record, "files": []} for record in records)
         with contextlib.suppress(OSError), self._locked() as log:
             while self._unwritten:
-                self._append(log, {**self._unwritten[0], "files": []})
+                self._append(log, self._unwritten[0])
                 del self._unwritten[0]
 
 
 def move(part: Path, file: Path) -> None:
     """Move a file to its place. On Windows that is tried again while another program has the old one open."""
-    for pause in (0.1, 0.5, 0):
+    for pause in (0.1, 0.5, None):
         try:
             return os.replace(part, file)
         except PermissionError:
-            if not pause:
+            if pause is None:
                 raise
             time.sleep(pause)
 
@@ -2519,56 +2286,40 @@ def move(part: Path, file: Path) -> None:
 # 7  Run. Threads read, one explains, threads write; a photo that fails stops nothing.
 # ---------------------------------------------------------------------------------------------------------------------
 
-READERS = min(4, os.cpu_count() or 1)
+THREADS = min(4, os.cpu_count() or 1)  # that read, and as many that write
 
 
 @dataclass
 class Item:
-    """A photo on its way through the program; each step fills in what it finds, or `error`.
-
-    Attributes:
-        path, stem: where it comes from, and the beginning of its files' names (`Log.stem`).
-        options: a hash of the options and of the file, by which a later run knows what was done.
-        width, height, box: its size, and the part of it that the network sees, in its own pixels.
-        picture, inputs: that part to draw on, and as the network gets it, (3, H, W).
-        explanation, metrics: (1, K, ...), and one dict for each class and method.
-        record: its line in the log; empty where another process wrote it.
-        error: one line.
-    """
+    """A photo on its way through the program; each step fills in what it finds, or `error`."""
 
     path: str
-    stem: str
-    options: str = ""
+    stem: str  # the beginning of its files' names, see Log.stem
+    options: str = ""  # a hash of the options and of the file, by which a later run knows what was done
     width: int = 0
     height: int = 0
-    box: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    picture: Picture | None = None
-    inputs: Tensor | None = None
-    explanation: Explanation | None = None
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    record: dict[str, Any] = field(default_factory=dict)
-    error: str = ""
+    box: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # the part that the network sees, in its pixels
+    picture: Picture | None = None  # that part, to draw on
+    inputs: Tensor | None = None  # that part as the network gets it, (3, H, W)
+    explanation: Explanation | None = None  # (1, K, ...)
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # one for each class and method
+    record: dict[str, Any] = field(default_factory=dict)  # its line in the log; empty if another process wrote it
+    error: str = ""  # one line
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is done with every photo: the command line, the network, and the classes to explain.
-
-    Attributes:
-        targets: (1, K); None: the prediction, or the `top_k` classes of highest probability.
-        labels: of all classes, for file names; None: no class stands in them.
-        font, font_has_names: for the sheet.
-    """
+    """What is done with every photo: the command line, the network, and the classes to explain."""
 
     args: argparse.Namespace
-    options: str
+    options: str  # those that decide what is in the files, see options_text
     log: Log
     classifier: Classifier
     explainer: Explainer
-    targets: Tensor | None
-    labels: Sequence[str] | None
-    font: Any = None
-    font_has_names: bool = True
+    targets: Tensor | None  # (1, K); None: the prediction, or the `top_k` classes of highest probability
+    labels: Sequence[str] | None  # of all classes, for file names; None: no class stands in them
+    font: Any  # for the sheet
+    font_has_names: bool
 
 
 def prefetch(function: Callable[[Any], Any], items: Iterable[Any], depth: int, threads: int) -> Iterator[Any]:
@@ -2592,8 +2343,8 @@ def result_of(future: Future[Any]) -> Any:
     return future.result()
 
 
-def options_digest(args: argparse.Namespace) -> str:
-    """Return a hash of the options that decide what is in the files, and of the checkpoint's size and time.
+def options_text(args: argparse.Namespace) -> str:
+    """Return the options that decide what is in the files, with the checkpoint's size and time.
 
     The methods are among them only where all share a file; else they are in the files' names and in the record.
     """
@@ -2604,25 +2355,16 @@ def options_digest(args: argparse.Namespace) -> str:
     return repr((options, ckpt, file_signature(ckpt), file_signature(own_network)))
 
 
-def photo_digest(options: str, path: str) -> str:
-    """Return a hash of the options and of the photo's size and time."""
+def options_hash(options: str, path: str) -> str:
+    """Return a hash of the options and of a photo's size and time."""
     return hashlib.sha256(f"{options} {file_signature(path)}".encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def load_job(args: argparse.Namespace, options: str, log: Log, local_rank: int | None) -> Job:
     """Load the network that the command line asks for, and print what is assumed about it. Raises CallError."""
     device, why = find_device(args.device, local_rank)
-    classifier = load_classifier(
-        args.arch,
-        args.ckpt,
-        args.num_classes,
-        device,
-        class_names=args.class_names,
-        input_size=args.input_size,
-        resize=args.resize,
-        mean=args.mean,
-        std=args.std,
-    )
+    given = {name: getattr(args, name) for name in ("class_names", "input_size", "resize", "mean", "std")}
+    classifier = load_classifier(args.arch, args.ckpt, args.num_classes, device, **given)
     names, side = classifier.class_names, classifier.input_size
     targets = list(dict.fromkeys(find_class(wanted, names) for wanted in args.target_classes or ()))
     if (args.top_k or 1) > len(names):
@@ -2641,23 +2383,21 @@ def load_job(args: argparse.Namespace, options: str, log: Log, local_rank: int |
     except (RuntimeError, ValueError, AssertionError) as error:
         if isinstance(error, CallError) or is_out_of_memory(error):
             raise
-        raise CallError(
-            f"{classifier.arch} fails at inputs of {side} x {side}: {first_line(error)}; pass another --input-size"
-        ) from error
+        why = f"fails at inputs of {side} x {side}: {first_line(error)}; pass another --input-size"
+        raise CallError(f"{classifier.arch} {why}") from error
     if not local_rank:
         told = replace(classifier, origins={**classifier.origins, "device": why})
         print_line(told.describe(explainer.target_layers), sys.stderr)
-    font, has_names = find_font("".join(names)) if args.sheet else (None, True)
     labels = file_labels(names) if targets or (args.top_k or 1) > 1 else None
-    asked = torch.tensor([targets]) if targets else None
-    return Job(args, options, log, classifier, explainer, asked, labels, font, has_names)
+    font = find_font("".join(names)) if args.sheet else (None, True)
+    return Job(args, options, log, classifier, explainer, torch.tensor([targets]) if targets else None, labels, *font)
 
 
 def read_item(entry: tuple[str, str], job: Job) -> Item:
     """Read a photo, and keep only what is needed further on, so that large photos do not pile up in memory."""
     item = Item(*entry)
     try:
-        item.options = photo_digest(job.options, item.path)
+        item.options = options_hash(job.options, item.path)
         photo = read_photo(item.path)
         item.height, item.width = photo.pixels.shape[:2]
         item.box = job.classifier.seen_box(item.height, item.width)
@@ -2716,7 +2456,6 @@ def describe(item: Item, job: Job) -> dict[str, Any]:
 
     classes = [named(index) for index in item.explanation.targets[0].tolist()]
     top5 = [named(index) for index in sorted(range(len(p)), key=lambda index: -p[index])[:5]]
-    preset = job.classifier.preset
     return {
         "image": item.path,
         "width": item.width,
@@ -2728,8 +2467,8 @@ def describe(item: Item, job: Job) -> dict[str, Any]:
         "method": ",".join(job.args.methods),
         "target_layer": ",".join(job.explainer.target_layers),
         "input_size": job.classifier.input_size,
-        "mean": [round(value, 6) for value in preset.mean],
-        "std": [round(value, 6) for value in preset.std],
+        "mean": [round(value, 6) for value in job.classifier.preset.mean],
+        "std": [round(value, 6) for value in job.classifier.preset.std],
         "resize": job.args.resize,
         **({"metrics": item.metrics} if item.metrics else {}),
         "options": item.options,
@@ -2748,40 +2487,41 @@ def as_line(record: Mapping[str, Any]) -> str:
     return f"{record['image']}: {'; '.join(parts)} -> {', '.join(record['files'])}"
 
 
-def draw_files(item: Item, job: Job) -> dict[tuple[str, str, str], Picture]:
-    """Return the pictures of a photo by output, method ("" for gb, which has none) and class label ("" for none)."""
-    drawn = {}
-    for index, target in enumerate(item.explanation.targets[0]):
-        guided = None if item.explanation.guided is None else item.explanation.guided[0, index]
-        height, width = item.picture.shape[:2]
-        for output, (method, cams) in itertools.product(job.args.outputs, item.explanation.cams.items()):
-            key = output, "" if output == "gb" else method, job.labels[target] if job.labels else ""
-            if output == "cam":
-                drawn[key] = draw_cam(item.picture, cams[0, index], job.args.colormap, job.args.alpha)
-            elif key not in drawn:
-                drawn[key] = draw_gradients(guided if output == "gb" else guided * cams[0, index], width, height)
-    return drawn
+def draw_item(item: Item, job: Job) -> dict[tuple[str, str, str], Picture]:
+    """Return the pictures of a photo by output, method ("" for gb and the sheet) and class label ("" for none).
 
-
-def draw_item_sheet(item: Item, job: Job, record: Mapping[str, Any], drawn: Mapping[Any, Picture]) -> Picture:
-    """Return the sheet of a photo: for each class the source above gb, then for each method cam above cam_gb."""
+    On the sheet, each class has the source above gb, then for each method cam above cam_gb.
+    """
 
     def name(found: Mapping[str, Any]) -> str:
         return f"{found['name'] if job.font_has_names else found['index']} {found['probability']:.3f}"
 
-    blocks = []
-    for index, found in enumerate(record.get("classes", [record["class"]])):
+    pictures, blocks, args = {}, [], job.args
+    height, width = item.picture.shape[:2]
+    for index, found in enumerate(item.record.get("classes", [item.record["class"]])):
         label = job.labels[found["index"]] if job.labels else ""
+        guided = None if item.explanation.guided is None else item.explanation.guided[0, index]
         columns = [[("source", item.picture)]]
-        columns[0] += [("gb", drawn["gb", "", label])] if "gb" in job.args.outputs else []
         for method, cams in item.explanation.cams.items():
-            note = "" if cams[0, index].any() else ": no positive evidence"
-            pictures = [(output, drawn.get((output, method, label))) for output in ("cam", "cam_gb")]
-            columns.append([(f"{method} {output}{note}", each) for output, each in pictures if each is not None])
-        blocks.append((f"explained: {name(found)}", [column for column in columns if column]))
-    shown = "".join(c if c.isascii() or job.font_has_names else "?" for c in os.path.basename(item.path))
-    title = f"{shown}   prediction: {name(record['prediction'])}   layer: {record['target_layer']}"
-    return draw_sheet(title, blocks, job.font, job.args.colormap)
+            cam, column = cams[0, index], []
+            for output in args.outputs:
+                key = output, "" if output == "gb" else method, label
+                if output == "gb" and key not in pictures:
+                    pictures[key] = draw_gradients(guided, width, height)
+                    columns[0].append(("gb", pictures[key]))
+                elif output != "gb":
+                    is_cam = output == "cam"
+                    drawn = draw_cam(item.picture, cam, args.colormap, args.alpha) if is_cam else None
+                    pictures[key] = drawn if is_cam else draw_gradients(guided * cam, width, height)
+                    caption = f"{method} {output}" if cam.any() else f"{method}: no positive evidence"
+                    column.append((caption, pictures[key]))
+            columns += [column] if column else []
+        blocks.append((f"explained: {name(found)}", columns))
+    if args.sheet:
+        photo = "".join(c if c.isascii() or job.font_has_names else "?" for c in os.path.basename(item.path))
+        title = f"{photo}   prediction: {name(item.record['prediction'])}   layer: {item.record['target_layer']}"
+        pictures["sheet", "", ""] = draw_sheet(title, blocks, job.font, args.colormap)
+    return pictures
 
 
 def encode_arrays(item: Item, job: Job) -> bytes:
@@ -2791,20 +2531,26 @@ def encode_arrays(item: Item, job: Job) -> bytes:
     logits float32 and class_names for all classes; target_layers; box float64 (4,): left, top, right and bottom of what
     the network saw, in the photo's pixels.
     """
-    explanation = item.explanation
-    arrays = {
-        "methods": np.array(job.args.methods),
-        "classes": explanation.targets[0],
-        "cams": np.stack([explanation.cams[method][0] for method in job.args.methods]),
-        "logits": explanation.logits[0],
-        "class_names": np.array(job.classifier.class_names),
-        "target_layers": np.array(job.explainer.target_layers),
-        "box": np.array(item.box),
+    explanation, buffer = item.explanation, io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        methods=np.array(job.args.methods),
+        classes=explanation.targets[0],
+        cams=np.stack([explanation.cams[method][0] for method in job.args.methods]),
+        logits=explanation.logits[0],
+        class_names=np.array(job.classifier.class_names),
+        target_layers=np.array(job.explainer.target_layers),
+        box=np.array(item.box),
         **({} if explanation.guided is None else {"guided": explanation.guided[0]}),
-    }
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    )
     return buffer.getvalue()
+
+
+def file_names(keys: Iterable[tuple[str, str, str]], form: str, stem: str) -> list[str]:
+    """Return the file name for each key of `draw_item`, and for the arrays."""
+    special = {"sheet": f"{stem}_sheet.{form}", "arrays": f"{stem}.npz"}
+    parts = ((output, (method, output, stem, label)) for output, method, label in keys)
+    return [special.get(output) or "_".join(filter(None, words)) + f".{form}" for output, words in parts]
 
 
 def save_item(item: Item, job: Job) -> Item:
@@ -2812,16 +2558,12 @@ def save_item(item: Item, job: Job) -> Item:
     args = job.args
     try:
         if not item.error:
-            item.record, drawn = describe(item, job), draw_files(item, job)
-            contents = {key: encode(picture, args.format, args.quality) for key, picture in drawn.items()}
-            if args.sheet:
-                sheet = draw_item_sheet(item, job, item.record, drawn)
-                contents["sheet", "", ""] = encode(sheet, args.format, args.quality)
+            item.record = describe(item, job)
+            contents = {k: encode(picture, args.format, args.quality) for k, picture in draw_item(item, job).items()}
             if args.save_arrays:
                 contents["arrays", "", ""] = encode_arrays(item, job)
-            if not job.log.write(
-                item.record, item.stem, partial(file_names, contents, args.format), [*contents.values()]
-            ):
+            names = partial(file_names, list(contents), args.format)
+            if not job.log.write(item.record, item.stem, names, list(contents.values())):
                 item.record = {}
     except OSError as error:
         item.error = f"{item.path}: its results cannot be written: {error.strerror or error}"
@@ -2829,68 +2571,6 @@ def save_item(item: Item, job: Job) -> Item:
         job.log.write_error({"image": item.path, "method": ",".join(args.methods), "error": item.error})
     item.picture = item.inputs = None
     return item
-
-
-def file_names(keys: Iterable[tuple[str, str, str]], form: str, stem: str) -> list[str]:
-    """Return the file name for each output, method and class label of `draw_files`, the sheet and the arrays."""
-    names = []
-    for output, method, label in keys:
-        named = f"{stem}_{label}" if label else stem
-        if output in OUTPUTS:
-            names.append("_".join(filter(None, (method, output, named))) + f".{form}")
-        else:
-            names.append(f"{stem}.npz" if output == "arrays" else f"{stem}_sheet.{form}")
-    return names
-
-
-def plan(
-    args: argparse.Namespace, log: Log, options: str, rank: int, world_size: int
-) -> tuple[list[tuple[str, str]], int]:
-    """Return what this process has to do, (photo, output stem), and how many of its photos are done already."""
-    todo, skipped = [], 0
-    for index, (path, folder) in enumerate(args.photos):
-        stem = log.stem(path, folder)
-        if index % world_size != rank:
-            continue
-        if args.skip_existing and log.is_done(path, ",".join(args.methods), photo_digest(options, path)):
-            skipped += 1
-        else:
-            todo.append((path, stem))
-    return todo, skipped
-
-
-def run(args: argparse.Namespace) -> int:
-    """Explain the photos that the command line names. Returns the exit status; raises CallError."""
-    began, interrupted = time.monotonic(), False
-    rank, world_size, local_rank = (
-        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    log, options = Log(args.output), options_digest(args)
-    todo, skipped = plan(args, log, options, rank, world_size)
-    tally = Counter(skipped=skipped)
-    writing = deque[Future[Item]]()
-    with tqdm(total=len(todo), unit="photo", disable=None) as bar, ThreadPoolExecutor(READERS) as writers:
-        try:
-            job = load_job(args, options, log, local_rank if world_size > 1 else None) if todo else None
-            batch_size = BatchSize(args.batch_size or (2 if job is None or job.explainer.device.type == "cpu" else 32))
-            items = prefetch(partial(read_item, job=job), todo, 2 * batch_size.size + READERS, READERS)
-            for item in explain_items(items, job, batch_size):
-                writing.append(writers.submit(save_item, item, job))
-                while len(writing) > 2 * batch_size.size + READERS or (writing and writing[0].done()):
-                    report(result_of(writing.popleft()), tally, bar)
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:  # whatever happened: what is being written is finished, and its lines are printed
-            while writing:
-                report(result_of(writing.popleft()), tally, bar)
-            log.write_error()
-    if interrupted or skipped or len(todo) > 1:
-        of_processes = f" by process {rank} of {world_size}" if world_size > 1 else ""
-        counts = f"{tally['done']} done, {tally['skipped']} skipped, {tally['failed']} failed"
-        go_on = "; stopped, the same command with --skip-existing goes on" if interrupted else ""
-        print_line(f"{counts}{of_processes} in {time.monotonic() - began:.1f} s{go_on}", sys.stderr)
-    # torchrun stops all processes as soon as one does not return 0, so there a broken photo has only its line
-    return 130 if interrupted else int(tally["failed"] > 0 and world_size == 1)
 
 
 def report(item: Item, tally: Counter[str], bar: Any) -> None:
@@ -2901,14 +2581,46 @@ def report(item: Item, tally: Counter[str], bar: Any) -> None:
             print_line(f"error: {item.error}", sys.stderr)
         elif item.record:
             print_line(as_line(item.record))
-    if item.explanation and not item.error:
-        for method, cams in item.explanation.cams.items():
-            if not cams[0].any((1, 2)).all():
-                where = item.record.get("target_layer", "the layer")
-                print_line(
-                    f"warning: {item.path}: the {method} map is all zeros: no positive evidence at {where}", sys.stderr
-                )
+            empty = [method for method, cams in item.explanation.cams.items() if not cams[0].any((1, 2)).all()]
+            where = f"no positive evidence at {item.record['target_layer']}"
+            for method in empty:
+                print_line(f"warning: {item.path}: the {method} map is all zeros: {where}", sys.stderr)
     bar.update()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Explain the photos that the command line names. Returns the exit status; raises CallError."""
+    began, interrupted = time.monotonic(), False
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None
+    log, options = Log(args.output), options_text(args)
+    # every process names the files of all photos, so that all of them agree
+    mine = [(path, log.stem(path, folder)) for path, folder in args.photos][rank::world_size]
+    methods = ",".join(args.methods)
+    todo = [e for e in mine if not args.skip_existing or not log.is_done(e[0], methods, options_hash(options, e[0]))]
+    tally, writing = Counter(skipped=len(mine) - len(todo)), deque[Future[Item]]()
+    with tqdm(total=len(todo), unit="photo", disable=None) as bar, ThreadPoolExecutor(THREADS) as writers:
+        try:
+            job = load_job(args, options, log, local_rank) if todo else None
+            batch_size = BatchSize(args.batch_size or (2 if job is None or job.explainer.device.type == "cpu" else 32))
+            depth = 2 * batch_size.size + THREADS
+            for item in explain_items(prefetch(partial(read_item, job=job), todo, depth, THREADS), job, batch_size):
+                writing.append(writers.submit(save_item, item, job))
+                while len(writing) > depth or (writing and writing[0].done()):
+                    report(result_of(writing.popleft()), tally, bar)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:  # whatever happened: what is being written is finished, and its lines are printed
+            while writing:
+                report(result_of(writing.popleft()), tally, bar)
+            log.write_error()
+    if interrupted or len(mine) > len(todo) or len(todo) > 1:
+        of_processes = f" by process {rank} of {world_size}" if world_size > 1 else ""
+        counts = f"{tally['done']} done, {tally['skipped']} skipped, {tally['failed']} failed"
+        go_on = "; stopped, the same command with --skip-existing goes on" if interrupted else ""
+        print_line(f"{counts}{of_processes} in {time.monotonic() - began:.1f} s{go_on}", sys.stderr)
+    # torchrun stops all processes as soon as one does not return 0, so there a broken photo has only its line
+    return 130 if interrupted else int(tally["failed"] > 0 and world_size == 1)
 
 
 def main(args: argparse.Namespace) -> int:
