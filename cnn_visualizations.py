@@ -44,15 +44,13 @@ COLORMAPS = (  # OpenCV's
     "deepgreen",
 )
 SYNONYMS = {"--model": "--arch", "--cuda": "--device cuda", "--weights": "--ckpt", "--checkpoint": "--ckpt"}
+ABOUT = """\
+Show what in a photo made a network answer as it did. For each photo the program writes the heatmap (CAM)
+over the photo, guided backpropagation (gb), and the product of the two (cam_gb)."""
 EXAMPLES = """\
 examples:
-  your own network, one photo:
-    python cnn_visualizations.py --ckpt best.pth --class-names cat,dog 33.jpg
-  why it is a dog and why it is a cat, by two methods, on one sheet:
-    python cnn_visualizations.py --ckpt best.pth --class-names cat,dog --target-class dog --target-class cat \\
-        --method gradcam,scorecam --sheet 33.jpg
-  the demo that comes with the program (no download):
-    python cnn_visualizations.py --ckpt tests/data/dogs_mobilenet_v2.pth pics/dog.jpg
+  python cnn_visualizations.py --ckpt best.pth --class-names cat,dog 33.jpg
+  python cnn_visualizations.py --ckpt best.pth --target-class 0 --target-class 1 --method all --sheet photos/
 """
 
 
@@ -164,35 +162,32 @@ def device_name(text: str) -> str:
 
 def class_names(text: str) -> list[str]:
     """Names with commas between them, or a file of them, one a line or JSON (see `ordered_names`)."""
-    if "," in text and not os.path.exists(text):
-        return [name.strip() for name in text.split(",") if name.strip()]
+    listed = "," in text and not os.path.exists(text)
     try:
-        content = existing_file(text).read_text(encoding="utf-8-sig")
-        if content.lstrip()[:1] in ("[", "{"):
-            return ordered_names(json.loads(content))
+        content = text.replace(",", "\n") if listed else existing_file(text).read_text(encoding="utf-8-sig")
+        is_json = content.lstrip()[:1] in ("[", "{")
+        names = ordered_names(
+            json.loads(content) if is_json else list(filter(None, map(str.strip, content.splitlines())))
+        )
     except CallError:
         raise
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CallError(f"{text}: not class names in UTF-8, one a line or as JSON: {first_line(error)}") from error
-    return [line.strip() for line in content.splitlines() if line.strip()]
+    return names
 
 
 def ordered_names(classes: Any) -> list[str]:
-    """Return class names in the order of their indices.
+    """Return class names in order, from ["cat", "dog"], {"0": "cat"}, {"cat": 0} or {"0": ["n02123045", "tabby"]}.
 
-    Args:
-        classes: ["cat", "dog"], {"0": "cat"}, {"cat": 0} or {"0": ["n02123045", "tabby"]}.
-
-    Raises:
-        ValueError, TypeError: anything else.
+    Raises ValueError or TypeError: anything else.
     """
     if isinstance(classes, Mapping):
         pairs = [(v, k) if isinstance(v, int) else (int(k), v) for k, v in classes.items()]
         if sorted(index for index, _ in pairs) != list(range(len(pairs))):
             raise ValueError("the indices are not 0, 1, 2 ...")
         classes = [name for _, name in sorted(pairs, key=lambda pair: pair[0])]
-    if not isinstance(classes, (list, tuple)):
-        raise ValueError("neither a list nor a dict")
+    if not isinstance(classes, (list, tuple)) or not classes:
+        raise ValueError("neither a list nor a dict of names")
     names = [name[-1] if isinstance(name, (list, tuple)) and name else name for name in classes]
     if not all(isinstance(name, (str, int, float)) for name in names):
         raise ValueError("a name is neither text nor a number")
@@ -208,7 +203,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
-def network_options(parser: Parser) -> None:
+def add_network_options(parser: Parser) -> None:
     """Add the options of the network and of what it sees."""
     add = parser.add_argument_group("the network").add_argument
     text = "A torchvision architecture, or net.py:build, your own function. Default: recognised from the checkpoint."
@@ -234,8 +229,8 @@ def network_options(parser: Parser) -> None:
     add("--std", type=three_numbers(1e-6), metavar="R,G,B", help="Standard deviation that is divided by, likewise.")
 
 
-def explanation_options(parser: Parser) -> None:
-    """Add the options of the explanation."""
+def add_other_options(parser: Parser) -> None:
+    """Add the options of the explanation and of the files."""
     add = parser.add_argument_group("the explanation").add_argument
     text = f"{', '.join(METHODS)} (default: gradcam); several with commas; all for these. Or {', '.join(MORE_METHODS)}."
     parse = names_from((*METHODS, *MORE_METHODS), "method", METHODS)
@@ -249,10 +244,6 @@ def explanation_options(parser: Parser) -> None:
     add("--eigen-smooth", action="store_true", help="Take the first principal component over the channels: less noise.")
     text = "Measure each map: average drop, increase in confidence, deletion, insertion, ROAD."
     add("--metrics", action="store_true", help=text)
-
-
-def file_options(parser: Parser) -> None:
-    """Add the options of the files that are written."""
     add = parser.add_argument_group("the files").add_argument
     add("--output", type=some_text, default="out", metavar="FOLDER", help="Where the files go. Default: out.")
     text = "Which pictures: cam, gb, cam_gb. Default: all three. cam alone is the fastest."
@@ -274,19 +265,13 @@ def file_options(parser: Parser) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the command line as a namespace.
-
-    Raises:
-        SystemExit: 0 after --help, 2 where an option is wrong.
-    """
-    about = """Show what in a photo made a network answer as it did. For each photo the program writes the
-heatmap (CAM) over the photo, guided backpropagation (gb), and the product of the two (cam_gb)."""
-    parser = Parser("cnn_visualizations.py", description=about, epilog=EXAMPLES, allow_abbrev=False)
+    """Return the command line as a namespace. Raises SystemExit: 0 after --help, 2 where an option is wrong."""
+    parser = Parser("cnn_visualizations.py", description=ABOUT, epilog=EXAMPLES, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     text = "Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders, patterns, or - to read paths from standard input."
     parser.add_argument("images", nargs="*", metavar="IMAGE", help=text)
-    for add_options in (network_options, explanation_options, file_options):
-        add_options(parser)
+    add_network_options(parser)
+    add_other_options(parser)
     argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index("--") if "--" in argv else len(argv)
     args, rest = parser.parse_known_args(argv[:end])
@@ -306,6 +291,8 @@ heatmap (CAM) over the photo, guided backpropagation (gb), and the product of th
     if not args.images:
         parser.error("no photo given; pass a photo or a folder (see --help)")
     for name in args.images:
+        if not name.strip():
+            parser.error("the name of a photo is empty")
         if name.lower().endswith((".pth", ".pt", ".ckpt", ".safetensors")):
             parser.error(f"{name}: this is a checkpoint, not a photo; pass --ckpt {name}")
     return args
@@ -317,8 +304,8 @@ heatmap (CAM) over the photo, guided backpropagation (gb), and the product of th
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 NOT_READ = (".heic", ".heif", ".avif")  # Pillow needs further packages for these
-MAX_PIXELS = 120_000_000  # decoded to RGB and copied once, 1.2 GB
-MAX_DEEP_PIXELS = 30_000_000  # of photos with 16 or 32 bits a value; above, other photos are decoded one at a time
+MAX_PIXELS = 100_000_000  # decoded to RGB, copied and resized they take 1.1 GB
+MAX_DEEP_PIXELS = 30_000_000  # of photos with 16 or 32 bits a value
 MAX_RESIZED = 50_000_000  # pixels; a strip of 700 x 1 has them where the short side becomes 256
 MIN_SIDE = 8  # pixels
 LOG_NAME = "results.jsonl"
@@ -340,30 +327,33 @@ def find_photos(inputs: Sequence[str]) -> list[tuple[str, str]]:
     """Return the photos that files, folders, patterns and `-` stand for, each with its folder below --output.
 
     A folder is walked in sorted order and its tree is mirrored; of several folders, the part of their paths in which
-    they differ is kept. A path that does not exist stays in the list, so that it gets its error line.
-
-    Raises:
-        CallError: there are no photos.
+    they differ is kept. A path that does not exist stays in the list, so that it gets its error line. Raises CallError:
+    there are no photos.
     """
     folders = [os.path.abspath(name) for name in inputs if os.path.isdir(name)]
     try:
         common = os.path.commonpath(folders) if folders else ""
     except ValueError:  # two drives of Windows
         common = ""
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, str]] = {}
     for name in inputs:
         if name == "-":
-            found.update((str(Path(line.rstrip("\r\n"))), "") for line in sys.stdin if line.strip())
+            photos = [(line.rstrip("\r\n"), "") for line in sys.stdin if line.strip()]
         elif os.path.isdir(name):
-            found.update(walk(os.path.normpath(name), common))
+            photos = list(walk(os.path.normpath(name), common))
+            if not photos:
+                warn(f"{name}: no photos in it (looked for {' '.join(SUFFIXES)})")
         elif glob.has_magic(name) and not os.path.lexists(name):  # a shell that leaves patterns to the program
             files = sorted(file for file in glob.glob(name, recursive=True) if os.path.isfile(file))
-            found.update((f, "") for f in files if os.path.basename(f) not in logged_names(os.path.dirname(f)))
+            photos = [(f, "") for f in files if os.path.basename(f) not in logged_names(os.path.dirname(f))]
+            photos = photos or [(name, "")]
         else:
-            found.setdefault(name if "://" in name else str(Path(name)), "")
+            photos = [(name, "")]
+        for path, folder in photos:
+            found.setdefault(os.path.abspath(path), (path if "://" in path else str(Path(path)), folder))
     if not found:
-        raise CallError(f"no photos in {', '.join(inputs)} (looked for {' '.join(SUFFIXES)})")
-    return list(found.items())
+        raise CallError(f"no photos in {', '.join(inputs)}")
+    return list(found.values())
 
 
 def walk(top: str, common: str) -> Iterator[tuple[str, str]]:
@@ -378,17 +368,14 @@ def walk(top: str, common: str) -> Iterator[tuple[str, str]]:
         top, onerror=lambda e: warn(f"{e.filename}: cannot be listed"), followlinks=True
     ):
         absolute, real = os.path.abspath(folder), os.path.realpath(folder)
-        if real in visited:
-            inner.clear()
-            continue
-        visited.add(real)
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        inner[:] = sorted(name for name in inner if not name.startswith(".") and real not in visited)
         written[folder] = written.get(os.path.dirname(folder), frozenset()) | logged_names(folder)
         mirrored = os.path.relpath(absolute, common) if common else os.path.splitdrive(absolute)[1].lstrip("\\/")
-        for name in sorted(name for name in files if not name.startswith(".") and name not in written[folder]):
+        for name in sorted(name for name in files if not name.startswith(".") and real not in visited):
             unread += name.lower().endswith(NOT_READ)
-            if name.lower().endswith(SUFFIXES):
+            if name.lower().endswith(SUFFIXES) and name not in written[folder]:
                 yield os.path.join(folder, name), "" if mirrored == "." else mirrored
+        visited.add(real)
     if unread:
         warn(f"{top}: {unread} photos left out, {' '.join(NOT_READ)} cannot be read; convert them to JPEG")
 
@@ -398,8 +385,7 @@ def logged_names(folder: str) -> frozenset[str]:
     """Return the names of the files that the log in a folder lists: our own pictures, which are not photos."""
     path = os.path.join(folder, LOG_NAME)
     with open(path if os.path.isfile(path) else os.devnull, encoding="utf-8", errors="backslashreplace") as lines:
-        records = map(parse_record, lines)
-        return frozenset(os.path.basename(file) for record in records for file in record.get("files", ()))
+        return frozenset(os.path.basename(file) for line in lines for file in parse_record(line).get("files", ()))
 
 
 def parse_record(line: str | bytes) -> dict[str, Any]:
@@ -407,8 +393,8 @@ def parse_record(line: str | bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
         files = record.setdefault("files", [])
-        texts = (record["image"], record["method"], record.get("options", ""), record.get("output_stem", ""), *files)
-        return record if all(isinstance(text, str) for text in texts) else {}
+        texts = (record["image"], record["method"], *(record.get(k, "") for k in ("options", "output_stem", "source")))
+        return record if all(isinstance(text, str) for text in (*texts, *files)) else {}
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return {}
 
@@ -427,27 +413,24 @@ def report_crash(kind: type[BaseException], error: BaseException, trace: Any) ->
 def start() -> argparse.Namespace:
     """Return the command line with its photos; what can be found wrong without torch ends the program here.
 
-    Raises:
-        SystemExit: 2 after a wrong call, 1 where none of the photos exists.
+    Raises SystemExit: 2 after a wrong call, 1 where none of the photos exists.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
         # a name that the terminal cannot show, or that is not UTF-8, does not end the run
         getattr(sys, name).reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
-    args, faults, status = parse_args(), [], 2
+    args, status = parse_args(), 2
     try:
-        args.photos = find_photos(args.images)
-        faults = [f"{path}: {photo_fault(path)}" for path, _ in args.photos if photo_fault(path)]
-        if len(faults) == len(args.photos):
-            status = 1
-        else:
+        args.photos, status = find_photos(args.images), 1
+        faults = [f"{path}: {fault}" for path, _ in args.photos if (fault := photo_fault(path))]
+        if len(faults) < len(args.photos):
             args.output.mkdir(parents=True, exist_ok=True)
             return args
     except CallError as error:
         faults = [str(error)]
     except OSError as error:
-        faults = [f"--output {args.output}: cannot write there: {error.strerror or error}"]
+        faults, status = [f"--output {args.output}: cannot write there: {error.strerror or error}"], 2
     for fault in faults:
         print_line(f"error: {fault}", sys.stderr)
     sys.exit(status)
@@ -498,15 +481,10 @@ DECODING = threading.Lock()  # held for a large photo
 
 @dataclass(frozen=True)
 class Photo:
-    """A decoded photo.
+    """A decoded photo."""
 
-    Attributes:
-        path: where it came from.
-        pixels: RGB, uint8, (H, W, 3), upright: an EXIF orientation is already applied.
-    """
-
-    path: Path
-    pixels: Picture
+    path: Path  # where it came from
+    pixels: Picture  # upright: an EXIF orientation is already applied
 
 
 def read_photo(path: str | Path) -> Photo:
@@ -522,13 +500,17 @@ def read_photo(path: str | Path) -> Photo:
     try:
         with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")) as image:
             width, height = image.size
-            limit = MAX_DEEP_PIXELS if image.mode[0] in "IF" else MAX_PIXELS
+            limit = MAX_DEEP_PIXELS if image.mode[0] in "IF" else MAX_PIXELS  # I;16, I, F
             if width * height > limit:
                 raise PhotoError(f"{path}: {width} x {height} pixels, at most {limit // 10**6} million can be read")
             if min(width, height) < MIN_SIDE:
                 raise PhotoError(f"{path}: {width} x {height} pixels, at least {MIN_SIDE} x {MIN_SIDE} are needed")
-            with DECODING if width * height > MAX_DEEP_PIXELS else contextlib.nullcontext():
+            with DECODING if width * height > limit / 5 else contextlib.nullcontext():
                 image.load()
+                (
+                    image.getexif(),
+                    image.info.pop("exif", None),
+                )  # or exif_transpose writes it anew, odd entries fail there
                 ImageOps.exif_transpose(image, in_place=True)
                 return Photo(Path(path), np.asarray(to_rgb(image)))
     except PhotoError:
@@ -541,7 +523,7 @@ def read_photo(path: str | Path) -> Photo:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any Pillow mode to 8-bit RGB; 16 bits are scaled down, where Pillow's own convert clips them to white."""
-    if image.mode[0] in "IF":  # I;16, I, F
+    if image.mode[0] in "IF":
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         white = 65535.0 if image.mode != "F" else 1.0 if values.max(initial=0) <= 1 else 255.0
         image = Image.fromarray(np.clip(values * (255 / white) + 0.5, 0, 255).astype(np.uint8))
@@ -631,8 +613,7 @@ class Classifier:
     def preprocess(self, photo: Photo) -> Tensor:
         """Return the photo as the network sees it: float32 (3, S, S), normalised.
 
-        Raises:
-            PhotoError: a strip so long that the preset would enlarge it beyond MAX_RESIZED.
+        Raises PhotoError: a strip so long that the preset would enlarge it beyond MAX_RESIZED.
         """
         height, width = photo.pixels.shape[:2]
         pixels = self.preset.resize_size[0] ** 2 * max(height, width) / min(height, width)
@@ -665,23 +646,18 @@ def load_classifier(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Classifier:
-    """Build a classifier and load the weights of a checkpoint.
-
-    A network with a single output gets two: logits whose softmax is the sigmoid of the one.
+    """Build a classifier and load the weights of a checkpoint. Raises CallError where something does not fit.
 
     Args:
         arch: a name from `torchvision.models.list_models`, or "file.py:function" for a network of your own. None: the
             checkpoint's entry, else recognised from the weights; without a checkpoint, resnet50.
         ckpt: the weights; None: torchvision's ImageNet weights, from its cache or the network.
-        num_classes: must agree with the checkpoint; None: the checkpoint's.
+        num_classes: must agree with the checkpoint; a single output becomes two, of which the second has its sigmoid.
         device: None: the CUDA GPU if there is one, else the CPU.
         class_names: one for each class; None: those of the checkpoint, else ImageNet's where there are 1000 classes.
         input_size: side of the square input in pixels; None: the checkpoint's, else that of torchvision's preset.
         resize: "crop" or "squash".
         mean, std: three numbers each, of colours from 0 to 1 or to 255; None: the checkpoint's, else the preset's.
-
-    Raises:
-        CallError: something does not fit.
     """
     target, why = find_device(device)
     if resize not in ("crop", "squash"):
@@ -689,17 +665,14 @@ def load_classifier(
     own = arch is not None and ".py:" in arch
     if arch is not None and not own and arch not in ARCHITECTURES:
         raise CallError(f"unknown architecture '{arch}'{closest(arch, ARCHITECTURES)} (alexnet ... wide_resnet50_2)")
-    origins = {"device": why}
-    if ckpt is None:
-        origins["arch"] = "" if arch else "default"
+    origins = {"device": why, "arch": "" if arch else "default"}
+    if ckpt is not None:
+        checkpoint = read_checkpoint(Path(ckpt))
+        arch, origins["arch"] = (arch, "") if arch else recognise(checkpoint)
+    else:
         arch = arch or "resnet50"
         checkpoint = Checkpoint("the network", {}) if own else download_weights(arch)
-    else:
-        checkpoint = read_checkpoint(Path(ckpt))
-    if arch is None:
-        arch, origins["arch"] = recognise(checkpoint)
-    build = build_own_model if own else build_model
-    model, beside = build(arch, checkpoint, num_classes, input_size)
+    model, beside = (build_own_model if own else build_model)(arch, checkpoint, num_classes, input_size)
     given = {"input_size": input_size, "mean": mean, "std": std}
     preset = make_preset("resnet50" if own else arch, model, checkpoint, beside, given, origins)
     if resize == "squash":
@@ -715,13 +688,18 @@ def load_classifier(
 def find_device(name: str | torch.device | None, local_rank: int | None = None) -> tuple[torch.device, str]:
     """Return the device of that name, by default the CUDA GPU or else the CPU, and why there is no GPU, or "".
 
-    Under torchrun each process of a machine takes the GPU with the number `local_rank`, unless one is named.
-
-    Raises:
-        CallError: it does not exist or cannot be used.
+    Under torchrun each process of a machine takes the GPU with the number `local_rank`, unless one is named. Raises
+    CallError: the device does not exist or cannot be used.
     """
-    if name is None and not torch.cuda.is_available():
-        return torch.device("cpu"), why_no_gpu()
+    why = ""
+    if not torch.cuda.is_available():
+        why = "no CUDA GPU found"
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:  # an old driver, CUDA_VISIBLE_DEVICES, a torch without CUDA
+            why += "" if "no NVIDIA driver" in str(error) else f": {first_line(error)}"
+    if name is None and why:
+        return torch.device("cpu"), why
     name = str(name or "cuda")
     if local_rank is not None and name == "cuda":
         name = f"cuda:{local_rank}"
@@ -732,28 +710,17 @@ def find_device(name: str | torch.device | None, local_rank: int | None = None) 
         torch.zeros(1, device=device).add_(1).item()  # whether this torch has code for this GPU shows only now
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         if name in have or f"{name}:0" in have:
-            why = f"{first_line(error)}; free its memory, or pass --device cpu"
-            raise CallError(f"device {name} cannot be used: {why}") from error
-        why = f" ({why_no_gpu()})" if name.startswith("cuda") and not torch.cuda.is_available() else ""
-        raise CallError(f"device {name} does not exist; this machine has: {', '.join(have)}{why}") from error
+            reason = f"{first_line(error)}; free its memory, or pass --device cpu"
+            raise CallError(f"device {name} cannot be used: {reason}") from error
+        reason = f" ({why})" if why and name.startswith("cuda") else ""
+        raise CallError(f"device {name} does not exist; this machine has: {', '.join(have)}{reason}") from error
     return device, ""
-
-
-def why_no_gpu() -> str:
-    """Return why torch finds no CUDA GPU."""
-    if not torch.backends.cuda.is_built():
-        return "this torch is built without CUDA; pytorch.org/get-started has one with it"
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # an old driver, an empty CUDA_VISIBLE_DEVICES
-        if "no NVIDIA driver" not in str(error):
-            return f"no CUDA GPU found: {first_line(error)}"
-    return "no CUDA GPU found"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory was missing, the GPU's or the CPU's."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "OUT_OF_DEVICE_MEMORY")
+    words += ("could not create a primitive",)  # oneDNN
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
@@ -783,8 +750,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not any(tensor.ndim > 1 for state in states.values() for tensor in state.values()):
         held = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
         raise CallError(f"{path}: no weights in it (found: {held}); save them with torch.save(model.state_dict(), ...)")
-    # in a bare state dict a tensor called mean is a buffer of the network
-    entries = {str(key): value for key, value in content.items() if not ("" in states and isinstance(value, Tensor))}
+    bare = max(states, key=lambda name: len(states[name])) == ""  # then a tensor called mean is a buffer of the network
+    entries = {str(key): value for key, value in content.items() if not (bare and isinstance(value, Tensor))}
     return Checkpoint(str(path), states, entries)
 
 
@@ -804,14 +771,13 @@ def load_safely(path: Path) -> Any:
         raise CallError(f"{path}: needs the safetensors package; run: pip install safetensors") from error
     except Exception as error:
         found = re.search(r"(?:GLOBAL |global |but got <class )[`']?([\w.]+)", str(error))
+        why = f"not a whole checkpoint that torch can read; copy it again, or {advice}"
         if "TorchScript" in str(error):
             why = f"a TorchScript archive, which is code; {advice}"
         elif "Weights only" in str(error) and found:
             why = f"holds a pickled {found.group(1)} object, and loading it would run code; {advice} (see the README)"
         elif isinstance(error, PermissionError):
             why = "cannot be read: permission denied"
-        else:
-            why = f"not a whole checkpoint that torch can read; copy it again, or {advice}"
         raise CallError(f"{path}: {why}") from error
 
 
@@ -927,14 +893,14 @@ def split_state(arch: str, wanted: State, checkpoint: Checkpoint) -> tuple[State
 
 def misfit(arch: str, wanted: State, state: State, checkpoint: Checkpoint, unexpected: Sequence[str] = ()) -> CallError:
     """Return the error that says which tensors are missing, unexpected or of another shape."""
-    missing = [key for key in wanted if key not in state]
-    differ = [
-        f"{key}: {shape_of(state[key])} in the file, {shape_of(wanted[key])} in {arch}"
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
-    ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", differ))
-    parts = [f"{len(keys)} {kind} ({'; '.join(keys[:3])}{'; ...' * (len(keys) > 3)})" for kind, keys in kinds if keys]
+    both = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    differ = [f"{key}: {shape_of(state[key])} in the file, {shape_of(wanted[key])} in {arch}" for key in both]
+    kinds = {
+        "missing": [key for key in wanted if key not in state],
+        "unexpected": unexpected,
+        "of another shape": differ,
+    }
+    parts = [f"{len(ks)} {kind} ({'; '.join(ks[:3])}{'; ...' * (len(ks) > 3)})" for kind, ks in kinds.items() if ks]
     hint = OWN_NETWORK
     with contextlib.suppress(CallError):
         other = recognise(checkpoint)[0]
@@ -949,17 +915,14 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, str]:
     number of parameters comes; it is the first whose backbone is all there with nothing else under the same prefix.
     Raises CallError.
     """
-    entries = checkpoint.entries
+    entries, states = checkpoint.entries, checkpoint.states.values()
     for name in (entries.get("arch"), entries.get("model_name"), getattr(entries.get("args"), "model", None)):
         if isinstance(name, str) and name.lower() in ARCHITECTURES:
             return name.lower(), f"from {os.path.basename(checkpoint.name)}"
-    counts = [sum(t.numel() for k, t in s.items() if not k.endswith(STATISTICS)) for s in checkpoint.states.values()]
-    count, nearest = max(counts), (0.5, "")
-
-    def distance(arch: str) -> int:
-        return min(abs(w.meta["num_params"] - count) for w in torchvision.models.get_model_weights(arch))
-
-    for arch in sorted(ARCHITECTURES, key=distance):
+    count = max(sum(t.numel() for k, t in state.items() if not k.endswith(STATISTICS)) for state in states)
+    sizes = {a: [w.meta["num_params"] for w in torchvision.models.get_model_weights(a)] for a in ARCHITECTURES}
+    nearest = (0.5, "")
+    for arch in sorted(ARCHITECTURES, key=lambda arch: min(abs(size - count) for size in sizes[arch])):
         model = skeleton(arch, checkpoint)
         wanted, root = backbone(model), find_head(model)[0].partition(".")[0] + "."
         for found, name, prefix in find_prefixes(wanted, checkpoint):
@@ -968,12 +931,11 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, str]:
             if found == len(wanted) and all(key.endswith((*STATISTICS, *COMPUTED)) for key in others):
                 return arch, "recognised"
             nearest = max(nearest, (found / len(wanted), arch))
-    names = " ".join(key for state in checkpoint.states.values() for key in state)
+    names = " ".join(key for state in states for key in state)
     kind = next((f", it looks like a {kind}" for key, kind in OTHER_TASKS.items() if key in names), "")
-    share, arch = nearest
-    near = f"{share:.0%} of {arch}'s tensors are there: pass --arch {arch} to see which are not; " if arch else ""
-    why = f"fits no torchvision classifier ({count / 1e6:.1f} million parameters{kind}); {near}{OWN_NETWORK}"
-    raise CallError(f"{checkpoint.name} {why}")
+    near = f"{nearest[0]:.0%} of {nearest[1]}'s tensors are there: --arch {nearest[1]} tells which are not; "
+    why = f"fits no torchvision classifier ({count / 1e6:.1f} million parameters{kind})"
+    raise CallError(f"{checkpoint.name} {why}; {near if nearest[1] else ''}{OWN_NETWORK}")
 
 
 def build_model(
@@ -1012,20 +974,15 @@ def fit_head(arch: str, model: nn.Module, state: State, beside: State, checkpoin
         found = f"is not one layer: {'; '.join(inside[:4])}" if weights else "is missing"
         raise CallError(f"{checkpoint.name}: the head of {arch} ({name}) {found}; {OWN_NETWORK}")
     old, weight = weights[0].removesuffix("weight"), source[weights[0]]
-    options = {"bias": f"{old}bias" in source, "device": "meta"}
-    if isinstance(layer, nn.Conv2d):
-        head: nn.Module = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:], **options)
-    else:
-        head = nn.Linear(weight.shape[1], weight.shape[0], **options)
+    kind, sizes = (nn.Linear, ()) if weight.ndim == 2 else (nn.Conv2d, (weight.shape[2:],))
+    head = kind(weight.shape[1], weight.shape[0], *sizes, bias=f"{old}bias" in source, device="meta")
     others = [key for key in model.state_dict() if key.startswith(f"{root}.") and not key.startswith(f"{name}.")]
     if place != f"{name}." and others and not any(key in state for key in others):
         model.add_module(root, nn.Sequential(nn.Flatten(1), head))  # instead of a whole classifier, as VGG's
         name = f"{root}.1"
     else:
         model.set_submodule(name, head)
-    for part in ("weight", "bias"):
-        if f"{old}{part}" in source:
-            state[f"{name}.{part}"] = source.pop(f"{old}{part}")
+    state |= {f"{name}.{part}": source.pop(f"{old}{part}") for part in ("weight", "bias") if f"{old}{part}" in source}
     return weight.shape[0]
 
 
@@ -1037,17 +994,18 @@ def load_state(arch: str, model: nn.Module, state: State, checkpoint: Checkpoint
     unexpected = [key for key in state if key not in wanted]
     if unexpected or any(key not in state or state[key].shape != value.shape for key, value in wanted.items()):
         raise misfit(arch, wanted, state, checkpoint, unexpected)
-    for key, tensor in ((key, state[key]) for key in wanted):
+    for key in wanted:
+        tensor, where = state[key], f"{checkpoint.name}: {key}"
         if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
-            raise CallError(
-                f"{checkpoint.name}: {key} has no values or is sparse; save the weights as ordinary tensors"
-            )
+            raise CallError(f"{where} has no values or is sparse; save the weights as ordinary tensors")
         if wanted[key].is_floating_point() > tensor.is_floating_point():
-            raise CallError(f"{checkpoint.name}: {key} is quantised; save the weights from before that")
+            raise CallError(f"{where} is quantised or complex; save the weights from before that")
         try:
             wanted[key] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
         except (RuntimeError, NotImplementedError) as error:
-            raise CallError(f"{checkpoint.name}: {key} is {tensor.dtype}, which torch cannot convert") from error
+            if is_out_of_memory(error):
+                raise
+            raise CallError(f"{where} is {tensor.dtype}, which torch cannot convert") from error
     model.load_state_dict(wanted, strict=False, assign=True)
 
 
@@ -1057,7 +1015,7 @@ def build_own_model(
     """Return the network that the function in `arch`, "file.py:function", builds, like `build_model`.
 
     The function is called with `num_classes` if it takes it and the number is known. The file is the user's own code
-    and is run; the checkpoint is not. Inputs are prepared as for torchvision's resnet50. Raises CallError.
+    and is run; the checkpoint is not. Raises CallError.
     """
     tensors = [(k, v) for state in checkpoint.states.values() for k, v in state.items() if v.ndim == 2]
     classes = next((v.shape[0] for k, v in reversed(tensors) if HEADS.search(k)), None)
@@ -1072,8 +1030,7 @@ def build_own_model(
 def run_own_file(arch: str, classes: int | None) -> nn.Module:
     """Return what the function in "file.py:function" returns for that number of classes. Raises CallError."""
     file, _, function = arch.rpartition(":")
-    folder = os.path.dirname(os.path.abspath(file))
-    sys.path.insert(0, folder)  # its neighbours can be imported
+    sys.path.insert(0, os.path.dirname(os.path.abspath(file)))  # its neighbours can be imported
     arguments, sys.argv = sys.argv, [file]  # which are not for the file
     try:
         # under a name of our own: a file that is called torch.py must not stand in for torch
@@ -1083,8 +1040,7 @@ def run_own_file(arch: str, classes: int | None) -> nn.Module:
         spec.loader.exec_module(module)
         build = getattr(module, function, None)
         if not callable(build):
-            functions = [name for name in vars(module) if callable(getattr(module, name))]
-            raise CallError(f"{file} has no function '{function}'{closest(function, functions)}")
+            raise CallError(f"{file} has no function '{function}'{closest(function, vars(module))}")
         parameters = inspect.signature(build).parameters.values()
         takes_number = any(each.name == "num_classes" or each.kind is each.VAR_KEYWORD for each in parameters)
         model = build(num_classes=classes) if takes_number and classes else build()
@@ -1092,12 +1048,11 @@ def run_own_file(arch: str, classes: int | None) -> nn.Module:
         raise
     except (Exception, SystemExit) as error:
         hint = "; does it need --num-classes?" if "num_classes" in str(error) and not classes else ""
-        if isinstance(error, SystemExit):
-            hint = "; put what must not run on import under if __name__ == '__main__':"
+        hint = "; put what parses arguments under if __name__ == '__main__':" if isinstance(error, SystemExit) else hint
         raise CallError(f"--arch {arch}: {type(error).__name__}: {first_line(error)}{hint}") from error
     finally:
         sys.argv = arguments
-        sys.path.remove(folder)
+        del sys.path[0]
     if not isinstance(model, nn.Module):
         raise CallError(f"--arch {arch} returned a {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -1110,17 +1065,15 @@ def as_logits(answer: Any, outputs: int | None = None) -> Tensor:
     """
 
     def is_row(tensor: Any) -> bool:  # (N, C), (N, C, 1, 1) or (N,)
-        if not isinstance(tensor, Tensor) or not tensor.ndim:
-            return False
-        return math.prod(tensor.shape[1:]) == max(tensor.shape[1:], default=1)
+        has_rows = isinstance(tensor, Tensor) and tensor.ndim > 0
+        return has_rows and math.prod(tensor.shape[1:]) == max(tensor.shape[1:], default=1)
 
     if isinstance(answer, Mapping):  # as transformers' networks give it
         answer = answer.get("logits", answer.get("out", answer))
     answer = getattr(answer, "logits", answer)
     if isinstance(answer, (tuple, list)):
         rows = [each for each in answer if is_row(each)]
-        if len(rows) > 1:
-            rows = [row for row in rows if outputs == row.shape[-1]] or rows
+        rows = [row for row in rows if outputs == row.shape[-1]] or rows
         if len(rows) > 1:
             shapes = " and ".join(map(shape_of, rows))
             raise CallError(f"the network returns {shapes}; let it return the logits alone, or pass --num-classes")
@@ -1132,10 +1085,7 @@ def as_logits(answer: Any, outputs: int | None = None) -> Tensor:
 
 
 def give_logits(model: nn.Module, inputs: Any, answer: Any, outputs: int) -> Tensor:
-    """Return the logits (N, classes) of a network's answer, as a forward hook.
-
-    Of a single output it makes two, whose softmax gives the second class the sigmoid of the one.
-    """
+    """Return the logits (N, classes), as a forward hook; a single one becomes two, whose softmax is its sigmoid."""
     logits = as_logits(answer, outputs)
     return torch.cat([-logits, logits], 1) / 2 if outputs == 1 else logits
 
@@ -1149,8 +1099,9 @@ def count_outputs(model: nn.Module, side: int, num_classes: int | None) -> int:
         raise
     except Exception as error:
         hint = "; pass another --input-size if it is the size" if isinstance(error, RuntimeError) else ""
-        if "channels" in first_line(error):
-            hint = "; let it begin with x.mean(1, keepdim=True) if it is for grey photos"
+        hint = (
+            "; let it begin with x.mean(1, keepdim=True) if it is for grey photos" if "channels" in str(error) else hint
+        )
         why = f"({type(error).__name__}: {first_line(error)}){hint}"
         raise CallError(f"the network fails at an input of 3 x {side} x {side} {why}") from error
     last = re.match("(Softmax|Sigmoid)Backward", logits.grad_fn.name() if logits.grad_fn else "")
@@ -1168,11 +1119,11 @@ def side_of(checkpoint: Checkpoint) -> int | None:
     """Return a checkpoint's input_size, 225, (225, 225) or (3, 225, 225), as the side of a square. Raises CallError."""
     entry = checkpoint.entries.get("input_size")
     sides = [*entry][-2:] if isinstance(entry, (list, tuple)) else [entry]
-    if entry is None:
-        return None
     if all(isinstance(side, (int, np.integer)) and 8 <= side <= 4096 for side in sides) and len({*sides}) == 1:
         return int(sides[0])
-    raise CallError(f"{checkpoint.name}: its input_size {str(entry)[:60]} is not a usable square; pass --input-size")
+    if entry is not None:
+        raise CallError(f"{checkpoint.name}: its input_size is not the side of a usable square; pass --input-size")
+    return None
 
 
 def make_preset(
@@ -1208,8 +1159,9 @@ def make_preset(
     for key, low in (("mean", 0), ("std", 1e-6)):
         entry = given[key] if given[key] is not None else checkpoint.entries.get(key, entries.get(key))
         if entry is not None:
-            with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError, RecursionError):
-                colours[key] = [float(v) for v in np.asarray(entry, dtype=np.float64).flatten() if low <= v <= 255]
+            with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
+                values = entry.flatten().tolist() if isinstance(entry, (Tensor, np.ndarray)) else entry
+                colours[key] = [float(v) for v in values if low <= v <= 255] if len(values) == 3 else []
             if len(colours.get(key, ())) != 3:
                 raise CallError(f"{checkpoint.name}: its {key} is not three usable numbers; pass --{key} R,G,B")
             origins["mean"] = "" if given[key] is not None else f"from {name}"
@@ -1223,9 +1175,9 @@ def name_classes(
     given: Sequence[str] | None, checkpoint: Checkpoint, count: int, origins: dict[str, str]
 ) -> tuple[str, ...]:
     """Return a name for each output: those given, else the checkpoint's, else ImageNet's. Raises CallError."""
+    if given is not None and len(given) != count:
+        raise CallError(f"{len(given)} class names were given, but the network has {count} classes")
     if given is not None:
-        if len(given) != count:
-            raise CallError(f"{len(given)} class names were given, but the network has {count} classes")
         return tuple(given)
     for entry in ("classes", "class_names", "class_to_idx", "idx_to_class"):
         if checkpoint.entries.get(entry) is not None:
@@ -1563,6 +1515,8 @@ def fold_batch_norms(network: nn.Module, calls: Sequence[Call], logits: Tensor, 
         source, norm = convolutions.get(call.came_from), call.module
         if type(norm) is not nn.BatchNorm2d or not norm.track_running_stats or source is None or source.name in keep:
             continue
+        if any(module._forward_hooks or module._forward_pre_hooks for module in (source.module, norm)):
+            continue
         if times_called[call.name] == times_called[source.name] == readers[source.node] == 1:
             fused = nn.utils.fusion.fuse_conv_bn_eval(source.module, norm).requires_grad_(False)
             network.set_submodule(source.name, fused)
@@ -1638,13 +1592,15 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """Compute in float32 without autocast; on CUDA without TF32, whose ten bits show in the maps, and repeatably."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        if device.type == "cuda":
-            matmul = torch.backends.cuda.matmul
-            new = hasattr(matmul, "fp32_precision")  # since torch 2.9, which refuses to mix the two
-            name, value = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
-            stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, **{name: value}))
-            stack.callback(setattr, matmul, name, getattr(matmul, name))
-            setattr(matmul, name, value)
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        if hasattr(matmul, "fp32_precision"):  # since torch 2.9, which refuses to mix the two settings
+            exact = [(cudnn.conv, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
+        else:
+            exact = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+        exact += [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
+        for place, name, value in exact if device.type == "cuda" else ():
+            stack.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, value)
         yield
 
 
@@ -1880,7 +1836,7 @@ class Explainer:
             similar = (logits - logits[target]).abs().argsort(stable=True).tolist()
             wanted = FinerWeightedTarget(target, [index for index in similar if index != target][:3], alpha=1)
         layers = [] if method == "fullgrad" else [network.get_submodule(layer)]
-        places = (layers, partial(as_map, size=inputs.shape[2:]) if layers else None)
+        places = layers, partial(as_map, size=inputs.shape[2:]) if layers else None
         cam = getattr(pytorch_grad_cam, BY_GRAD_CAM[method])(network, *places)
         kept = getattr(cam, "base_cam", cam).activations_and_grads
         network.requires_grad_(
@@ -2040,7 +1996,7 @@ def draw_sheet(title: str, blocks: Sequence[tuple[str, Sequence[Any]]], font: An
 
     Args:
         title: its first line; beside it stands the colour scale.
-        blocks: one for each class: a heading and columns, each a list of (caption, picture). Columns are wrapped.
+        blocks: one for each class: a heading and columns of (caption, picture, note over it). Columns are wrapped.
         font: of Pillow.
         colormap: of the scale.
     """
@@ -2055,7 +2011,7 @@ def draw_sheet(title: str, blocks: Sequence[tuple[str, Sequence[Any]]], font: An
     rows = sum(max(map(len, columns)) for _, columns in bands)
     side = max(16, min(CELL, (TALLEST - line * (len(bands) + 2)) // rows - line))
     height, width = resized(bands[0][1][0][0][1], side).shape[:2]
-    across = max(3, *(len(columns) for _, columns in bands)) * (width + gap) + gap
+    across = max(984, max(len(columns) for _, columns in bands) * (width + gap) + gap)
     sheet = Image.new("RGB", (across, line * (len(blocks[:MOST_CLASSES]) + 1) + rows * (height + line) + gap), "white")
     pen = ImageDraw.Draw(sheet)
 
@@ -2063,7 +2019,7 @@ def draw_sheet(title: str, blocks: Sequence[tuple[str, Sequence[Any]]], font: An
         cut = text
         while len(cut) > 1 and font.getlength(cut) > room:
             cut = cut[: len(cut) - 4] + "..."
-        pen.text((left, top), cut, colour, font)
+        pen.text((left, top), cut, colour, font, stroke_width=3 * (colour == "red"), stroke_fill="white")
 
     write(gap, 6, title, across - 300, "black")
     write(across - 280, 6, "evidence 0", 120)
@@ -2076,9 +2032,11 @@ def draw_sheet(title: str, blocks: Sequence[tuple[str, Sequence[Any]]], font: An
         top += line if heading else 0
         for number, column in enumerate(columns):
             left = gap + number * (width + gap)
-            for row, (caption, picture) in enumerate(column):
-                write(left, top + row * (height + line) + 4, caption, width)
-                sheet.paste(Image.fromarray(resized(picture, side)), (left, top + row * (height + line) + line))
+            for row, (caption, picture, note) in enumerate(column):
+                upper = top + row * (height + line)
+                write(left, upper + 4, caption, width)
+                sheet.paste(Image.fromarray(resized(picture, side)), (left, upper + line))
+                write(left + gap, upper + line + height // 2, note, width - gap, "red")
         top += max(map(len, columns)) * (height + line)
     return np.asarray(sheet)
 
@@ -2117,6 +2075,12 @@ def file_key(path: str | Path) -> int:
     return hash(unicodedata.normalize("NFC", os.path.abspath(path)).casefold())
 
 
+def image_key(folder: Path, record: Mapping[str, Any]) -> str:
+    """Return the absolute path of a record's photo; `source` leads there from the log's folder wherever that is."""
+    path = os.path.join(folder, record["source"]) if "source" in record else record["image"]
+    return os.path.normcase(os.path.abspath(path))
+
+
 def file_signature(path: str | Path) -> tuple[int, int]:
     """Return size and time of a file, by which a changed one is known; zeros where there is none."""
     try:
@@ -2138,11 +2102,11 @@ class Log:
         self._mutex = threading.Lock()  # a FileLock counts for each thread
         self._lock = FileLock(folder / ".results.lock", poll_interval=0.01)
         self._position = 0  # up to which the log was read
-        self._last: dict[tuple[int, str], tuple[str, list[Path]]] = {}  # (image, method) -> options, files
-        self._owners: dict[int, tuple[int, str]] = {}  # file -> (image, options) of the last record that lists it
-        self._stems: dict[int, int] = {}  # output stem -> image
-        self._stem_of: dict[int, str] = {}  # image -> output stem
-        self._numbers: Counter[int] = Counter()  # how many numbers behind a stem were tried
+        self._last: dict[tuple[str, str], tuple[str, list[Path]]] = {}  # (image, method) -> options, files
+        self._owners: dict[int, tuple[str, str]] = {}  # file -> (image, options) of the last record that lists it
+        self._stems: dict[int, str] = {}  # output stem -> image
+        self._stem_of: dict[str, str] = {}  # image -> output stem
+        self._numbers: Counter[str] = Counter()  # how many numbers behind a stem were tried
         self._unwritten: list[dict[str, Any]] = []  # records for which there was no room
         try:
             with self._locked():
@@ -2169,7 +2133,7 @@ class Log:
     def _remember(self, record: Mapping[str, Any]) -> None:
         if not record:
             return
-        image, stem, options = file_key(record["image"]), record.get("output_stem"), record.get("options", "")
+        image, stem, options = image_key(self.folder, record), record.get("output_stem"), record.get("options", "")
         folder = None if stem is None else self.folder / os.path.dirname(stem)  # a log of older versions has no stem
         files = [Path(file) if folder is None else folder / os.path.basename(file) for file in record["files"]]
         self._last[image, record["method"]] = options, files
@@ -2183,21 +2147,20 @@ class Log:
 
         It is the photo's own, and the same in later runs.
         """
-        base, key = "/".join([*Path(folder).parts, Path(image).stem]), file_key(image)
+        base, key = "/".join([*Path(folder).parts, Path(image).stem]), image_key(self.folder, {"image": image})
         known = self._stem_of.get(key, "")
         if known == base or re.fullmatch(re.escape(base) + r"_\d+", known):
             return known
-        first = file_key(self.folder / base)
         while True:
-            self._numbers[first] += 1
-            stem = base if self._numbers[first] == 1 else f"{base}_{self._numbers[first]}"
+            self._numbers[base] += 1
+            stem = base if self._numbers[base] == 1 else f"{base}_{self._numbers[base]}"
             if self._stems.setdefault(file_key(self.folder / stem), key) == key:
                 return stem
 
     def is_done(self, image: str, method: str, options: str) -> bool:
         """Return whether a photo's files are all there as a run with the same options has written them."""
-        done, files = self._last.get((file_key(image), method), (None, []))
-        mine = file_key(image), options
+        mine = image_key(self.folder, {"image": image}), options
+        done, files = self._last.get((mine[0], method), (None, []))
         return done == options and all(self._owners[file_key(f)] == mine and os.path.isfile(f) for f in files)
 
     def write(
@@ -2206,7 +2169,7 @@ class Log:
         """Write the files of a photo and append its record. Return False where another process has done so meanwhile.
 
         Args:
-            record: `output_stem` and `files` are added to it.
+            record: `files`, `output_stem` and `source`, the photo's path from the output folder, are added to it.
             stem: from `Log.stem`; a number is added where a file of that name is not the photo's own.
             names: the photo's stem -> the names of its files.
             contents: of the files.
@@ -2214,7 +2177,7 @@ class Log:
         Raises:
             OSError: the disk is full, a name is too long ...
         """
-        folder, image, parts = self.folder / os.path.dirname(stem), file_key(record["image"]), list[Path]()
+        folder, image, parts = self.folder / os.path.dirname(stem), image_key(self.folder, record), list[Path]()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for content in contents:
@@ -2225,13 +2188,12 @@ class Log:
                 key = image, record["method"]
                 if self._last.get(key) != self._at_start.get(key) and self._last[key][0] == record["options"]:
                     return False
-                while not all(
-                    self._is_free(file, image) for file in (folder / n for n in names(os.path.basename(stem)))
-                ):
-                    del self._stem_of[image]
+                while not all(self._is_free(folder / name, image) for name in names(os.path.basename(stem))):
+                    self._stem_of.pop(image, None)
                     stem = self.stem(record["image"], os.path.dirname(stem))
                 files = [folder / name for name in names(os.path.basename(stem))]
-                record |= {"files": [str(file) for file in files], "output_stem": stem}
+                source = os.path.relpath(record["image"], self.folder)
+                record |= {"files": [str(file) for file in files], "output_stem": stem, "source": source}
                 for file in files:  # a run that is killed from here on leaves no file of the run before it
                     file.unlink(missing_ok=True)
                 self._append(log, record)
@@ -2242,7 +2204,7 @@ class Log:
                 part.unlink(missing_ok=True)
         return True
 
-    def _is_free(self, file: Path, image: int) -> bool:
+    def _is_free(self, file: Path, image: str) -> bool:
         """Return whether a file does not exist, or is one of this image. Raises OSError: the name is too long."""
         owner = self._owners.get(file_key(file), (None,))[0]
         try:
@@ -2501,24 +2463,24 @@ def draw_item(item: Item, job: Job) -> dict[tuple[str, str, str], Picture]:
     for index, found in enumerate(item.record.get("classes", [item.record["class"]])):
         label = job.labels[found["index"]] if job.labels else ""
         guided = None if item.explanation.guided is None else item.explanation.guided[0, index]
-        columns = [[("source", item.picture)]]
+        columns = [[("source", item.picture, "")]]
         for method, cams in item.explanation.cams.items():
             cam, column = cams[0, index], []
             for output in args.outputs:
                 key = output, "" if output == "gb" else method, label
                 if output == "gb" and key not in pictures:
                     pictures[key] = draw_gradients(guided, width, height)
-                    columns[0].append(("gb", pictures[key]))
+                    columns[0].append(("gb", pictures[key], ""))
                 elif output != "gb":
                     is_cam = output == "cam"
                     drawn = draw_cam(item.picture, cam, args.colormap, args.alpha) if is_cam else None
                     pictures[key] = drawn if is_cam else draw_gradients(guided * cam, width, height)
-                    caption = f"{method} {output}" if cam.any() else f"{method}: no positive evidence"
-                    column.append((caption, pictures[key]))
+                    column.append((f"{method} {output}", pictures[key], "" if cam.any() else "no positive evidence"))
             columns += [column] if column else []
         blocks.append((f"explained: {name(found)}", columns))
     if args.sheet:
-        photo = "".join(c if c.isascii() or job.font_has_names else "?" for c in os.path.basename(item.path))
+        wide = job.font_has_names and not "".join(job.classifier.class_names).isascii()
+        photo = "".join(c if wide or c.isascii() else "?" for c in os.path.basename(item.path))
         title = f"{photo}   prediction: {name(item.record['prediction'])}   layer: {item.record['target_layer']}"
         pictures["sheet", "", ""] = draw_sheet(title, blocks, job.font, args.colormap)
     return pictures

@@ -1,22 +1,23 @@
-"""Measures the explainer side by side with grad-cam, torch-cam and captum, and prints a Markdown table.
+"""Measure the program side by side with grad-cam, torch-cam and captum, and print a Markdown table.
 
-    python tests/benchmark.py                       every row (several minutes; grad-cam's Ablation-CAM alone takes two)
-    python tests/benchmark.py --quick               fewer repetitions, slow peers extrapolated from some of their work
-    python tests/benchmark.py vgg16 floor           the rows whose names contain one of the words
-    python tests/benchmark.py --device cuda --memory
-    python tests/benchmark.py --metrics FOLDER      what each method's maps are worth, a mean over the folder's photos
+    python tests/benchmark.py                       every row (about eight minutes on two cores)
+    python tests/benchmark.py startup gradcam       the rows whose names contain one of the words
+    python tests/benchmark.py --memory              also the peak memory of 500 and of 10,000 photos
+    python tests/benchmark.py --device cuda         on a GPU: also rows for batches of 1, 8, 32 and 128
+    python tests/benchmark.py --metrics FOLDER      the mean metrics of each method over the photos of a folder
 
-Both sides have the same weights and inputs, run in one process, and take turns; a time is the median of its runs. With
---memory, each side runs once more in a process of its own, and the peak of that is given.
+Both sides have the same weights, inputs and threads, and take turns. A time is a median. Rows that run in this process
+are measured in three rounds; the round with the median ratio is printed, and the ratios of all three stand behind it, by
+the clock and by CPU seconds. `pip install torchcam captum` for the rows against these two. Beside other work on the
+machine set OMP_WAIT_POLICY=passive, or waiting threads take the cores from each other, and look at the CPU seconds.
 """
 
 import argparse
-import contextlib
 import copy
 import importlib
 import importlib.metadata
-import importlib.util
-import io
+import itertools
+import json
 import os
 import platform
 import statistics
@@ -24,90 +25,97 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torchvision.models import get_model
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cnn_visualizations as program_file
-from cnn_visualizations import (
-    METHODS,
-    METRICS,
-    Explainer,
-    Explanation,
-    PhotoError,
-    find_photos,
-    load_classifier,
-    measure_trust,
-    read_photo,
-)
+from cnn_visualizations import METHODS, Explainer, PhotoError, faithfulness, find_photos, load_classifier, read_photo
 
+PROGRAM = ROOT / "cnn_visualizations.py"
 CKPT = ROOT / "tests" / "data" / "dogs_mobilenet_v2.pth"
 DOG = ROOT / "pics" / "dog.jpg"
-GRAD_CAM_CLASSES = {
-    "gradcam": "GradCAM",
-    "scorecam": "ScoreCAM",
-    "gradcam++": "GradCAMPlusPlus",
-    "ablationcam": "AblationCAM",
-    "xgradcam": "XGradCAM",
-    "eigencam": "EigenCAM",
-    "eigengradcam": "EigenGradCAM",
-}
+LAYERS = {"resnet50": "layer4", "vgg16": "features", "mobilenet_v2": "features", "demo": "features"}
 
-Answer = dict[str, np.ndarray]  # "cam" (N, H, W), "guided" (N, 3, H, W); what a side has of them
-Work = Callable[[], Answer]
+Arrays = dict[str, np.ndarray]  # "cam" (N, H, W), "guided" (N, 3, H, W): what a side computes of the two
+Side = Callable[[], Arrays]
+CLOCKS = ("wall", "cpu")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What the command line says."""
+class Result:
+    """One line of the table.
 
-    device: str
-    quick: bool
-    alone: bool = False  # whether this process does one side only, and so needs no copy of the network
+    Attributes:
+        work: what was measured.
+        other: what it was measured against.
+        theirs, ours: with their units.
+        ratio: the number that the goal is about.
+        goal: of the issue; None where there is none.
+        at_most: whether the ratio must not be above the goal, else not below it.
+        details: ratios of all rounds, differences of the results, memory.
+    """
+
+    work: str
+    other: str
+    theirs: str
+    ours: str
+    ratio: float
+    goal: float | None
+    at_most: bool = False
+    details: str = ""
+
+    def line(self) -> str:
+        goal = ""
+        if self.goal is not None:
+            reached = self.ratio <= self.goal if self.at_most else self.ratio >= self.goal
+            goal = f"at {'most' if self.at_most else 'least'} {self.goal:g}: {'yes' if reached else 'NO'}"
+        cells = (self.work, self.other, self.theirs, self.ours, f"{self.ratio:.3g}", goal, self.details)
+        return f"| {' | '.join(cells)} |"
 
 
+def seconds(value: float) -> str:
+    """Return a time with a unit that suits it."""
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Networks and inputs
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @cache
 def network(arch: str, device: str) -> nn.Module:
-    """The network with random weights from a fixed seed and batch norms that know their activations; or the demo's."""
+    """Return the demo's network, or one with random weights and batch norms that know the statistics of its layers."""
     if arch == "demo":
         return load_classifier(ckpt=CKPT, device=device).model
+    from torchvision.models import get_model
+
     torch.manual_seed(0)
-    options = {"aux_logits": False, "init_weights": False} if arch == "googlenet" else {}
-    model = get_model(arch, weights=None, **options)
+    model = get_model(arch, weights=None)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = None  # a plain mean over what is seen
+        norm.momentum = None  # the plain mean over all batches
     if norms:
         model.train()
         with torch.no_grad():
-            for photo in torch.randn(4, 3, 224, 224).split(1):  # one by one, or this would be the peak of memory
+            for photo in torch.randn(4, 3, 224, 224).split(1):
                 model(photo)
     return model.eval().to(device)
 
 
-def own_network(setting: Setting, arch: str) -> nn.Module:
-    """The network for somebody who changes it."""
-    shared = network(arch, setting.device)
-    return shared if setting.alone else copy.deepcopy(shared)
-
-
-def photos(arch: str, count: int, device: str) -> torch.Tensor:
-    """The demo photo for the demo network, else noise with some structure."""
+@cache
+def photos(arch: str, device: str, count: int = 1) -> torch.Tensor:
+    """Return inputs: the demo's photo, or noise with coarse structure."""
     if arch == "demo":
         return load_classifier(ckpt=CKPT, device="cpu").preprocess(read_photo(DOG))[None].to(device)
     torch.manual_seed(1)
@@ -117,171 +125,234 @@ def photos(arch: str, count: int, device: str) -> torch.Tensor:
 
 @cache
 def target_of(arch: str, device: str) -> int:
-    """The likeliest class for the first photo: a map of another one may be zero everywhere."""
+    """Return the predicted class: the map of another class may be zero everywhere."""
     with torch.no_grad():
-        return int(network(arch, device)(photos(arch, 1, device)).argmax())
+        return int(network(arch, device)(photos(arch, device)).argmax())
 
 
-LAYERS = {"resnet50": "layer4", "vgg16": "features", "mobilenet_v2": "features", "demo": "features"}
+# ---------------------------------------------------------------------------------------------------------------------
+# The two sides of a row in this process
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-# The sides
+def ours(arch: str, device: str, methods: str = "gradcam", guided: bool = True, count: int = 1) -> Side:
+    """Our explainer; of several methods, the first one's map is compared."""
+    explainer = Explainer(network(arch, device), methods.split(","), LAYERS[arch], guided=guided)
+    inputs, target = photos(arch, device, count), target_of(arch, device)
+
+    def explain() -> Arrays:
+        explanation = explainer(inputs, target)
+        arrays = {"cam": explanation.cams[explainer.methods[0]]}
+        return {**arrays, "guided": explanation.guided} if guided else arrays
+
+    return explain
 
 
-def ours(setting: Setting, arch: str, methods: str = "gradcam", guided: bool = True, count: int = 1) -> Work:
-    """Our explainer on the target layer, or on the one that `arch@layer` names."""
-    arch, layer = split(arch)
-    explainer = Explainer(network(arch, setting.device), methods.split(","), [layer], guided=guided)
-    inputs, target = photos(arch, count, setting.device), target_of(arch, setting.device)
-    explainer(inputs[:1], target)  # finds what it folds; a person's second photo does not pay for this
-
-    def work() -> Answer:
-        found = explainer(inputs, target)
-        answer = {"cam": found.cams[methods.split(",")[0]]}
-        return answer if found.guided is None else {**answer, "guided": found.guided}
-
-    return work
-
-
-def split(arch: str) -> tuple[str, str]:
-    name, _, layer = arch.partition("@")
-    return name, layer or LAYERS[name]
-
-
-def grad_cam(setting: Setting, arch: str, method: str = "gradcam", guided: bool = True, kind: Any = None) -> Work:
-    """grad-cam's own class as in its README, then its GuidedBackpropReLUModel."""
+def grad_cam(
+    arch: str, device: str, kind: str = "GradCAM", guided: bool = True, count: int = 1, **options: Any
+) -> Side:
+    """grad-cam's class as in its README, then its GuidedBackpropReLUModel, which takes one photo at a time."""
     import pytorch_grad_cam
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    silence_progress()
-    arch, layer = split(arch)
-    model = own_network(setting, arch)
-    inputs, target = photos(arch, 1, setting.device), target_of(arch, setting.device)
-    kind = kind or getattr(pytorch_grad_cam, GRAD_CAM_CLASSES[method])
+    for name in ("ablation_cam", "score_cam"):  # their progress bars cost time
+        importlib.import_module(f"pytorch_grad_cam.{name}").tqdm = argparse.Namespace(tqdm=lambda steps: steps)
+    model = copy.deepcopy(network(arch, device))
+    inputs, target = photos(arch, device, count), target_of(arch, device)
 
-    def work() -> Answer:
-        with kind(model=model, target_layers=[model.get_submodule(layer)]) as cam:
-            answer = {"cam": cam(input_tensor=inputs.clone(), targets=[ClassifierOutputTarget(target)])}
+    def explain() -> Arrays:
+        layers = [model.get_submodule(LAYERS[arch])]
+        with getattr(pytorch_grad_cam, kind)(model=model, target_layers=layers, **options) as cam:
+            arrays = {"cam": cam(input_tensor=inputs.clone(), targets=[ClassifierOutputTarget(target)] * count)}
         if guided:
-            guide = pytorch_grad_cam.GuidedBackpropReLUModel(model=model, device=setting.device)
-            gradients = guide(inputs.clone(), target_category=target)
-            answer["guided"] = gradients.transpose(2, 0, 1)[None]
-        return answer
+            guide = pytorch_grad_cam.GuidedBackpropReLUModel(model=model, device=device)
+            gradients = [guide(photo.clone(), target_category=target) for photo in inputs.split(1)]
+            arrays["guided"] = np.stack(gradients).transpose(0, 3, 1, 2)
+        return arrays
 
-    return work
-
-
-def silence_progress() -> None:
-    """grad-cam's progress bars off; printing them costs time."""
-    for name in ("ablation_cam", "score_cam"):
-        module = importlib.import_module(f"pytorch_grad_cam.{name}")
-        module.tqdm = argparse.Namespace(tqdm=lambda steps: steps)
+    return explain
 
 
-def part_of_ablation(setting: Setting, arch: str, share: float) -> Work:
-    """grad-cam's Ablation-CAM on the first channels only."""
-    from pytorch_grad_cam import AblationCAM
+def part_of_ablation_cam(arch: str, device: str, channels: int) -> Side:
+    """grad-cam's Ablation-CAM that runs the first channels only."""
     from pytorch_grad_cam.ablation_layer import AblationLayer
 
     class FirstChannels(AblationLayer):
         def activations_to_be_ablated(self, activations, ratio_channels_to_ablate=1.0):
-            self.indices = np.arange(int(len(activations) * share), dtype=np.int32)
+            self.indices = np.arange(channels, dtype=np.int32)
             return self.indices
 
-    return grad_cam(setting, arch, "ablationcam", False, partial(AblationCAM, ablation_layer=FirstChannels()))
+    return grad_cam(arch, device, "AblationCAM", False, ablation_layer=FirstChannels())
 
 
-def part_of_scores(setting: Setting, arch: str, share: float) -> Work:
-    """grad-cam's Score-CAM with the first channels as masks only."""
-    from pytorch_grad_cam import ScoreCAM
-
-    class FirstChannels(ScoreCAM):
-        def get_cam_weights(self, inputs, layer, targets, activations, gradients):
-            count = activations.shape[1]
-            weights = super().get_cam_weights(inputs, layer, targets, activations[:, : int(count * share)], gradients)
-            return np.pad(weights, ((0, 0), (0, count - weights.shape[1])))
-
-    return grad_cam(setting, arch, "scorecam", False, FirstChannels)
-
-
-def torch_cam(setting: Setting, arch: str) -> Work:
+def torch_cam(arch: str, device: str) -> Side:
     """torch-cam's GradCAM as in its README, its map enlarged to the input as its overlay does."""
     from torchcam.methods import GradCAM
 
-    arch, layer = split(arch)
-    model, inputs = own_network(setting, arch), photos(arch, 1, setting.device)
-    extractor, target = GradCAM(model, target_layer=layer), target_of(arch, setting.device)
+    model, inputs, target = copy.deepcopy(network(arch, device)), photos(arch, device), target_of(arch, device)
+    extractor = GradCAM(model, target_layer=LAYERS[arch])
 
-    def work() -> Answer:
+    def explain() -> Arrays:
         small = extractor(target, model(inputs))[0]
         maps = nn.functional.interpolate(small[None].float(), inputs.shape[2:], mode="bilinear")[0]
-        return {"cam": stretch(maps.detach().cpu().numpy())}
+        return {"cam": stretch(maps)}
 
-    return work
+    return explain
 
 
-def captum(setting: Setting, arch: str) -> Work:
+def captum(arch: str, device: str) -> Side:
     """captum's LayerGradCam and GuidedBackprop."""
     from captum.attr import GuidedBackprop, LayerAttribution, LayerGradCam
 
-    arch, layer = split(arch)
-    model, inputs = without_in_place(own_network(setting, arch)), photos(arch, 1, setting.device)
-    heat, guided = LayerGradCam(model, model.get_submodule(layer)), GuidedBackprop(model)
-    target = target_of(arch, setting.device)
+    model, inputs, target = copy.deepcopy(network(arch, device)), photos(arch, device), target_of(arch, device)
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # captum's hooks need it
+    heat, guided = LayerGradCam(model, model.get_submodule(LAYERS[arch])), GuidedBackprop(model)
 
-    def work() -> Answer:
+    def explain() -> Arrays:
         small = heat.attribute(inputs, target=target, relu_attributions=True)
         maps = LayerAttribution.interpolate(small, inputs.shape[2:], "bilinear")[:, 0]
         gradients = guided.attribute(inputs.clone().requires_grad_(), target=target)
-        return {"cam": stretch(maps.detach().cpu().numpy()), "guided": gradients.detach().cpu().numpy()}
+        return {"cam": stretch(maps), "guided": gradients.detach().cpu().numpy()}
 
-    return work
-
-
-def without_in_place(model: nn.Module) -> nn.Module:
-    """No ReLU works in place, as captum's hooks need it."""
-    for module in model.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = False
-    return model
+    return explain
 
 
-def stretch(maps: np.ndarray) -> np.ndarray:
-    maps = maps - maps.min((1, 2), keepdims=True)
-    return maps / (1e-7 + maps.max((1, 2), keepdims=True))
+def stretch(maps: torch.Tensor) -> np.ndarray:
+    """Return maps (N, H, W) stretched to [0, 1]."""
+    found = maps.detach().cpu().numpy()
+    found = found - found.min((1, 2), keepdims=True)
+    return found / (1e-7 + found.max((1, 2), keepdims=True))
 
 
-def floor(setting: Setting, arch: str) -> Work:
-    """One forward pass and one backward pass to the input of the frozen, folded, channels-last network."""
-    model = own_network(setting, arch).requires_grad_(False)
-    fold(model)
-    model = model.to(memory_format=torch.channels_last)
-    inputs, target = photos(arch, 1, setting.device), target_of(arch, setting.device)
+def one_pass(arch: str, device: str) -> Side:
+    """One forward and one backward pass to the input in plain torch: what no method with gradients can do without."""
+    model = copy.deepcopy(network(arch, device)).requires_grad_(False)
+    inputs, target = photos(arch, device), target_of(arch, device)
 
-    def work() -> Answer:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            leaf = inputs.clone(memory_format=torch.channels_last).requires_grad_()
-            torch.autograd.grad(model(leaf)[0, target], leaf)[0].cpu()
+    def run() -> Arrays:
+        leaf = inputs.clone().requires_grad_()
+        torch.autograd.grad(model(leaf)[0, target], leaf)[0].cpu()
         return {}
 
-    return work
+    return run
 
 
-def fold(module: nn.Module) -> None:
-    """Folds each batch norm that stands right behind a convolution among a module's children, as in ResNet."""
-    children = list(module.named_children())
-    numbered = {name[-1]: name for name, child in children if isinstance(child, nn.Conv2d)}
-    for (before, first), (name, child) in zip([("", None), *children], children, strict=False):
-        if isinstance(child, nn.BatchNorm2d):
-            source = numbered.get(name[-1], before) if name.startswith("bn") else before
-            first = module.get_submodule(source)
-            setattr(module, source, nn.utils.fusion.fuse_conv_bn_eval(first, child))
-            setattr(module, name, nn.Identity())
-        else:
-            fold(child)
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows in this process
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-# Whole processes
+@dataclass(frozen=True)
+class Measured:
+    """One run of a side: seconds by the clock and of all cores together, and its results.
+
+    `peak` is, on a GPU, the memory in MB that was taken beyond what was taken before.
+    """
+
+    wall: float
+    cpu: float
+    arrays: Arrays
+    peak: float
+
+
+def measure(side: Side, device: str) -> Measured:
+    """Run a side once."""
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+    wall, cpu = time.perf_counter(), time.process_time()
+    arrays = side()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return Measured(wall, cpu, arrays, (torch.cuda.max_memory_allocated(device) - before) / 1e6 if on_gpu else 0.0)
+
+
+def take_turns(sides: list[Side], device: str, runs: int) -> Iterator[list[Measured]]:
+    """Yield three rounds: for each side its last run, with the median seconds of the runs of the round."""
+    for side in sides:
+        side()  # warms up
+    for _ in range(3):
+        by_side = zip(*[[measure(side, device) for side in sides] for _ in range(runs)], strict=True)
+        yield [
+            replace(found[-1], **{name: statistics.median(getattr(run, name) for run in found) for name in CLOCKS})
+            for found in by_side
+        ]
+
+
+def compare(
+    work: str,
+    other: str,
+    theirs: Callable[[str], Side],
+    our: Callable[[str], Side],
+    goal: float | None,
+    device: str,
+    *,
+    runs: int = 9,
+) -> Iterator[Result]:
+    """Measure two sides by turns. The ratio says how many times as fast ours is."""
+    rounds = [*take_turns([theirs(device), our(device)], device, runs)]
+    yield judge(work, other, rounds, goal)
+
+
+def judge(work: str, other: str, rounds: list[list[Measured]], goal: float | None, details: str = "") -> Result:
+    """Return the line for the rounds of two sides."""
+    rounds = sorted(rounds, key=lambda sides: sides[0].wall / sides[1].wall)
+    theirs, our = rounds[len(rounds) // 2]
+    details = [details] if details else []
+    for name in CLOCKS:
+        ratios = [getattr(theirs, name) / getattr(our, name) for theirs, our in rounds]
+        details.append(f"ratios by {name} " + ", ".join(f"{ratio:.3g}" for ratio in ratios))
+    for what in theirs.arrays.keys() & our.arrays.keys():
+        scale = 1 if what == "cam" else np.abs(theirs.arrays[what]).max()
+        details.append(f"{what} differs by {np.abs(our.arrays[what] - theirs.arrays[what]).max() / scale:.0e}")
+    if our.peak:
+        details.append(f"peak memory beyond the weights {theirs.peak:.0f} and {our.peak:.0f} MB")
+    times = seconds(theirs.wall), seconds(our.wall)
+    return Result(work, other, *times, theirs.wall / our.wall, goal, details="; ".join(details))
+
+
+def against_grad_cam(
+    arch: str, method: str, kind: str, goal: float, guided: bool = True, **options: int
+) -> Callable[[str], Iterator[Result]]:
+    """Return a row: one method by our explainer and by grad-cam's class `kind`."""
+    work = f"{method}{' + gb' if guided else ''}, {arch if arch != 'demo' else 'the demo'}"
+    theirs, our = partial(grad_cam, arch, kind=kind, guided=guided), partial(ours, arch, methods=method, guided=guided)
+    return partial(compare, work, "grad-cam", theirs, our, goal, **options)
+
+
+def heatmap_alone(arch: str) -> Callable[[str], Iterator[Result]]:
+    """Return a row: Grad-CAM without guided backpropagation, against torch-cam."""
+    sides = partial(torch_cam, arch), partial(ours, arch, guided=False)
+    return partial(compare, f"gradcam alone, {arch}", "torch-cam", *sides, 1, runs=15)
+
+
+def ablation_cam(device: str) -> Iterator[Result]:
+    """Extrapolate grad-cam's 2,048 channels from none and 32 of them."""
+    sides = [part_of_ablation_cam("resnet50", device, channels) for channels in (0, 32)]
+    sides.append(ours("resnet50", device, "ablationcam", guided=False))
+    rounds = []
+    for none, some, our in take_turns(sides, device, runs=3):
+        whole = {name: getattr(none, name) * (1 - 64) + getattr(some, name) * 64 for name in CLOCKS}
+        rounds.append([replace(none, arrays={}, **whole), our])
+    yield judge("ablationcam, resnet50 layer4", "grad-cam", rounds, 100, "from 32 of grad-cam's 2,048 channels")
+
+
+def batches(device: str) -> Iterator[Result]:
+    """Measure gradcam + gb on resnet50 by batch size, for a GPU."""
+    for count in (1, 8, 32, 128):
+        work = f"gradcam + gb, resnet50, batch of {count}"
+        sides = partial(grad_cam, "resnet50", count=count), partial(ours, "resnet50", count=count)
+        yield from compare(work, "grad-cam", *sides, None, device, runs=5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of whole processes
+# ---------------------------------------------------------------------------------------------------------------------
 
 PLAIN_SCRIPT = """
 import sys
@@ -295,503 +366,266 @@ from pytorch_grad_cam.utils.image import deprocess_image, show_cam_on_image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torchvision import models, transforms
 
-checkpoint, photo, out = sys.argv[1:]
+checkpoint, device, photo, out = sys.argv[1:]
 model = models.resnet50(num_classes=10)
 model.load_state_dict(torch.load(checkpoint, map_location="cpu"))
-model.eval()
+model.eval().to(device)
 resize = transforms.Compose([transforms.Resize(232), transforms.CenterCrop(224)])
 normalise = transforms.Compose(
     [transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
 )
 picture = resize(Image.open(photo).convert("RGB"))
-inputs = normalise(picture)[None]
+inputs = normalise(picture)[None].to(device)
 target = int(model(inputs).argmax())
 with GradCAM(model=model, target_layers=[model.layer4]) as cam:
     heat = cam(input_tensor=inputs, targets=[ClassifierOutputTarget(target)])[0]
-gradients = GuidedBackpropReLUModel(model=model, device="cpu")(inputs, target_category=target)
+gradients = GuidedBackpropReLUModel(model=model, device=device)(inputs, target_category=target)
 shown = show_cam_on_image(np.float32(picture) / 255, heat, use_rgb=True)
 cv2.imwrite(f"{out}/cam.jpg", cv2.cvtColor(shown, cv2.COLOR_RGB2BGR))
 cv2.imwrite(f"{out}/gb.jpg", deprocess_image(gradients))
 cv2.imwrite(f"{out}/cam_gb.jpg", deprocess_image(gradients * heat[:, :, None]))
 """
 
-
-FOLDER = tempfile.TemporaryDirectory()  # there as long as this process is
-
-
-@cache
-def workshop() -> Path:
-    """A folder with a resnet50 checkpoint and the plain script."""
-    path = Path(FOLDER.name)
-    torch.manual_seed(0)
-    model = get_model("resnet50", weights=None, num_classes=10)
-    torch.save(model.state_dict(), path / "resnet50.pth")
-    (path / "plain.py").write_text(PLAIN_SCRIPT, encoding="utf-8")
-    return path
-
-
-def process(*command: object) -> Work:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-
-    def work() -> Answer:
-        subprocess.run(work.command, check=True, capture_output=True, env=environment)
-        return {}
-
-    work.command = [sys.executable, *map(str, command)]
-    return work
-
-
-def our_process(setting: Setting) -> Work:
-    folder = workshop()
-    options = ["--arch", "resnet50", "--device", setting.device, "--target-layer", "layer4", "--output", folder / "out"]
-    return process(ROOT / "cnn_visualizations.py", "--ckpt", folder / "resnet50.pth", *options, DOG)
-
-
-def plain_process(setting: Setting) -> Work:
-    folder = workshop()
-    return process(folder / "plain.py", folder / "resnet50.pth", DOG, folder)
-
-
-CROWD = 100  # photos
-
-
-@cache
-def crowd() -> Path:
-    """A folder of many photos, each a little different."""
-    folder = workshop() / "photos"
-    folder.mkdir()
-    photo = read_photo(DOG).pixels
-    for number in range(CROWD):
-        Image.fromarray(np.roll(photo, 7 * number, 1)).save(folder / f"{number:03}.jpg", quality=90)
-    return folder
-
-
-def our_folder(setting: Setting, count: int = CROWD) -> Work:
-    """The program over a folder of photos."""
-    names = sorted(crowd().iterdir())[:count]
-    options = ["--arch", "resnet50", "--device", setting.device, "--output", workshop() / "out of folder"]
-    return process(ROOT / "cnn_visualizations.py", "--ckpt", workshop() / "resnet50.pth", *options, *names)
-
-
-def busy_share(setting: Setting) -> float:
-    """How busy the cores are while photos go through, without the start: from a short and a long run."""
-    spent = []
-    for count in (CROWD // 5, CROWD):
-        before, began = os.times(), time.perf_counter()
-        our_folder(setting, count)()
-        after = os.times()
-        used = after.children_user + after.children_system - before.children_user - before.children_system
-        spent.append((used, time.perf_counter() - began))
-    (used, wall), (used_more, wall_more) = spent
-    return (used_more - used) / (wall_more - wall) / (os.cpu_count() or 1)
-
-
-PACE = 0.03  # seconds a photo
-
-
-class Watched:
-    """Explains as told, and notes when it was asked and when it answered; for the program it is on a GPU."""
-
-    device = torch.device("cuda")
-
-    def __init__(self, explainer: Explainer, explain: Callable[[torch.Tensor], Explanation]) -> None:
-        self.explain, self.target_layers = explain, explainer.target_layers
-        self.times: list[float] = []
-
-    def __call__(self, inputs: torch.Tensor, targets: object = None, *, top: object = None) -> Explanation:
-        self.times.append(time.perf_counter())
-        found = self.explain(inputs)
-        self.times.append(time.perf_counter())
-        return found
-
-
-def flow(setting: Setting) -> tuple[float, float]:
-    """Photos of one megapixel a second: through the program, and explained alone, the batch held in memory.
-
-    Without a GPU, something that waits for PACE a photo stands in for the explainer: it leaves the CPU alone, too.
-    """
-    folder = workshop() / "megapixels"
-    folder.mkdir(exist_ok=True)
-    large = Image.fromarray(read_photo(DOG).pixels).resize((1155, 866))
-    for number in range(CROWD):
-        large.rotate(number).save(folder / f"{number:03}.jpg", quality=90)
-    words = ["--ckpt", workshop() / "resnet50.pth", "--device", setting.device, "--output", workshop() / "flow", folder]
-    args = program_file.parse_args([str(word) for word in words])
-    job = program_file.load(args, program_file.Share())
-    batch = torch.stack([program_file.prepare((path, ""), job).inputs for path, _ in args.photos[: args.batch_size]])
-    answer = job.explainer(batch, top=1)
-
-    def wait(inputs: torch.Tensor) -> Explanation:
-        time.sleep(PACE * len(inputs))
-        return answer
-
-    explain = partial(job.explainer, top=1) if setting.device.startswith("cuda") else wait
-    alone = statistics.median(timed(partial(explain, batch), setting.device)[0] for _ in range(10)) / 1000
-    watched = Watched(job.explainer, explain)
-    loaded = patch.object(program_file, "load", lambda *_: replace(job, explainer=watched))
-    with loaded, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        program_file.run(args)
-    return CROWD / (watched.times[-1] - watched.times[0]), len(batch) / alone
-
-
-def our_comparison(setting: Setting) -> Work:
-    """Everything that is asked for when maps are compared, as a whole process."""
-    options = "--method all --top-k 2 --sheet --metrics --save-arrays --device".split()  # noqa: SIM905
-    output = workshop() / "comparison"
-    return process(ROOT / "cnn_visualizations.py", "--ckpt", CKPT, *options, setting.device, "--output", output, DOG)
-
-
-def grad_cam_seven(setting: Setting) -> Work:
-    """grad-cam's seven maps of the two likeliest classes, and nothing else."""
-    import pytorch_grad_cam
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-    silence_progress()
-    model, inputs = own_network(setting, "demo"), photos("demo", 1, setting.device)
-    with torch.no_grad():
-        two = model(inputs)[0].topk(2).indices.tolist()
-
-    def work() -> Answer:
-        for name in GRAD_CAM_CLASSES.values():
-            with getattr(pytorch_grad_cam, name)(model=model, target_layers=[model.features]) as cam:
-                for target in two:
-                    cam(input_tensor=inputs.clone(), targets=[ClassifierOutputTarget(target)])
-        return {}
-
-    return work
-
-
-# Rows
+# It starts the process that is measured, since on Linux a new process takes over the peak memory of a large parent.
+LAUNCHER = """
+import json, resource, subprocess, sys, time
+began = time.perf_counter()
+finished = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
+wall, used = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+unit = 1 if sys.platform == "darwin" else 1024
+print(json.dumps([wall, used.ru_utime + used.ru_stime, used.ru_maxrss * unit / 1e6]))
+sys.exit(finished.returncode)
+"""
+WORKSHOP = tempfile.TemporaryDirectory()  # is deleted when this process ends
+FOLDERS = itertools.count()
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table.
+class Usage:
+    """What a process took: seconds by the clock and of all cores together, and its peak memory in MB."""
 
-    Attributes:
-        name: for the command line.
-        work: what is measured.
-        peer: who it is measured against; also the package that must be there.
-        ours, theirs: make the two sides.
-        asked: the least factor by which ours is to be faster.
-        scale: the peer does this many times our work; the factor is for the same work.
-        runs: how often each side runs.
-        part: a peer that takes minutes: its work by share, for --quick.
-    """
-
-    name: str
-    work: str
-    peer: str
-    ours: Callable[[Setting], Work]
-    theirs: Callable[[Setting], Work]
-    asked: float
-    scale: float = 1
-    runs: int = 15
-    part: Callable[[Setting, float], Work] | None = None
+    wall: float
+    cpu: float
+    peak: float
 
 
-def against_grad_cam(arch: str, method: str, asked: float, guided: bool = True, **options: object) -> Row:
-    name, layer = split(arch)
-    work = f"{method}{' + gb' if guided else ''}, {name}{'' if guided else ' ' + layer}"
-    return Row(
-        f"{method}-{name}",
-        work,
-        "grad-cam",
-        lambda setting: ours(setting, arch, method, guided),
-        lambda setting: grad_cam(setting, arch, method, guided),
-        asked,
-        **options,
-    )
-
-
-def heat_alone(arch: str) -> Row:
-    return Row(
-        f"heatmap-{arch}",
-        f"gradcam alone, {arch}",
-        "torchcam",
-        lambda setting: ours(setting, arch, guided=False),
-        lambda setting: torch_cam(setting, arch),
-        1.2,
-        runs=25,
-    )
-
-
-FIVE = "gradcam,gradcam++,xgradcam,eigencam,eigengradcam"
-
-ROWS = [
-    against_grad_cam("resnet50", "gradcam", 4.5),
-    against_grad_cam("vgg16", "gradcam", 5.5, runs=9),
-    against_grad_cam("resnet50", "xgradcam", 4.5),
-    against_grad_cam("resnet50", "gradcam++", 4.5),
-    against_grad_cam("resnet50", "eigencam", 2.5),
-    against_grad_cam("resnet50", "eigengradcam", 2.5),
-    heat_alone("resnet50"),
-    heat_alone("mobilenet_v2"),
-    Row(
-        "captum-resnet50",
-        "gradcam + gb, resnet50",
-        "captum",
-        lambda setting: ours(setting, "resnet50"),
-        lambda setting: captum(setting, "resnet50"),
-        2.8,
-    ),
-    Row(
-        "floor-resnet50",
-        "gradcam + gb, resnet50, over the floor: one forward and one backward pass",
-        "floor",
-        lambda setting: ours(setting, "resnet50"),
-        lambda setting: floor(setting, "resnet50"),
-        1 / 1.2,
-        runs=25,
-    ),
-    against_grad_cam(
-        "resnet50",
-        "ablationcam",
-        150,
-        guided=False,
-        runs=1,
-        part=lambda setting, share: part_of_ablation(setting, "resnet50", share),
-    ),
-    against_grad_cam("googlenet@inception4a", "ablationcam", 1, guided=False, runs=3),
-    against_grad_cam("demo", "scorecam", 3.5, guided=False, runs=3),
-    against_grad_cam(
-        "resnet50",
-        "scorecam",
-        2.3,
-        guided=False,
-        runs=1,
-        part=lambda setting, share: part_of_scores(setting, "resnet50", share),
-    ),
-    Row(
-        "five-at-once",
-        "five gradient and eigen methods + gb at once, resnet50, over gradcam + gb alone",
-        "ourselves",
-        lambda setting: ours(setting, "resnet50", FIVE),
-        lambda setting: ours(setting, "resnet50"),
-        1 / 1.5,
-    ),
-    Row(
-        "batch-of-8",
-        "gradcam + gb, resnet50, a photo in a batch of 8 over a photo alone",
-        "ourselves",
-        lambda setting: ours(setting, "resnet50", count=8),
-        lambda setting: ours(setting, "resnet50"),
-        1.3,
-        scale=8,
-        runs=9,
-    ),
-    Row(
-        "folder",
-        f"a folder of {CROWD} photos, resnet50, a photo of it over a run of a plain script",
-        "grad-cam",
-        our_folder,
-        plain_process,
-        20,
-        scale=CROWD,
-        runs=2,
-    ),
-    Row(
-        "comparison",
-        "whole process: seven methods, two classes, sheet, metrics, arrays, over grad-cam's maps alone, the demo",
-        "grad-cam",
-        our_comparison,
-        grad_cam_seven,
-        1,
-        runs=1,
-    ),
-    Row("process", "whole process, one photo, resnet50", "grad-cam", our_process, plain_process, 1 / 0.85, runs=5),
-]
-
-
-# Measuring
-
-
-def timed(work: Work, device: str) -> tuple[float, Answer]:
-    """Milliseconds and the answer."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    answer = work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start), answer
-
-
-def measure(row: Row, setting: Setting) -> dict[str, object]:
-    """Both sides in turn, each warmed up by one run that does not count, unless it is one of many seconds."""
-    share = 1 / 32 if setting.quick and row.part else 1
-    sides = [row.part(setting, share) if share < 1 else row.theirs(setting), row.ours(setting)]
-    runs = max(1, row.runs // 4) if setting.quick else row.runs
-    times: list[list[float]] = [[], []]
-    answers: list[Answer] = [{}, {}]
-    for repetition in range(runs + (runs > 1)):
-        for side, work in enumerate(sides):
-            milliseconds, answers[side] = timed(work, setting.device)
-            if repetition or runs == 1:
-                times[side].append(milliseconds)
-    if runs == 1 and times[1][0] < 5000:
-        times[1] = [timed(sides[1], setting.device)[0] for _ in range(3)]
-    comparable = share == 1 and row.peer not in ("floor", "ourselves")
-    return {
-        "theirs": statistics.median(times[0]) / share,
-        "ours": statistics.median(times[1]),
-        "extrapolated": share < 1,
-        "difference": difference(answers[1], answers[0]) if comparable else None,
-    }
-
-
-def difference(found: Answer, expected: Answer) -> str | None:
-    """The largest difference of the maps, which go to 1, and of the guided gradients as a share of the largest one."""
-    parts = []
-    for what, theirs in expected.items():
-        scale = 1 if what == "cam" else np.abs(theirs).max()
-        parts.append(f"{what} {np.abs(found[what] - theirs).max() / scale:.0e}")
-    return ", ".join(parts) or None
-
-
-# On Linux a new process begins with the peak of the one that started it, this large one. So a small one starts it.
-LAUNCHER = """
-import resource, subprocess, sys
-print(subprocess.run(sys.argv[1:], check=True, capture_output=True, text=True).stdout.strip())
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6)
-"""
-
-
-def peak_memory(row: Row, side: str, setting: Setting) -> float | None:
-    """Megabytes at the peak of a process that does one side of the work once; None where that cannot be told."""
-    if importlib.util.find_spec("resource") is None:  # Windows
-        return None
-    work = getattr(row, side)(setting) if row.name in ("process", "folder", "comparison") else None
-    options = ["--device", setting.device, "--side", side, *["--quick"] * setting.quick, f"={row.name}"]
-    command = work.command if hasattr(work, "command") else [sys.executable, "-W", "ignore", __file__, *options]
+def run_process(*arguments: object) -> Usage:
+    """Run Python with these arguments as a process of its own."""
+    command = [sys.executable, *map(str, arguments)]
     finished = subprocess.run([sys.executable, "-c", LAUNCHER, *command], capture_output=True, text=True)
     if finished.returncode:
-        return None
-    said, peak = finished.stdout.splitlines()[-2:]
-    return float(said) if setting.device.startswith("cuda") and not hasattr(work, "command") else float(peak)
+        sys.exit(f"{' '.join(command)}\n{finished.stderr}")
+    return Usage(*json.loads(finished.stdout))
 
 
-def run_side(row: Row, side: str, setting: Setting) -> None:
-    """One side once; on a GPU the peak of its memory goes to stdout."""
-    if side == "theirs" and setting.quick and row.part:
-        row.part(setting, 1 / 32)()
-    else:
-        getattr(row, side)(setting)()
-    print(torch.cuda.max_memory_allocated() / 1e6 if setting.device.startswith("cuda") else "done")
+def median(usages: list[Usage]) -> Usage:
+    """Return the median of each quantity."""
+    return Usage(*(statistics.median(getattr(usage, name) for usage in usages) for name in ("wall", "cpu", "peak")))
 
 
-# The table
+@cache
+def checkpoint(arch: str) -> Path:
+    """Return a checkpoint of 10 classes with random weights."""
+    from torchvision.models import get_model
 
-HEADINGS = ["work", "peer", "peer ms", "ours ms", "times faster", "asked", "largest difference", "peak MB ours / peer"]
+    torch.manual_seed(0)
+    path = Path(WORKSHOP.name) / f"{arch}.pth"
+    torch.save(get_model(arch, weights=None, num_classes=10).state_dict(), path)
+    return path
 
 
-def line(row: Row, found: dict[str, object], memory: str) -> str:
-    factor = found["theirs"] * row.scale / found["ours"]
-    cells = [
-        row.work,
-        row.peer,
-        f"{found['theirs']:.0f}{' (from a part)' if found['extrapolated'] else ''}",
-        f"{found['ours']:.0f}" if found["ours"] >= 20 else f"{found['ours']:.1f}",
-        f"{factor:.2f}" if factor < 10 else f"{factor:.0f}",
-        f"{row.asked:.2g} {'yes' if factor >= row.asked else 'NO'}",
-        found["difference"] or "",
-        memory,
+@cache
+def photo_folder(count: int, side: int | None = None) -> Path:
+    """Return a folder with photos like the demo's, each shifted; with `side`, one small square one many times."""
+    folder = Path(WORKSHOP.name) / f"{count} photos of {side}"
+    folder.mkdir()
+    pixels = read_photo(DOG).pixels
+    small = folder.parent / "small.jpg"
+    Image.fromarray(pixels).resize((side or 8, side or 8)).save(small)
+    for number in range(count):
+        path = folder / f"{number:05}.jpg"
+        if side:
+            path.write_bytes(small.read_bytes())
+        else:
+            Image.fromarray(np.roll(pixels, 7 * number, 1)).save(path, quality=90)
+    return folder
+
+
+def our_process(device: str, arch: str, *arguments: object) -> Usage:
+    """Run the program, with an output folder of its own."""
+    options = ["--ckpt", checkpoint(arch), "--arch", arch, "--device", device]
+    return run_process(PROGRAM, *options, "--output", Path(WORKSHOP.name) / f"out{next(FOLDERS)}", *arguments)
+
+
+def plain_process(device: str) -> Usage:
+    """Run a plain grad-cam script, which writes the same three pictures of one photo on resnet50."""
+    script = Path(WORKSHOP.name) / "plain.py"
+    script.write_text(PLAIN_SCRIPT, encoding="utf-8")
+    return run_process(script, checkpoint("resnet50"), device, DOG, WORKSHOP.name)
+
+
+def startup(device: str) -> Iterator[Result]:
+    """Measure one photo on resnet50 as a whole process, and --help, in four alternating runs."""
+    sides = [
+        lambda: run_process("-c", "import torch"),
+        lambda: plain_process(device),
+        lambda: our_process(device, "resnet50", DOG),
+        lambda: run_process(PROGRAM, "--help"),
     ]
-    return f"| {' | '.join(cells)} |"
+    for side in sides:
+        side()  # fills the disk cache
+    runs = zip(*[[side() for side in sides] for _ in range(4)], strict=True)
+    bare, plain, program, asked_for_help = map(median, runs)
+    work, peaks = "one photo, resnet50, whole process", f"peak memory {plain.peak:.0f} and {program.peak:.0f} MB"
+    times = f"{bare.cpu:.2f} s CPU", f"{program.cpu:.2f} s CPU"
+    yield Result(work, "import torch alone", *times, program.cpu / bare.cpu, 1.8, at_most=True)
+    times = f"{plain.wall:.2f} s", f"{program.wall:.2f} s"
+    yield Result(work, "a grad-cam script", *times, program.wall / plain.wall, 0.6, at_most=True, details=peaks)
+    yield Result("--help", "(seconds)", "", seconds(asked_for_help.wall), asked_for_help.wall, 0.3, at_most=True)
 
 
-def machine(device: str) -> str:
-    """The machine and the versions."""
-    names = ("torch", "torchvision", "grad-cam", "torchcam", "captum", "numpy")
-    versions = ", ".join(f"{name} {version}" for name in names if (version := version_of(name)))
-    chip = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
-    system = f"{platform.system()}, Python {platform.python_version()}"
-    return f"{chip}, {torch.get_num_threads()} threads, {system}; {versions}"
+def folder(device: str, count: int = 100) -> Iterator[Result]:
+    """Measure a folder of photos on resnet50, and how busy the cores are once the program has started."""
+    few, many = photo_folder(count // 5), photo_folder(count)
+    runs = [
+        (plain_process(device), our_process(device, "resnet50", few), our_process(device, "resnet50", many))
+        for _ in range(3)
+    ]
+    plain, short, long = map(median, zip(*runs, strict=True))
+    loop, rate = count * plain.wall, (count - count // 5) / (long.wall - short.wall)
+    details = f"the loop's time from 3 of its {count} runs; {rate:.1f} photos a second once started"
+    work, times = f"folder of {count} photos, resnet50", (seconds(loop), seconds(long.wall))
+    yield Result(work, "a grad-cam script in a shell loop", *times, loop / long.wall, 20, details=details)
+    used, wall = long.cpu - short.cpu, long.wall - short.wall
+    busy, cores = used / wall / (os.cpu_count() or 1), os.cpu_count() or 1
+    work, times = "cores busy while the photos go through", (f"{cores} cores", f"{used / wall:.2f} busy")
+    yield Result(work, "all of the cores", *times, busy, 0.85)
 
 
-def version_of(package: str) -> str | None:
+def memory(device: str) -> Iterator[Result]:
+    """Measure the peak memory of 500 and of 10,000 small photos through a SqueezeNet."""
+    options = ["--input-size", 64, "--output-size", 64]
+    few, many = (our_process(device, "squeezenet1_1", *options, photo_folder(n, 64)).peak for n in (500, 10_000))
+    times = f"{few:.0f} MB", f"{many:.0f} MB"
+    yield Result("peak memory of 10,000 photos", "of 500 photos", *times, many / few, 1.1, at_most=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------------------------
+
+FIVE = "gradcam,gradcam++,xgradcam,eigencam,eigengradcam"
+ROWS: dict[str, Callable[[str], Iterator[Result]]] = {
+    "gradcam-resnet50": against_grad_cam("resnet50", "gradcam", "GradCAM", 3.6, runs=15),
+    "gradcam-vgg16": against_grad_cam("vgg16", "gradcam", "GradCAM", 5, runs=3),
+    "heatmap-resnet50": heatmap_alone("resnet50"),
+    "heatmap-mobilenet_v2": heatmap_alone("mobilenet_v2"),
+    "captum-resnet50": partial(
+        compare, "gradcam + gb, resnet50", "captum", partial(captum, "resnet50"), partial(ours, "resnet50"), 1.8
+    ),
+    "pass-resnet50": partial(
+        compare,
+        "gradcam + gb, resnet50",
+        "one forward and backward pass in plain torch",
+        partial(one_pass, "resnet50"),
+        partial(ours, "resnet50"),
+        None,
+    ),
+    "five-resnet50": partial(
+        compare,
+        "five methods at once + gb, resnet50",
+        "gradcam + gb alone, ours",
+        partial(ours, "resnet50"),
+        partial(ours, "resnet50", methods=FIVE),
+        None,
+    ),
+    "ablationcam-resnet50": ablation_cam,
+    "scorecam-demo": against_grad_cam("demo", "scorecam", "ScoreCAM", 3.5, guided=False, runs=1),
+    "startup": startup,
+    "folder": folder,
+    "memory": memory,
+    "batches": batches,
+}
+PACKAGES = {"heatmap": "torchcam", "captum": "captum"}  # that a row needs beside the program's own
+
+
+def version_of(package: str) -> str:
+    """Return the version of an installed package, or ""."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return ""
 
 
-def cpu_name() -> str:
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text().splitlines() if table.is_file() else []
-    named = [entry.partition(":")[2].strip() for entry in lines if entry.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+def machine(device: str) -> str:
+    """Return the machine and the versions, in one line."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.is_file() else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    chip = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu
+    versions = [f"{name} {version_of(name)}" for name in ("torch", "torchvision", "grad-cam", "torchcam", "captum")]
+    system = f"{platform.system()}, Python {platform.python_version()}"
+    return f"{chip}, {torch.get_num_threads()} threads, {system}; {', '.join(versions)}"
 
 
-def print_shares(setting: Setting) -> None:
-    """How busy the cores are while photos go through, and how little the network waits for the rest."""
-    busy, (rate, alone) = busy_share(setting), flow(setting)
-    of = f"as explanations alone on {setting.device}" if setting.device != "cpu" else "as a stand-in for a GPU answers"
-    lines = {
-        "through that folder, the cores are busy | | | ": busy,
-        f"photos a second of one megapixel, as many {of} | | {alone:.0f} | {rate:.0f} ": rate / alone,
-    }
-    for text, share in lines.items():
-        print(f"| {text}| {share:.0%} | 90% {'yes' if share >= 0.9 else 'NO'} |", flush=True)
-
-
-def chosen_rows(words: list[str]) -> list[Row]:
-    """The rows whose names contain a word, or are the word behind a '='; those whose peer is not installed left out."""
-    rows = [row for row in ROWS if not words or any(w == f"={row.name}" or w in row.name for w in words)]
-    missing = {row.peer for row in rows if row.peer not in ("floor", "ourselves") and not version_of(row.peer)}
-    for peer in sorted(missing):
-        print(f"note: {peer} is not installed; its rows are left out", file=sys.stderr)
-    return [row for row in rows if row.peer not in missing]
+def chosen_rows(words: list[str], device: str, with_memory: bool) -> list[str]:
+    """Return the names that contain one of the words; without words, all but those that take long or need a GPU."""
+    names = [name for name in ROWS if any(word in name for word in words)]
+    if not words:
+        left_out = {"memory"} | (set() if device.startswith("cuda") else {"batches"})
+        names = [name for name in ROWS if name not in left_out]
+    names += ["memory"] if with_memory and "memory" not in names else []
+    for name in list(names):
+        package = PACKAGES.get(name.partition("-")[0])
+        if package and not version_of(package):
+            print(f"warning: {package} is not installed; {name} is left out", file=sys.stderr)
+            names.remove(name)
+    return names
 
 
 def print_metrics(folder: Path, ckpt: Path, device: str) -> None:
-    """The table method by metric, means over the photos of a folder, each for its likeliest class."""
+    """Print each method's mean metrics over the photos of a folder, each explained for its prediction."""
     classifier = load_classifier(ckpt=ckpt, device=device)
     explainer = Explainer(classifier.model, METHODS, guided=False)
-    sums, count = np.zeros((len(METHODS), len(METRICS))), 0
+    found: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
     for path, _ in find_photos([str(folder)]):
         try:
-            inputs = classifier.preprocess(read_photo(Path(path)))[None]
+            inputs = classifier.preprocess(read_photo(path))[None]
         except PhotoError as error:
             print(f"error: {error}", file=sys.stderr)
             continue
-        found, count = explainer(inputs), count + 1
-        of_methods = (measure_trust(explainer, inputs, found.cams[m][0], int(found.targets[0])) for m in METHODS)
-        sums += [list(values.values()) for values in of_methods]
-    print(
-        f"{count} photos of {folder}, {ckpt.name}\n\n| method | {' | '.join(METRICS)} |\n|{'---|' * (len(METRICS) + 1)}"
-    )
-    for method, means in zip(METHODS, sums / max(count, 1), strict=True):
+        explanation = explainer(inputs)
+        for method, cams in explanation.cams.items():
+            found[method].append(faithfulness(explainer, inputs, cams[0], int(explanation.targets[0])))
+    photos_done = found[METHODS[0]]
+    if not photos_done:
+        sys.exit(f"error: no photo of {folder} can be read")
+    print(f"{len(photos_done)} photos of {folder}, {ckpt.name}\n\n| method | {' | '.join(photos_done[0])} |")
+    print(f"|{'---|' * (1 + len(photos_done[0]))}")
+    for method, of_photos in found.items():
+        means = [statistics.mean(values) for values in zip(*map(dict.values, of_photos), strict=True)]
         print(f"| {method} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compares the explainer with its peers.")
-    parser.add_argument("rows", nargs="*", help=f"parts of row names: {', '.join(row.name for row in ROWS)}")
-    parser.add_argument("--quick", action="store_true", help="fewer runs; slow peers do a part of their work")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"parts of the names of rows: {', '.join(ROWS)}")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory", action="store_true", help="also the peak memory, each side in its own process")
-    parser.add_argument("--metrics", type=Path, metavar="FOLDER", help="measure the methods on the photos of a folder")
-    parser.add_argument("--ckpt", type=Path, default=CKPT, help="for --metrics, another network than the demo's")
-    parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help="also the row that runs 10,000 photos (minutes)")
+    parser.add_argument("--metrics", type=Path, metavar="FOLDER", help="instead: what the maps are worth")
+    parser.add_argument("--ckpt", type=Path, default=CKPT, help="for --metrics, instead of the demo")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     if args.metrics:
         print_metrics(args.metrics, args.ckpt, args.device)
         return
-    setting, rows = Setting(args.device, args.quick, alone=bool(args.side)), chosen_rows(args.rows)
-    if args.side:
-        run_side(rows[0], args.side, setting)
-        return
-    print(f"{machine(args.device)}\n\n| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
-    for row in rows:
-        found = measure(row, setting)
-        peaks = [peak_memory(row, side, setting) for side in ("ours", "theirs")] if args.memory else []
-        memory = " / ".join("?" if peak is None else f"{peak:.0f}" for peak in peaks)
-        print(line(row, found, memory), flush=True)
-        if row.name == "folder":
-            print_shares(setting)
+    names = chosen_rows(args.rows, args.device, args.memory)
+    if not names:
+        parser.error(f"no row of that name; there are {', '.join(ROWS)}")
+    headings = ("work", "other", "other's time", "ours", "ratio", "goal", "details")
+    print(f"{machine(args.device)}\n\n| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
+    for name in names:
+        for result in ROWS[name](device=args.device):
+            print(result.line(), flush=True)
 
 
 if __name__ == "__main__":
