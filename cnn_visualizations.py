@@ -2099,15 +2099,11 @@ class Log:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / LOG_NAME
-        self._mutex = threading.Lock()  # a FileLock counts for each thread
         self._lock = FileLock(folder / ".results.lock", poll_interval=0.01)
         self._position = 0  # up to which the log was read
         self._last: dict[tuple[str, str], tuple[str, list[Path]]] = {}  # (image, method) -> options, files
         self._owners: dict[int, tuple[str, str]] = {}  # file -> (image, options) of the last record that lists it
-        self._stems: dict[int, str] = {}  # output stem -> image
-        self._stem_of: dict[str, str] = {}  # image -> output stem
-        self._numbers: Counter[str] = Counter()  # how many numbers behind a stem were tried
-        self._unwritten: list[dict[str, Any]] = []  # records for which there was no room
+        self._stems: dict[int, str] = {}  # the beginning of files' names -> the image that they are of
         try:
             with self._locked():
                 self._at_start = dict(self._last)
@@ -2120,7 +2116,7 @@ class Log:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
         for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # no link is followed, no FIFO waited for
             flags |= getattr(os, name, 0)
-        with self._mutex, self._lock, open(os.open(self.path, flags, 0o666), "r+b", buffering=0) as file:
+        with self._lock, open(os.open(self.path, flags, 0o666), "r+b", buffering=0) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise FileExistsError(errno.EEXIST, "it is not a regular file; remove it")
             file.seek(self._position)
@@ -2140,22 +2136,6 @@ class Log:
         self._owners.update((file_key(file), (image, options)) for file in files)
         if stem:
             self._stems[file_key(self.folder / stem)] = image
-            self._stem_of[image] = stem
-
-    def stem(self, image: str, folder: str) -> str:
-        """Return the beginning of the names of a photo's files, below the output folder, such as cats/33 or cats/33_2.
-
-        It is the photo's own, and the same in later runs.
-        """
-        base, key = "/".join([*Path(folder).parts, Path(image).stem]), image_key(self.folder, {"image": image})
-        known = self._stem_of.get(key, "")
-        if known == base or re.fullmatch(re.escape(base) + r"_\d+", known):
-            return known
-        while True:
-            self._numbers[base] += 1
-            stem = base if self._numbers[base] == 1 else f"{base}_{self._numbers[base]}"
-            if self._stems.setdefault(file_key(self.folder / stem), key) == key:
-                return stem
 
     def is_done(self, image: str, method: str, options: str) -> bool:
         """Return whether a photo's files are all there as a run with the same options has written them."""
@@ -2164,20 +2144,21 @@ class Log:
         return done == options and all(self._owners[file_key(f)] == mine and os.path.isfile(f) for f in files)
 
     def write(
-        self, record: dict[str, Any], stem: str, names: Callable[[str], Iterable[str]], contents: Sequence[bytes]
+        self, record: dict[str, Any], base: str, names: Callable[[str], Iterable[str]], contents: Sequence[bytes]
     ) -> bool:
         """Write the files of a photo and append its record. Return False where another process has done so meanwhile.
 
         Args:
             record: `files`, `output_stem` and `source`, the photo's path from the output folder, are added to it.
-            stem: from `Log.stem`; a number is added where a file of that name is not the photo's own.
-            names: the photo's stem -> the names of its files.
+            base: the beginning of the files' names, below the output folder, such as cats/33; where that is another
+                photo's, or a file is in the way, it becomes cats/33_2. It is the same in later runs.
+            names: the stem, such as 33 -> the names of the files.
             contents: of the files.
 
         Raises:
             OSError: the disk is full, a name is too long ...
         """
-        folder, image, parts = self.folder / os.path.dirname(stem), image_key(self.folder, record), list[Path]()
+        folder, image, parts = self.folder / os.path.dirname(base), image_key(self.folder, record), list[Path]()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for content in contents:
@@ -2188,20 +2169,21 @@ class Log:
                 key = image, record["method"]
                 if self._last.get(key) != self._at_start.get(key) and self._last[key][0] == record["options"]:
                     return False
-                while not all(self._is_free(folder / name, image) for name in names(os.path.basename(stem))):
-                    self._stem_of.pop(image, None)
-                    stem = self.stem(record["image"], os.path.dirname(stem))
-                files = [folder / name for name in names(os.path.basename(stem))]
-                source = os.path.relpath(record["image"], self.folder)
-                record |= {"files": [str(file) for file in files], "output_stem": stem, "source": source}
+                for number in itertools.count(1):
+                    stem = base if number == 1 else f"{base}_{number}"
+                    files = [folder / name for name in names(os.path.basename(stem))]
+                    owner = self._stems.get(file_key(self.folder / stem), image)
+                    if owner == image and all(self._is_free(file, image) for file in files):
+                        break
                 for file in files:  # a run that is killed from here on leaves no file of the run before it
                     file.unlink(missing_ok=True)
-                self._append(log, record)
+                self._append(log, {**record, "files": [str(file) for file in files], "output_stem": stem})
                 for part, file in zip(parts, files, strict=True):
                     move(part, file)
         finally:
             for part in parts:
                 part.unlink(missing_ok=True)
+        record["files"] = [str(file) for file in files]
         return True
 
     def _is_free(self, file: Path, image: str) -> bool:
@@ -2214,6 +2196,8 @@ class Log:
 
     def _append(self, log: Any, record: Mapping[str, Any]) -> None:
         """Append a line, all of it or none. Raises OSError."""
+        with contextlib.suppress(ValueError):  # another drive of Windows
+            record = {**record, "source": os.path.relpath(record["image"], self.folder)}
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         end = log.seek(0, os.SEEK_END)
         if end > self._position:  # half a line, of a process that was killed
@@ -2224,13 +2208,10 @@ class Log:
         self._position = end + len(line)
         self._remember(record)
 
-    def write_error(self, *records: dict[str, Any]) -> None:
-        """Append records without files, and those before them for which there was no room."""
-        self._unwritten += ({**record, "files": []} for record in records)
+    def write_error(self, image: str, method: str, error: str) -> None:
+        """Append the record of a photo without files; where there is no room, the next run will do so."""
         with contextlib.suppress(OSError), self._locked() as log:
-            while self._unwritten:
-                self._append(log, self._unwritten[0])
-                del self._unwritten[0]
+            self._append(log, {"image": image, "method": method, "error": error, "files": []})
 
 
 def move(part: Path, file: Path) -> None:
@@ -2248,7 +2229,8 @@ def move(part: Path, file: Path) -> None:
 # 7  Run. Threads read, one explains, threads write; a photo that fails stops nothing.
 # ---------------------------------------------------------------------------------------------------------------------
 
-THREADS = min(4, os.cpu_count() or 1)  # that read, and as many that write
+THREADS = min(4, os.cpu_count() or 1)  # that read, and as many that draw
+FileKey = tuple[str, str, str]  # output, method ("" for gb, the sheet and the arrays), label of the class ("" for none)
 
 
 @dataclass
@@ -2256,16 +2238,14 @@ class Item:
     """A photo on its way through the program; each step fills in what it finds, or `error`."""
 
     path: str
-    stem: str  # the beginning of its files' names, see Log.stem
+    folder: str  # of its files, below the output folder
     options: str = ""  # a hash of the options and of the file, by which a later run knows what was done
-    width: int = 0
-    height: int = 0
     box: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # the part that the network sees, in its pixels
     picture: Picture | None = None  # that part, to draw on
     inputs: Tensor | None = None  # that part as the network gets it, (3, H, W)
     explanation: Explanation | None = None  # (1, K, ...)
-    metrics: list[dict[str, Any]] = field(default_factory=list)  # one for each class and method
-    record: dict[str, Any] = field(default_factory=dict)  # its line in the log; empty if another process wrote it
+    record: dict[str, Any] = field(default_factory=dict)  # its line in the log
+    contents: dict[FileKey, bytes] = field(default_factory=dict)  # of its files
     error: str = ""  # one line
 
 
@@ -2275,7 +2255,6 @@ class Job:
 
     args: argparse.Namespace
     options: str  # those that decide what is in the files, see options_text
-    log: Log
     classifier: Classifier
     explainer: Explainer
     targets: Tensor | None  # (1, K); None: the prediction, or the `top_k` classes of highest probability
@@ -2285,24 +2264,27 @@ class Job:
 
 
 def prefetch(function: Callable[[Any], Any], items: Iterable[Any], depth: int, threads: int) -> Iterator[Any]:
-    """Map `function` over `items`, in order, in threads, up to `depth` items ahead."""
-    pool, pending = ThreadPoolExecutor(threads), deque[Future[Any]]()
+    """Map `function` over `items`, in order, in threads, up to `depth` items ahead.
+
+    Where `items` raises an error, what was begun before it is yielded first.
+    """
+    pool, pending, error = ThreadPoolExecutor(threads), deque[Future[Any]](), None
+    items = iter(items)
     try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) >= depth:
-                yield result_of(pending.popleft())
-        while pending:
-            yield result_of(pending.popleft())
+        while pending or not error:
+            try:
+                while not error and len(pending) < depth:
+                    pending.append(pool.submit(function, next(items)))
+            except (Exception, KeyboardInterrupt) as raised:
+                error = raised
+            while pending and not pending[0].done():
+                wait([pending[0]], timeout=0.2)  # on Windows, Ctrl-C ends only such waits as have a limit
+            if pending:
+                yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def result_of(future: Future[Any]) -> Any:
-    """Return the future's result; on Windows, Ctrl-C ends only such waits as have a limit."""
-    while not future.done():
-        wait([future], timeout=0.2)
-    return future.result()
+    if not isinstance(error, StopIteration):
+        raise error
 
 
 def options_text(args: argparse.Namespace) -> str:
@@ -2322,7 +2304,7 @@ def options_hash(options: str, path: str) -> str:
     return hashlib.sha256(f"{options} {file_signature(path)}".encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
-def load_job(args: argparse.Namespace, options: str, log: Log, local_rank: int | None) -> Job:
+def load_job(args: argparse.Namespace, options: str, local_rank: int | None) -> Job:
     """Load the network that the command line asks for, and print what is assumed about it. Raises CallError."""
     device, why = find_device(args.device, local_rank)
     given = {name: getattr(args, name) for name in ("class_names", "input_size", "resize", "mean", "std")}
@@ -2331,15 +2313,9 @@ def load_job(args: argparse.Namespace, options: str, log: Log, local_rank: int |
     targets = list(dict.fromkeys(find_class(wanted, names) for wanted in args.target_classes or ()))
     if (args.top_k or 1) > len(names):
         warn(f"--top-k {args.top_k}, but the network has {len(names)} classes; all of them are explained")
-    explainer = Explainer(
-        classifier.model,
-        args.methods,
-        args.target_layers,
-        guided=args.outputs != ["cam"],
-        aug_smooth=args.aug_smooth,
-        eigen_smooth=args.eigen_smooth,
-        progress=partial(tqdm, desc=",".join(args.methods), unit="pass", leave=False, disable=None),
-    )
+    given = {name: getattr(args, name) for name in ("methods", "target_layers", "aug_smooth", "eigen_smooth")}
+    bar = partial(tqdm, desc=",".join(args.methods), unit="pass", leave=False, disable=None)
+    explainer = Explainer(classifier.model, guided=args.outputs != ["cam"], progress=bar, **given)
     try:
         explainer.prepare(torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)))
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -2352,19 +2328,20 @@ def load_job(args: argparse.Namespace, options: str, log: Log, local_rank: int |
         print_line(told.describe(explainer.target_layers), sys.stderr)
     labels = file_labels(names) if targets or (args.top_k or 1) > 1 else None
     font = find_font("".join(names)) if args.sheet else (None, True)
-    return Job(args, options, log, classifier, explainer, torch.tensor([targets]) if targets else None, labels, *font)
+    return Job(args, options, classifier, explainer, torch.tensor([targets]) if targets else None, labels, *font)
 
 
 def read_item(entry: tuple[str, str], job: Job) -> Item:
     """Read a photo, and keep only what is needed further on, so that large photos do not pile up in memory."""
-    item = Item(*entry)
+    item, method = Item(*entry), ",".join(job.args.methods)
     try:
         item.options = options_hash(job.options, item.path)
         photo = read_photo(item.path)
-        item.height, item.width = photo.pixels.shape[:2]
-        item.box = job.classifier.seen_box(item.height, item.width)
+        height, width = photo.pixels.shape[:2]
+        item.box = job.classifier.seen_box(height, width)
         item.picture = seen_picture(photo, item.box, job.args.output_size)
         item.inputs = job.classifier.preprocess(photo)
+        item.record = {"image": item.path, "width": width, "height": height, "method": method}
     except PhotoError as error:
         item.error = str(error)
     return item
@@ -2379,7 +2356,7 @@ def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Ite
             explanation = job.explainer(inputs, job.targets, top=job.args.top_k or 1)
             for index, item in enumerate(part):
                 item.explanation = explanation.only(index)
-                item.metrics = measure(item, job) if job.args.metrics else []
+                describe_item(item, job)
             return part
         except CallError:
             raise
@@ -2399,58 +2376,35 @@ def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Ite
         yield from batch
 
 
-def measure(item: Item, job: Job) -> list[dict[str, Any]]:
-    """Return the metrics of each map of a photo, class by class and method by method."""
-    found = []
-    for index, target in enumerate(item.explanation.targets[0].tolist()):
-        for method, cams in item.explanation.cams.items():
-            values = faithfulness(job.explainer, item.inputs[None], cams[0, index], target)
-            found.append({"class": job.classifier.class_names[target], "method": method, **values})
-    return found
-
-
-def describe(item: Item, job: Job) -> dict[str, Any]:
-    """Return the record of a photo that was explained, as it stands in the log, without its files."""
-    p = probabilities(torch.from_numpy(item.explanation.logits))[0].tolist()
+def describe_item(item: Item, job: Job) -> None:
+    """Complete the record of a photo that was explained, with the metrics if they are asked for."""
+    explanation, classifier = item.explanation, job.classifier
+    p = probabilities(torch.from_numpy(explanation.logits))[0].tolist()
 
     def named(index: int) -> dict[str, Any]:
-        return {"index": index, "name": job.classifier.class_names[index], "probability": round(p[index], 6)}
+        return {"index": index, "name": classifier.class_names[index], "probability": round(p[index], 6)}
 
-    classes = [named(index) for index in item.explanation.targets[0].tolist()]
+    classes = [named(index) for index in explanation.targets[0].tolist()]
     top5 = [named(index) for index in sorted(range(len(p)), key=lambda index: -p[index])[:5]]
-    return {
-        "image": item.path,
-        "width": item.width,
-        "height": item.height,
-        "prediction": top5[0],
-        "class": classes[0],
-        **({"classes": classes} if job.labels else {}),
-        "top5": top5,
-        "method": ",".join(job.args.methods),
-        "target_layer": ",".join(job.explainer.target_layers),
-        "input_size": job.classifier.input_size,
-        "mean": [round(value, 6) for value in job.classifier.preset.mean],
-        "std": [round(value, 6) for value in job.classifier.preset.std],
-        "resize": job.args.resize,
-        **({"metrics": item.metrics} if item.metrics else {}),
-        "options": item.options,
-    }
+    item.record |= {"prediction": top5[0], "class": classes[0], **({"classes": classes} if job.labels else {})}
+    item.record |= {"top5": top5, "target_layer": ",".join(job.explainer.target_layers)}
+    item.record |= {"input_size": classifier.input_size, "resize": job.args.resize, "options": item.options}
+    for key in ("mean", "std"):
+        item.record[key] = [round(value, 6) for value in getattr(classifier.preset, key)]
+    maps = [(k, method, cams[0, k]) for k in range(len(classes)) for method, cams in explanation.cams.items()]
+    if job.args.metrics:
+        item.record["metrics"] = [
+            {
+                "class": classes[k]["name"],
+                "method": method,
+                **faithfulness(job.explainer, item.inputs[None], cam, classes[k]["index"]),
+            }
+            for k, method, cam in maps
+        ]
 
 
-def as_line(record: Mapping[str, Any]) -> str:
-    """Return what is printed for a photo: its prediction, the classes explained, metrics, and the files."""
-    prediction, classes = record["prediction"], record.get("classes", [record["class"]])
-    parts = [f"{prediction['name']} {prediction['probability']:.3g}"]
-    if classes != [prediction]:
-        parts.append("explained: " + ", ".join(f"{each['name']} {each['probability']:.3g}" for each in classes))
-    for found in record.get("metrics", ()):
-        of = f" for {found['class']}" if len(classes) > 1 else ""
-        parts.append(f"{found['method']}{of}: " + ", ".join(f"{name} {found[name]:.3g}" for name in METRICS))
-    return f"{record['image']}: {'; '.join(parts)} -> {', '.join(record['files'])}"
-
-
-def draw_item(item: Item, job: Job) -> dict[tuple[str, str, str], Picture]:
-    """Return the pictures of a photo by output, method ("" for gb and the sheet) and class label ("" for none).
+def draw_item(item: Item, job: Job) -> dict[FileKey, Picture]:
+    """Return the pictures of a photo.
 
     On the sheet, each class has the source above gb, then for each method cam above cam_gb.
     """
@@ -2458,26 +2412,27 @@ def draw_item(item: Item, job: Job) -> dict[tuple[str, str, str], Picture]:
     def name(found: Mapping[str, Any]) -> str:
         return f"{found['name'] if job.font_has_names else found['index']} {found['probability']:.3f}"
 
-    pictures, blocks, args = {}, [], job.args
+    pictures, blocks, args, explanation = {}, [], job.args, item.explanation
     height, width = item.picture.shape[:2]
     for index, found in enumerate(item.record.get("classes", [item.record["class"]])):
         label = job.labels[found["index"]] if job.labels else ""
-        guided = None if item.explanation.guided is None else item.explanation.guided[0, index]
-        columns = [[("source", item.picture, "")]]
-        for method, cams in item.explanation.cams.items():
-            cam, column = cams[0, index], []
-            for output in args.outputs:
-                key = output, "" if output == "gb" else method, label
-                if output == "gb" and key not in pictures:
-                    pictures[key] = draw_gradients(guided, width, height)
-                    columns[0].append(("gb", pictures[key], ""))
-                elif output != "gb":
-                    is_cam = output == "cam"
-                    drawn = draw_cam(item.picture, cam, args.colormap, args.alpha) if is_cam else None
-                    pictures[key] = drawn if is_cam else draw_gradients(guided * cam, width, height)
-                    column.append((f"{method} {output}", pictures[key], "" if cam.any() else "no positive evidence"))
-            columns += [column] if column else []
-        blocks.append((f"explained: {name(found)}", columns))
+        cams = {method: maps[0, index] for method, maps in explanation.cams.items()}
+        guided = None if explanation.guided is None else explanation.guided[0, index]
+        for output in args.outputs:
+            for method in [""] if output == "gb" else cams:
+                if output == "cam":
+                    picture = draw_cam(item.picture, cams[method], args.colormap, args.alpha)
+                else:
+                    picture = draw_gradients(guided * cams.get(method, 1), width, height)
+                pictures[output, method, label] = picture
+        columns = [
+            [("source", item.picture, ""), *(("gb", p, "") for k, p in pictures.items() if k == ("gb", "", label))]
+        ]
+        for method, cam in cams.items():
+            keys = [(output, method, label) for output in args.outputs if output != "gb"]
+            note = "" if cam.any() else "no positive evidence"
+            columns.append([(f"{method} {key[0]}", pictures[key], note) for key in keys])
+        blocks.append((f"explained: {name(found)}", [column for column in columns if column]))
     if args.sheet:
         wide = job.font_has_names and not "".join(job.classifier.class_names).isascii()
         photo = "".join(c if wide or c.isascii() else "?" for c in os.path.basename(item.path))
@@ -2486,68 +2441,69 @@ def draw_item(item: Item, job: Job) -> dict[tuple[str, str, str], Picture]:
     return pictures
 
 
-def encode_arrays(item: Item, job: Job) -> bytes:
-    """Return what --save-arrays writes, as a compressed .npz: M methods, K explained classes, inputs of H x W.
+def encode_item(item: Item, job: Job) -> Item:
+    """Fill in the contents of a photo's files.
 
-    methods (M,); classes int64 (K,); cams float32 (M, K, H, W) in [0, 1]; guided float32 (K, 3, H, W), if asked for;
-    logits float32 and class_names for all classes; target_layers; box float64 (4,): left, top, right and bottom of what
-    the network saw, in the photo's pixels.
+    The compressed .npz of --save-arrays has, for M methods, K explained classes and inputs of H x W: methods (M,);
+    classes int64 (K,); cams float32 (M, K, H, W) in [0, 1]; guided float32 (K, 3, H, W), if asked for; logits float32
+    and class_names for all classes; target_layers; box float64 (4,): left, top, right and bottom of what the network
+    saw, in the photo's pixels.
     """
-    explanation, buffer = item.explanation, io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        methods=np.array(job.args.methods),
-        classes=explanation.targets[0],
-        cams=np.stack([explanation.cams[method][0] for method in job.args.methods]),
-        logits=explanation.logits[0],
-        class_names=np.array(job.classifier.class_names),
-        target_layers=np.array(job.explainer.target_layers),
-        box=np.array(item.box),
-        **({} if explanation.guided is None else {"guided": explanation.guided[0]}),
-    )
-    return buffer.getvalue()
+    args, explanation, buffer = job.args, item.explanation, io.BytesIO()
+    if not item.error:
+        for key, picture in draw_item(item, job).items():
+            item.contents[key] = encode(picture, args.format, args.quality)
+    if not item.error and args.save_arrays:
+        np.savez_compressed(
+            buffer,
+            methods=np.array(args.methods),
+            classes=explanation.targets[0],
+            cams=np.stack([explanation.cams[method][0] for method in args.methods]),
+            logits=explanation.logits[0],
+            class_names=np.array(job.classifier.class_names),
+            target_layers=np.array(job.explainer.target_layers),
+            box=np.array(item.box),
+            **({} if explanation.guided is None else {"guided": explanation.guided[0]}),
+        )
+        item.contents["arrays", "", ""] = buffer.getvalue()
+    item.picture = item.inputs = None
+    return item
 
 
-def file_names(keys: Iterable[tuple[str, str, str]], form: str, stem: str) -> list[str]:
-    """Return the file name for each key of `draw_item`, and for the arrays."""
+def file_names(keys: Iterable[FileKey], form: str, stem: str) -> list[str]:
+    """Return the names of a photo's files."""
     special = {"sheet": f"{stem}_sheet.{form}", "arrays": f"{stem}.npz"}
     parts = ((output, (method, output, stem, label)) for output, method, label in keys)
     return [special.get(output) or "_".join(filter(None, words)) + f".{form}" for output, words in parts]
 
 
-def save_item(item: Item, job: Job) -> Item:
-    """Write the files and the record of a photo."""
-    args = job.args
+def save_item(item: Item, args: argparse.Namespace, log: Log) -> str:
+    """Write the files and the record of a photo, and print its line. Return "done", "skipped" or "failed"."""
     try:
-        if not item.error:
-            item.record = describe(item, job)
-            contents = {k: encode(picture, args.format, args.quality) for k, picture in draw_item(item, job).items()}
-            if args.save_arrays:
-                contents["arrays", "", ""] = encode_arrays(item, job)
-            names = partial(file_names, list(contents), args.format)
-            if not job.log.write(item.record, item.stem, names, list(contents.values())):
-                item.record = {}
+        base, names = (
+            "/".join([*Path(item.folder).parts, Path(item.path).stem]),
+            partial(file_names, item.contents, args.format),
+        )
+        if not item.error and not log.write(item.record, base, names, list(item.contents.values())):
+            return "skipped"
     except OSError as error:
         item.error = f"{item.path}: its results cannot be written: {error.strerror or error}"
     if item.error:
-        job.log.write_error({"image": item.path, "method": ",".join(args.methods), "error": item.error})
-    item.picture = item.inputs = None
-    return item
-
-
-def report(item: Item, tally: Counter[str], bar: Any) -> None:
-    """Count a photo and print its line, above the progress bar where there is one."""
-    tally["failed" if item.error else "done" if item.record else "skipped"] += 1
-    with bar.external_write_mode():
-        if item.error:
-            print_line(f"error: {item.error}", sys.stderr)
-        elif item.record:
-            print_line(as_line(item.record))
-            empty = [method for method, cams in item.explanation.cams.items() if not cams[0].any((1, 2)).all()]
-            where = f"no positive evidence at {item.record['target_layer']}"
-            for method in empty:
-                print_line(f"warning: {item.path}: the {method} map is all zeros: {where}", sys.stderr)
-    bar.update()
+        log.write_error(item.path, ",".join(args.methods), item.error)
+        print_line(f"error: {item.error}", sys.stderr)
+        return "failed"
+    prediction, classes = item.record["prediction"], item.record.get("classes", [item.record["class"]])
+    parts = [f"{prediction['name']} {prediction['probability']:.3g}"]
+    if classes != [prediction]:
+        parts.append("explained: " + ", ".join(f"{each['name']} {each['probability']:.3g}" for each in classes))
+    for found in item.record.get("metrics", ()):
+        of = f" for {found['class']}" if len(classes) > 1 else ""
+        parts.append(f"{found['method']}{of}: " + ", ".join(f"{name} {found[name]:.3g}" for name in METRICS))
+    print_line(f"{item.path}: {'; '.join(parts)} -> {', '.join(item.record['files'])}")
+    for method in (method for method, cams in item.explanation.cams.items() if not cams[0].any((1, 2)).all()):
+        where = f"no positive evidence at {item.record['target_layer']}"
+        print_line(f"warning: {item.path}: the {method} map is all zeros: {where}", sys.stderr)
+    return "done"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -2555,27 +2511,23 @@ def run(args: argparse.Namespace) -> int:
     began, interrupted = time.monotonic(), False
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None
-    log, options = Log(args.output), options_text(args)
-    # every process names the files of all photos, so that all of them agree
-    mine = [(path, log.stem(path, folder)) for path, folder in args.photos][rank::world_size]
-    methods = ",".join(args.methods)
+    log, options, methods = Log(args.output), options_text(args), ",".join(args.methods)
+    mine = args.photos[rank::world_size]
     todo = [e for e in mine if not args.skip_existing or not log.is_done(e[0], methods, options_hash(options, e[0]))]
-    tally, writing = Counter(skipped=len(mine) - len(todo)), deque[Future[Item]]()
-    with tqdm(total=len(todo), unit="photo", disable=None) as bar, ThreadPoolExecutor(THREADS) as writers:
-        try:
-            job = load_job(args, options, log, local_rank) if todo else None
-            batch_size = BatchSize(args.batch_size or (2 if job is None or job.explainer.device.type == "cpu" else 32))
-            depth = 2 * batch_size.size + THREADS
-            for item in explain_items(prefetch(partial(read_item, job=job), todo, depth, THREADS), job, batch_size):
-                writing.append(writers.submit(save_item, item, job))
-                while len(writing) > depth or (writing and writing[0].done()):
-                    report(result_of(writing.popleft()), tally, bar)
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:  # whatever happened: what is being written is finished, and its lines are printed
-            while writing:
-                report(result_of(writing.popleft()), tally, bar)
-            log.write_error()
+    tally = Counter(skipped=len(mine) - len(todo))
+    try:
+        job = load_job(args, options, local_rank) if todo else None
+        batch_size = BatchSize(args.batch_size or (2 if job is None or job.explainer.device.type == "cpu" else 32))
+        depth = 2 * batch_size.size + THREADS
+        items = prefetch(partial(read_item, job=job), todo, depth, THREADS)
+        items = prefetch(partial(encode_item, job=job), explain_items(items, job, batch_size), depth, THREADS)
+        with tqdm(total=len(todo), unit="photo", disable=None) as bar:
+            for item in items:
+                with bar.external_write_mode():
+                    tally[save_item(item, args, log)] += 1
+                bar.update()
+    except KeyboardInterrupt:
+        interrupted = True
     if interrupted or len(mine) > len(todo) or len(todo) > 1:
         of_processes = f" by process {rank} of {world_size}" if world_size > 1 else ""
         counts = f"{tally['done']} done, {tally['skipped']} skipped, {tally['failed']} failed"
