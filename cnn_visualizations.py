@@ -38,11 +38,6 @@ MORE_METHODS = (
     *("shapleycam", "finercam", "segeigencam", "randomcam", "refinecam"),
 )
 OUTPUTS = ("cam", "gb", "cam_gb")
-COLORMAPS = (  # OpenCV's
-    *("autumn", "bone", "jet", "winter", "rainbow", "ocean", "summer", "spring", "cool", "hsv", "pink", "hot"),
-    *("parula", "magma", "inferno", "plasma", "viridis", "cividis", "twilight", "twilight_shifted", "turbo"),
-    "deepgreen",
-)
 SYNONYMS = {"--model": "--arch", "--cuda": "--device cuda", "--weights": "--ckpt", "--checkpoint": "--ckpt"}
 ABOUT = """\
 Show what in a photo made a network answer as it did. For each photo the program writes the heatmap (CAM)
@@ -142,38 +137,16 @@ def existing_file(text: str) -> Path:
     return path
 
 
-def architecture(text: str) -> str:
-    """An architecture, which torchvision checks later, or file.py:function."""
-    file, _, function = text.rpartition(":")
-    if not file.endswith(".py") and not text.endswith(".py"):
-        return some_text(text).lower()
-    if not function.isidentifier():
-        raise CallError(f"'{text}' names no function; pass --arch file.py:function")
-    existing_file(file)
-    return text
-
-
-def device_name(text: str) -> str:
-    """A device that torch may know."""
-    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", text.lower()):
-        raise CallError(f"unknown device '{text}' (known: cpu, cuda, cuda:1, mps, xpu)")
-    return text.lower()
-
-
 def class_names(text: str) -> list[str]:
     """Names with commas between them, or a file of them, one a line or JSON (see `ordered_names`)."""
     listed = "," in text and not os.path.exists(text)
+    path = None if listed else existing_file(text)
     try:
-        content = text.replace(",", "\n") if listed else existing_file(text).read_text(encoding="utf-8-sig")
-        is_json = content.lstrip()[:1] in ("[", "{")
-        names = ordered_names(
-            json.loads(content) if is_json else list(filter(None, map(str.strip, content.splitlines())))
-        )
-    except CallError:
-        raise
+        content = text.replace(",", "\n") if path is None else path.read_text(encoding="utf-8-sig")
+        lines = [line.strip() for line in content.splitlines() if line.strip()]
+        return ordered_names(json.loads(content) if content.lstrip()[:1] in ("[", "{") else lines)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CallError(f"{text}: not class names in UTF-8, one a line or as JSON: {first_line(error)}") from error
-    return names
 
 
 def ordered_names(classes: Any) -> list[str]:
@@ -207,7 +180,7 @@ def add_network_options(parser: Parser) -> None:
     """Add the options of the network and of what it sees."""
     add = parser.add_argument_group("the network").add_argument
     text = "A torchvision architecture, or net.py:build, your own function. Default: recognised from the checkpoint."
-    add("--arch", type=architecture, metavar="NAME", help=text)
+    add("--arch", type=some_text, metavar="NAME", help=text)
     text = (
         "Your checkpoint: .pth, .pt, .ckpt or .safetensors. Without it torchvision's ImageNet weights are downloaded."
     )
@@ -216,7 +189,7 @@ def add_network_options(parser: Parser) -> None:
     text = "Class names in the order of training: cat,dog or a file, one a line or JSON. Default: the checkpoint's."
     add("--class-names", type=class_names, metavar="NAMES", help=text)
     text = "cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. Default: the CUDA GPU if there is one, else the CPU."
-    add("--device", type=device_name, metavar="NAME", help=text)
+    add("--device", type=str.lower, metavar="NAME", help=text)
     text = "Photos that go through the network at once. Default: 32 on a GPU, 2 on the CPU."
     add("--batch-size", type=number(int, 1, 4096), metavar="N", help=text)
     add = parser.add_argument_group("what the network sees").add_argument
@@ -253,7 +226,7 @@ def add_other_options(parser: Parser) -> None:
     add("--sheet", action="store_true", help="Also write one picture with all methods and classes of a photo.")
     add("--save-arrays", action="store_true", help="Also write maps, gradients and logits as NumPy's .npz.")
     text = "OpenCV's name, such as turbo or viridis. Default: jet."
-    add("--colormap", type=str.lower, choices=COLORMAPS, default="jet", metavar="NAME", help=text)
+    add("--colormap", type=str.lower, default="jet", metavar="NAME", help=text)
     text = "Opacity of the heatmap over the photo, 0 to 1. Default: 0.5."
     add("--alpha", type=number(float, 0, 1), default=0.5, metavar="A", help=text)
     add(
@@ -283,9 +256,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.methods = list(dict.fromkeys(args.methods or ["gradcam"]))
     args.outputs = list(dict.fromkeys(args.outputs or OUTPUTS))
     args.output = Path(args.output)
-    named = len(args.class_names or ())
-    if args.num_classes and named and args.num_classes != named and (args.num_classes, named) != (1, 2):
-        parser.error(f"--num-classes {args.num_classes}, but --class-names has {named} names")
     if args.top_k and args.target_classes:
         parser.error("--top-k and --target-class exclude each other: pass one of the two")
     if not args.images:
@@ -306,8 +276,8 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", "
 NOT_READ = (".heic", ".heif", ".avif")  # Pillow needs further packages for these
 MAX_PIXELS = 100_000_000  # decoded to RGB, copied and resized they take 1.1 GB
 MAX_DEEP_PIXELS = 30_000_000  # of photos with 16 or 32 bits a value
-MAX_RESIZED = 50_000_000  # pixels; a strip of 700 x 1 has them where the short side becomes 256
 MIN_SIDE = 8  # pixels
+LONGEST_STRIP = 100  # times as long as wide; the short side is enlarged to the network's input, the long one with it
 LOG_NAME = "results.jsonl"
 
 
@@ -460,7 +430,7 @@ import warnings
 from collections import Counter, deque, namedtuple
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from datetime import date, datetime, timedelta, timezone
+from datetime import datetime
 from functools import partial
 from pathlib import PurePath
 
@@ -503,8 +473,8 @@ def read_photo(path: str | Path) -> Photo:
             limit = MAX_DEEP_PIXELS if image.mode[0] in "IF" else MAX_PIXELS  # I;16, I, F
             if width * height > limit:
                 raise PhotoError(f"{path}: {width} x {height} pixels, at most {limit // 10**6} million can be read")
-            if min(width, height) < MIN_SIDE:
-                raise PhotoError(f"{path}: {width} x {height} pixels, at least {MIN_SIDE} x {MIN_SIDE} are needed")
+            if not MIN_SIDE <= min(width, height) >= max(width, height) / LONGEST_STRIP:
+                raise PhotoError(f"{path}: {width} x {height} pixels, too thin (at least {MIN_SIDE}, up to 100 : 1)")
             with DECODING if width * height > limit / 5 else contextlib.nullcontext():
                 image.load()
                 (
@@ -594,14 +564,10 @@ class Classifier:
         """Return, in one line, all that is assumed about the network, and where each item comes from."""
         mean, std = ([round(value, 4) for value in values] for values in (self.preset.mean, self.preset.std))
         imagenet = (mean, std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-        items = {
-            "arch": self.arch,
-            "classes": f"{len(self.class_names)} classes",
-            "layers": " and ".join(layers),
-            "input": f"input {self.input_size} x {self.input_size} {'squash' if self.squash else 'crop'}",
-            "mean": "ImageNet mean and std" if imagenet else f"mean {mean} std {std}",
-            "device": str(self.device),
-        }
+        items = {"arch": self.arch, "classes": f"{len(self.class_names)} classes", "layers": " and ".join(layers)}
+        items["input"] = f"input {self.input_size} x {self.input_size} {'squash' if self.squash else 'crop'}"
+        items["mean"] = "ImageNet mean and std" if imagenet else f"mean {mean} std {std}"
+        items["device"] = str(self.device)
         told = {key: f" ({origin})" for key, origin in self.origins.items() if origin}
         return ", ".join(text + told.get(key, "") for key, text in items.items() if text)
 
@@ -611,14 +577,7 @@ class Classifier:
         return self.preset.crop_size[0]
 
     def preprocess(self, photo: Photo) -> Tensor:
-        """Return the photo as the network sees it: float32 (3, S, S), normalised.
-
-        Raises PhotoError: a strip so long that the preset would enlarge it beyond MAX_RESIZED.
-        """
-        height, width = photo.pixels.shape[:2]
-        pixels = self.preset.resize_size[0] ** 2 * max(height, width) / min(height, width)
-        if not self.squash and pixels > MAX_RESIZED:
-            raise PhotoError(f"{photo.path}: {width} x {height} pixels, too long a strip to crop; pass --resize squash")
+        """Return the photo as the network sees it: float32 (3, S, S), normalised."""
         return self.preset(Image.fromarray(photo.pixels))
 
     def seen_box(self, height: int, width: int) -> tuple[float, float, float, float]:
@@ -663,8 +622,10 @@ def load_classifier(
     if resize not in ("crop", "squash"):
         raise CallError(f"unknown resize '{resize}' (known: crop, squash)")
     own = arch is not None and ".py:" in arch
+    arch = arch if own or arch is None else arch.lower()
     if arch is not None and not own and arch not in ARCHITECTURES:
-        raise CallError(f"unknown architecture '{arch}'{closest(arch, ARCHITECTURES)} (alexnet ... wide_resnet50_2)")
+        hint = closest(arch, ARCHITECTURES) or " (your own network: --arch net.py:build; torchvision's: alexnet ...)"
+        raise CallError(f"unknown architecture '{arch}'{hint}")
     origins = {"device": why, "arch": "" if arch else "default"}
     if ckpt is not None:
         checkpoint = read_checkpoint(Path(ckpt))
@@ -689,7 +650,7 @@ def find_device(name: str | torch.device | None, local_rank: int | None = None) 
     """Return the device of that name, by default the CUDA GPU or else the CPU, and why there is no GPU, or "".
 
     Under torchrun each process of a machine takes the GPU with the number `local_rank`, unless one is named. Raises
-    CallError: the device does not exist or cannot be used.
+    CallError: the device cannot be used.
     """
     why = ""
     if not torch.cuda.is_available():
@@ -700,20 +661,14 @@ def find_device(name: str | torch.device | None, local_rank: int | None = None) 
             why += "" if "no NVIDIA driver" in str(error) else f": {first_line(error)}"
     if name is None and why:
         return torch.device("cpu"), why
-    name = str(name or "cuda")
-    if local_rank is not None and name == "cuda":
-        name = f"cuda:{local_rank}"
+    name = str(name or "cuda") + (f":{local_rank}" if local_rank is not None and str(name or "cuda") == "cuda" else "")
     have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    have += ["mps"] * torch.backends.mps.is_available() + ["xpu"] * torch.xpu.is_available()
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).add_(1).item()  # whether this torch has code for this GPU shows only now
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        if name in have or f"{name}:0" in have:
-            reason = f"{first_line(error)}; free its memory, or pass --device cpu"
-            raise CallError(f"device {name} cannot be used: {reason}") from error
-        reason = f" ({why})" if why and name.startswith("cuda") else ""
-        raise CallError(f"device {name} does not exist; this machine has: {', '.join(have)}{reason}") from error
+        reason = why if why and name.startswith("cuda") else first_line(error)
+        raise CallError(f"device {name} cannot be used: {reason}; this machine has {', '.join(have)}") from error
     return device, ""
 
 
@@ -758,6 +713,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def load_safely(path: Path) -> Any:
     """Return what torch.load gives with `weights_only`; CallError says what to do about a file that it refuses."""
     advice = "save the weights alone with torch.save(model.state_dict(), 'weights.pth')"
+    # Beside the weights many hold options of training scripts and NumPy's values. Pickles name NumPy's two builders
+    # after its module, which has another name since NumPy 2. Its dtypes are not those of strings: a pickle may change
+    # the size of their items while an array has memory for others.
+    builders = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
+    plain = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in builders for core in ("core", "_core")]
+    plain += [
+        (PurePath, f"pathlib.{kind}") for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    ]
+    plain += [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}, argparse.Namespace, datetime]
     if not path.is_file():
         raise CallError(f"{path}: {'is a folder, not a checkpoint' if path.is_dir() else 'no such file'}")
     try:
@@ -765,7 +729,7 @@ def load_safely(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals(plain_types()):
+        with torch.serialization.safe_globals(plain):
             return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise CallError(f"{path}: needs the safetensors package; run: pip install safetensors") from error
@@ -777,20 +741,8 @@ def load_safely(path: Path) -> Any:
         elif "Weights only" in str(error) and found:
             why = f"holds a pickled {found.group(1)} object, and loading it would run code; {advice} (see the README)"
         elif isinstance(error, PermissionError):
-            why = "cannot be read: permission denied"
+            why = "permission denied"
         raise CallError(f"{path}: {why}") from error
-
-
-def plain_types() -> list[Any]:
-    """Return the types that many checkpoints hold beside the weights: options of training scripts, NumPy's values."""
-    # Pickles name NumPy's two builders after its module, which has another name since NumPy 2.
-    builders = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
-    named = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in builders for core in ("core", "_core")]
-    kinds = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
-    paths = [(PurePath, f"pathlib{where}.{kind}") for where in ("", "._local") for kind in kinds]
-    # not of strings: a pickle may change the size of their items while an array has memory for others
-    dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
-    return [argparse.Namespace, np.ndarray, np.dtype, *named, *paths, datetime, date, timedelta, timezone, *dtypes]
 
 
 def download_weights(arch: str) -> Checkpoint:
@@ -799,8 +751,10 @@ def download_weights(arch: str) -> Checkpoint:
     if not (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name).is_file():
         warn(f"downloading torchvision's weights for {arch} ({weights.meta['_file_size']:.0f} MB)")
     try:
-        # torch prints the URL, on stdout or stderr depending on its version
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):  # torch prints the URL
             state = weights.get_state_dict(progress=False, check_hash=True)
     except Exception as error:
         why = f"cannot be downloaded ({first_line(error)}); pass your own with --ckpt FILE"
@@ -1275,28 +1229,7 @@ def xgradcam(activations: Tensor, gradients: Tensor) -> Tensor:
     return activations * (gradients * shares).sum((-2, -1), keepdim=True)
 
 
-def fem(activations: Tensor, gradients: Tensor | None) -> Tensor:
-    """FEM (Fuad et al., IPTA 2020): channels weighted by the share of their values above two standard deviations."""
-    mean, deviation = activations.mean((-2, -1), keepdim=True), activations.std((-2, -1), correction=0, keepdim=True)
-    return activations * (activations > mean + 2 * deviation).to(activations).mean((-2, -1), keepdim=True)
-
-
-def random_weights(activations: Tensor, gradients: Tensor | None) -> Tensor:
-    """Channels weighted at random in [-1, 1], always alike: what a map without knowledge of the network looks like.
-
-    All weights change sign where the map would be mostly negative, and so empty.
-    """
-    drawn = torch.rand(activations.shape[-3], generator=torch.Generator().manual_seed(0)) * 2 - 1
-    contributions = activations * drawn.to(activations)[:, None, None]
-    return contributions * torch.where(contributions.sum((-3, -2, -1), keepdim=True) < 0, -1.0, 1.0)
-
-
 # How the contributions (..., C, h, w) become a map (..., h, w).
-
-
-def channel_sum(contributions: Tensor) -> Tensor:
-    """Return the sum over the channels."""
-    return contributions.sum(-3)
 
 
 def principal_component(contributions: Tensor, of_class: bool = True) -> Tensor:
@@ -1322,8 +1255,9 @@ def principal_component(contributions: Tensor, of_class: bool = True) -> Tensor:
     return torch.from_numpy(maps).to(contributions).view(*contributions.shape[:-3], *contributions.shape[-2:])
 
 
+CHANNEL_SUM = partial(torch.sum, dim=-3)
 # activations and gradients -> contributions; contributions -> map; whether the gradients are read, that is the class
-CamMethod = namedtuple("CamMethod", ("weight_fn", "reduce_fn", "gradients"), defaults=(channel_sum, True))
+CamMethod = namedtuple("CamMethod", ("weight_fn", "reduce_fn", "gradients"), defaults=(CHANNEL_SUM, True))
 CAM_METHODS = {
     "gradcam": CamMethod(lambda a, g: a * g.mean((-2, -1), keepdim=True)),  # Selvaraju, ICCV 2017, arXiv:1610.02391
     "gradcam++": CamMethod(gradcam_plus_plus),
@@ -1333,11 +1267,11 @@ CAM_METHODS = {
     "hirescam": CamMethod(lambda a, g: a * g),  # Draelos and Carin, 2020, arXiv:2011.08891
     "layercam": CamMethod(lambda a, g: a * g.clamp(min=0)),  # Jiang, IEEE TIP 2021, doi:10.1109/TIP.2021.3089943
     "gradcamelementwise": CamMethod(lambda a, g: (a * g).clamp(min=0)),  # a variant of the grad-cam package
-    "fem": CamMethod(fem, gradients=False),
-    "randomcam": CamMethod(random_weights, gradients=False),
     "refinecam": CamMethod(gradcam_plus_plus),  # arXiv:2605.14641: the product over several layers
 }
 BY_GRAD_CAM = {  # through the classes of the grad-cam package
+    "fem": "FEM",  # Fuad et al., IPTA 2020: channels weighted by the share of their values above two deviations
+    "randomcam": "RandomCAM",  # channels weighted at random: what a map without knowledge of the network looks like
     "fullgrad": "FullGrad",  # Srinivas and Fleuret, NeurIPS 2019, arXiv:1905.00780: every bias instead of a layer
     "kpcacam": "KPCA_CAM",  # Karmani et al., 2024, arXiv:2410.00267: a kernel PCA of the activations
     "shapleycam": "ShapleyCAM",  # arXiv:2501.06261: needs second derivatives
@@ -1423,13 +1357,16 @@ def choose_targets(logits: Tensor, targets: Sequence[int] | Tensor | int | None,
     if targets is None:
         return logits.detach().argmax(1) if top is None else logits.detach().topk(min(top, logits.shape[1])).indices
     chosen = torch.as_tensor(targets)
-    if chosen.is_floating_point() or chosen.dtype == torch.bool:
-        raise CallError(f"target classes are indices, not {chosen.dtype}")
-    if chosen.ndim > 2 or (chosen.ndim and len(chosen) != len(logits) and (chosen.ndim, len(chosen)) != (2, 1)):
-        raise CallError(f"{shape_of(chosen)} target classes do not go with {len(logits)} inputs: give one for each")
-    if not ((chosen >= 0) & (chosen < logits.shape[1])).all():
-        raise CallError(f"class {chosen.tolist()} is out of range: the network has {logits.shape[1]} classes, from 0")
-    return chosen.long().expand(len(logits), *chosen.shape[1:]).to(logits.device, non_blocking=True)
+    try:
+        chosen = chosen.expand(len(logits), *chosen.shape[1:])
+        whole = not chosen.is_floating_point() and chosen.dtype != torch.bool and chosen.ndim <= 2
+        fits = whole and bool((chosen >= 0).all() and (chosen < logits.shape[1]).all())
+    except RuntimeError:
+        fits = False
+    if not fits:
+        what = f"{len(logits)} inputs and {logits.shape[1]} classes"
+        raise CallError(f"target classes {chosen.tolist()} do not go with {what}: give an index for each input")
+    return chosen.long().to(logits.device, non_blocking=True)
 
 
 @contextlib.contextmanager
@@ -1794,8 +1731,8 @@ class Explainer:
             else:  # the weights (K, C) of methods that run the network again
                 weigh = self._score_weights if method == "scorecam" else partial(self._ablation_weights, layer)
                 weights = torch.stack([weigh(*one) for one in zip(activations, inputs.split(1), classes, strict=True)])
-                contributions, reduce_fn = weights[..., None, None] * activations[:, None], channel_sum
-            if self.eigen_smooth and reduce_fn is channel_sum and method != "fem":  # grad-cam does not smooth it either
+                contributions, reduce_fn = weights[..., None, None] * activations[:, None], CHANNEL_SUM
+            if self.eigen_smooth and reduce_fn is CHANNEL_SUM:
                 reduce_fn = principal_component
             small = reduce_fn(contributions).expand(*classes.shape, *activations.shape[2:])
             maps.append(nn.functional.interpolate(normalise(small.clamp(min=0)), inputs.shape[2:], mode="bilinear"))
@@ -1842,7 +1779,9 @@ class Explainer:
         network.requires_grad_(
             method == "shapleycam"
         )  # where weights are frozen, it cannot cope with a constant gradient
+        random_state = np.random.get_state()
         try:
+            np.random.seed(0)  # RandomCAM draws from it, in a later run the same
             # These hooks stand behind grad-cam's, so that what follows cannot change the activations that it keeps.
             with capture_outputs(network, [layer]):
                 found = cam(inputs.detach().clone().requires_grad_(), [wanted], eigen_smooth=self.eigen_smooth)
@@ -1852,6 +1791,7 @@ class Explainer:
             # Shapley-CAM takes no tokens, Finer-CAM no single output, FullGrad no layer that is called twice.
             raise CallError(f"{method} does not work on layer '{layer}': {first_line(error)}") from error
         finally:
+            np.random.set_state(random_state)
             network.requires_grad_(False)
             kept.activations, kept.gradients = [], []  # which its own release() fails to detach where they are views
             kept.release()
@@ -1943,10 +1883,9 @@ def impute(photo: Floats, kept: NDArray[np.bool_]) -> Floats:
 # ---------------------------------------------------------------------------------------------------------------------
 
 DEFAULT_LONG_SIDE = 1024  # pixels
-CELL = 320  # pixels: side of a picture on a sheet; less where the sheet would be taller than TALLEST
-TALLEST = 16_000  # pixels, about as much as WebP takes
+CELL = 320  # pixels: side of a picture on a sheet
 MOST_COLUMNS = 6  # of a sheet
-MOST_CLASSES = 20  # on a sheet
+MOST_CLASSES = 10  # on a sheet; more would be taller than WebP takes
 TEXT = 22  # height of the text on a sheet, in pixels
 
 
@@ -2009,8 +1948,7 @@ def draw_sheet(title: str, blocks: Sequence[tuple[str, Sequence[Any]]], font: An
             bands.append((heading if not start else "", columns[start : start + at_once]))
     gap, line = 8, TEXT + 12
     rows = sum(max(map(len, columns)) for _, columns in bands)
-    side = max(16, min(CELL, (TALLEST - line * (len(bands) + 2)) // rows - line))
-    height, width = resized(bands[0][1][0][0][1], side).shape[:2]
+    height, width = resized(bands[0][1][0][0][1], CELL).shape[:2]
     across = max(984, max(len(columns) for _, columns in bands) * (width + gap) + gap)
     sheet = Image.new("RGB", (across, line * (len(blocks[:MOST_CLASSES]) + 1) + rows * (height + line) + gap), "white")
     pen = ImageDraw.Draw(sheet)
@@ -2035,7 +1973,7 @@ def draw_sheet(title: str, blocks: Sequence[tuple[str, Sequence[Any]]], font: An
             for row, (caption, picture, note) in enumerate(column):
                 upper = top + row * (height + line)
                 write(left, upper + 4, caption, width)
-                sheet.paste(Image.fromarray(resized(picture, side)), (left, upper + line))
+                sheet.paste(Image.fromarray(resized(picture, CELL)), (left, upper + line))
                 write(left + gap, upper + line + height // 2, note, width - gap, "red")
         top += max(map(len, columns)) * (height + line)
     return np.asarray(sheet)
@@ -2310,6 +2248,11 @@ def load_job(args: argparse.Namespace, options: str, local_rank: int | None) -> 
     given = {name: getattr(args, name) for name in ("class_names", "input_size", "resize", "mean", "std")}
     classifier = load_classifier(args.arch, args.ckpt, args.num_classes, device, **given)
     names, side = classifier.class_names, classifier.input_size
+    colormaps = [name[9:].lower() for name in dir(cv2) if name.startswith("COLORMAP_")]
+    if args.colormap not in colormaps:
+        raise CallError(
+            f"unknown colormap '{args.colormap}'{closest(args.colormap, colormaps)} ({', '.join(colormaps)})"
+        )
     targets = list(dict.fromkeys(find_class(wanted, names) for wanted in args.target_classes or ()))
     if (args.top_k or 1) > len(names):
         warn(f"--top-k {args.top_k}, but the network has {len(names)} classes; all of them are explained")
