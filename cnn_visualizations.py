@@ -16,6 +16,7 @@ A section uses only those above it: 1 Command line, 2 Images, 3 Model, 4 Explana
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import functools
 import glob
@@ -139,10 +140,9 @@ def existing_file(text: str) -> Path:
 
 def class_names(text: str) -> list[str]:
     """Names with commas between them, or a file of them, one a line or JSON (see `ordered_names`)."""
-    listed = "," in text and not os.path.exists(text)
-    path = None if listed else existing_file(text)
+    path = None if "," in text and not os.path.exists(text) else existing_file(text)
     try:
-        content = text.replace(",", "\n") if path is None else path.read_text(encoding="utf-8-sig")
+        content = path.read_text(encoding="utf-8-sig") if path else text.replace(",", "\n")
         lines = [line.strip() for line in content.splitlines() if line.strip()]
         return ordered_names(json.loads(content) if content.lstrip()[:1] in ("[", "{") else lines)
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -155,15 +155,13 @@ def ordered_names(classes: Any) -> list[str]:
     Raises ValueError or TypeError: anything else.
     """
     if isinstance(classes, Mapping):
-        pairs = [(v, k) if isinstance(v, int) else (int(k), v) for k, v in classes.items()]
-        if sorted(index for index, _ in pairs) != list(range(len(pairs))):
+        by_index = {v if isinstance(v, int) else int(k): k if isinstance(v, int) else v for k, v in classes.items()}
+        if len(by_index) < len(classes) or sorted(by_index) != list(range(len(by_index))):
             raise ValueError("the indices are not 0, 1, 2 ...")
-        classes = [name for _, name in sorted(pairs, key=lambda pair: pair[0])]
-    if not isinstance(classes, (list, tuple)) or not classes:
-        raise ValueError("neither a list nor a dict of names")
+        classes = [by_index[index] for index in range(len(by_index))]
     names = [name[-1] if isinstance(name, (list, tuple)) and name else name for name in classes]
-    if not all(isinstance(name, (str, int, float)) for name in names):
-        raise ValueError("a name is neither text nor a number")
+    if isinstance(classes, str) or not names or not all(isinstance(name, (str, int, float)) for name in names):
+        raise ValueError("neither a list nor a dict of names")
     return [str(name) for name in names]
 
 
@@ -181,17 +179,14 @@ def add_network_options(parser: Parser) -> None:
     add = parser.add_argument_group("the network").add_argument
     text = "A torchvision architecture, or net.py:build, your own function. Default: recognised from the checkpoint."
     add("--arch", type=some_text, metavar="NAME", help=text)
-    text = (
-        "Your checkpoint: .pth, .pt, .ckpt or .safetensors. Without it torchvision's ImageNet weights are downloaded."
-    )
+    text = "Your checkpoint: .pth, .pt, .ckpt or .safetensors. Default: torchvision's ImageNet weights are downloaded."
     add("--ckpt", type=existing_file, metavar="FILE", help=text)
     add("--num-classes", type=number(int, 1, 10**6), metavar="N", help="How many classes. Default: the checkpoint's.")
     text = "Class names in the order of training: cat,dog or a file, one a line or JSON. Default: the checkpoint's."
     add("--class-names", type=class_names, metavar="NAMES", help=text)
     text = "cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. Default: the CUDA GPU if there is one, else the CPU."
     add("--device", type=str.lower, metavar="NAME", help=text)
-    text = "Photos that go through the network at once. Default: 32 on a GPU, 2 on the CPU."
-    add("--batch-size", type=number(int, 1, 4096), metavar="N", help=text)
+    add("--batch-size", type=number(int, 1, 4096), metavar="N", help="Photos at once. Default: GPU 32, CPU 2.")
     add = parser.add_argument_group("what the network sees").add_argument
     text = "Side of the network's square input. Default: the checkpoint's entry, else torchvision's preset."
     add("--input-size", type=number(int, 8, 4096), metavar="PX", help=text)
@@ -215,8 +210,7 @@ def add_other_options(parser: Parser) -> None:
     add("--top-k", type=number(int, 1, 10**6), metavar="N", help="Explain the N classes of highest probability.")
     add("--aug-smooth", action="store_true", help="Average over six variants of the photo: smoother, six times slower.")
     add("--eigen-smooth", action="store_true", help="Take the first principal component over the channels: less noise.")
-    text = "Measure each map: average drop, increase in confidence, deletion, insertion, ROAD."
-    add("--metrics", action="store_true", help=text)
+    add("--metrics", action="store_true", help="Measure each map: average drop, increase, deletion, insertion, ROAD.")
     add = parser.add_argument_group("the files").add_argument
     add("--output", type=some_text, default="out", metavar="FOLDER", help="Where the files go. Default: out.")
     text = "Which pictures: cam, gb, cam_gb. Default: all three. cam alone is the fastest."
@@ -225,13 +219,9 @@ def add_other_options(parser: Parser) -> None:
     add("--output-size", type=number(int, 16, 8192), metavar="PX", help=text)
     add("--sheet", action="store_true", help="Also write one picture with all methods and classes of a photo.")
     add("--save-arrays", action="store_true", help="Also write maps, gradients and logits as NumPy's .npz.")
-    text = "OpenCV's name, such as turbo or viridis. Default: jet."
-    add("--colormap", type=str.lower, default="jet", metavar="NAME", help=text)
-    text = "Opacity of the heatmap over the photo, 0 to 1. Default: 0.5."
-    add("--alpha", type=number(float, 0, 1), default=0.5, metavar="A", help=text)
-    add(
-        "--format", type=str.lower, choices=("jpg", "png", "webp"), default="jpg", help="Of the pictures. Default: jpg."
-    )
+    add("--colormap", type=str.lower, default="jet", metavar="NAME", help="OpenCV's: jet (default), turbo, viridis ...")
+    add("--alpha", type=number(float, 0, 1), default=0.5, metavar="A", help="Opacity of the heatmap. Default: 0.5.")
+    add("--format", type=str.lower, choices=("jpg", "png", "webp"), default="jpg", help="Default: jpg.")
     add("--quality", type=number(int, 1, 100), default=98, metavar="Q", help="Of jpg and webp. Default: 98.")
     text = "Skip photos that an earlier run with the same options has finished."
     add("--skip-existing", action="store_true", help=text)
@@ -258,11 +248,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.output = Path(args.output)
     if args.top_k and args.target_classes:
         parser.error("--top-k and --target-class exclude each other: pass one of the two")
-    if not args.images:
-        parser.error("no photo given; pass a photo or a folder (see --help)")
+    if not args.images or not all(name.strip() for name in args.images):
+        parser.error("no photo given, or an empty name; pass photos or folders (see --help)")
     for name in args.images:
-        if not name.strip():
-            parser.error("the name of a photo is empty")
         if name.lower().endswith((".pth", ".pt", ".ckpt", ".safetensors")):
             parser.error(f"{name}: this is a checkpoint, not a photo; pass --ckpt {name}")
     return args
@@ -283,13 +271,13 @@ LOG_NAME = "results.jsonl"
 
 def photo_fault(path: str | Path) -> str:
     """Return why a path cannot be a photo, without opening the file, or ""."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         if os.path.isfile(path):
-            return "the file is empty" if os.path.getsize(path) == 0 else ""
-    except (OSError, ValueError):
-        pass
+            return "" if os.path.getsize(path) else "the file is empty"
     if "://" in str(path):
         return "this is a URL; download the photo and pass the file"
+    if glob.has_magic(str(path)):
+        return "no file matches this pattern"
     return "not a file" if os.path.exists(path) else "no such file"
 
 
@@ -334,9 +322,7 @@ def walk(top: str, common: str) -> Iterator[tuple[str, str]]:
     """
     visited, unread = set(), 0
     written: dict[str, frozenset[str]] = {}  # folder -> names of our own pictures in it and below it
-    for folder, inner, files in os.walk(
-        top, onerror=lambda e: warn(f"{e.filename}: cannot be listed"), followlinks=True
-    ):
+    for folder, inner, files in os.walk(top, True, lambda e: warn(f"{e.filename}: cannot be listed"), True):
         absolute, real = os.path.abspath(folder), os.path.realpath(folder)
         inner[:] = sorted(name for name in inner if not name.startswith(".") and real not in visited)
         written[folder] = written.get(os.path.dirname(folder), frozenset()) | logged_names(folder)
@@ -371,13 +357,12 @@ def parse_record(line: str | bytes) -> dict[str, Any]:
 
 def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """Print one line for an uncaught error that the user can mend, else the traceback, as sys.excepthook does."""
-    message = first_line(error)
+    message = f"memory, threads or open files do not suffice ({first_line(error)}); see ulimit -a"
     if issubclass(kind, ModuleNotFoundError):
-        print_line(f"error: {message}; run: pip install -r requirements.txt", sys.stderr)
-    elif issubclass(kind, (MemoryError, OSError, ImportError)) or re.search("thread|allocate|out of memory", message):
-        print_line(f"error: memory, threads or open files do not suffice ({message}); see ulimit -a", sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+        message = f"{first_line(error)}; run: pip install -r requirements.txt"
+    elif not issubclass(kind, (MemoryError, OSError, ImportError)) and not re.search("thread|allocate", str(error)):
+        return sys.__excepthook__(kind, error, trace)
+    print_line(f"error: {message}", sys.stderr)
 
 
 def start() -> argparse.Namespace:
@@ -410,7 +395,6 @@ if __name__ == "__main__":
     ARGS = start()
     sys.excepthook = report_crash
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
-import contextlib
 import copy
 import errno
 import hashlib
@@ -497,9 +481,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         white = 65535.0 if image.mode != "F" else 1.0 if values.max(initial=0) <= 1 else 255.0
         image = Image.fromarray(np.clip(values * (255 / white) + 0.5, 0, 255).astype(np.uint8))
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # a palette may hold transparency, which only this conversion reads
-    return image if image.mode == "RGB" else image.convert("RGB")
+    # a palette may hold transparency, which only the conversion to RGBA reads
+    return image.convert("RGBA" if image.mode in ("P", "PA") else "RGB").convert("RGB")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
