@@ -185,7 +185,7 @@ def add_network_options(parser: Parser) -> None:
     text = "Class names in the order of training: cat,dog or a file, one a line or JSON. Default: the checkpoint's."
     add("--class-names", type=class_names, metavar="NAMES", help=text)
     text = "cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. Default: the CUDA GPU if there is one, else the CPU."
-    add("--device", type=str.lower, metavar="NAME", help=text)
+    add("--device", type=some_text, metavar="NAME", help=text)
     add("--batch-size", type=number(int, 1, 4096), metavar="N", help="Photos at once. Default: GPU 32, CPU 2.")
     add = parser.add_argument_group("what the network sees").add_argument
     text = "Side of the network's square input. Default: the checkpoint's entry, else torchvision's preset."
@@ -219,7 +219,7 @@ def add_other_options(parser: Parser) -> None:
     add("--output-size", type=number(int, 16, 8192), metavar="PX", help=text)
     add("--sheet", action="store_true", help="Also write one picture with all methods and classes of a photo.")
     add("--save-arrays", action="store_true", help="Also write maps, gradients and logits as NumPy's .npz.")
-    add("--colormap", type=str.lower, default="jet", metavar="NAME", help="OpenCV's: jet (default), turbo, viridis ...")
+    add("--colormap", type=some_text, default="jet", metavar="NAME", help="OpenCV's: jet (default), turbo, viridis ...")
     add("--alpha", type=number(float, 0, 1), default=0.5, metavar="A", help="Opacity of the heatmap. Default: 0.5.")
     add("--format", type=str.lower, choices=("jpg", "png", "webp"), default="jpg", help="Default: jpg.")
     add("--quality", type=number(int, 1, 100), default=98, metavar="Q", help="Of jpg and webp. Default: 98.")
@@ -481,8 +481,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         white = 65535.0 if image.mode != "F" else 1.0 if values.max(initial=0) <= 1 else 255.0
         image = Image.fromarray(np.clip(values * (255 / white) + 0.5, 0, 255).astype(np.uint8))
-    # a palette may hold transparency, which only the conversion to RGBA reads
-    return image.convert("RGBA" if image.mode in ("P", "PA") else "RGB").convert("RGB")
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # a palette may hold transparency, which only this conversion reads
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -491,38 +492,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def import_torchvision() -> types.ModuleType:
-    """Import torchvision without torch's compiler, which its roi_align asks one question; that takes two seconds.
-
-    While torchvision is imported, a stand-in for `torch._dynamo` answers no. The compiler works afterwards.
-    """
+    """Import torchvision. Its roi_align asks torch's compiler one question; a stand-in answers no, which saves 2 s."""
 
     def answer_no(attribute: str) -> Any:
         if attribute.startswith("__"):
             raise AttributeError(attribute)
         return lambda *args, **kwargs: False
 
-    names = [name for name in ("torch._dynamo", "torch._dynamo.utils") if name not in sys.modules]
-    for name in names:
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__getattr__ = answer_no
-    try:
+    with contextlib.ExitStack() as stack:  # the compiler works afterwards
+        for name in {"torch._dynamo", "torch._dynamo.utils"} - set(sys.modules):
+            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].__getattr__ = answer_no
+            stack.callback(sys.modules.pop, name)
         import torchvision.models
-    finally:
-        for name in names:
-            del sys.modules[name]
     return torchvision
 
 
 torchvision = import_torchvision()
 ARCHITECTURES = tuple(torchvision.models.list_models(module=torchvision.models))
-HEADS = re.compile(r"(^|\.)(fc|classifier|head|heads)\.")  # where torchvision's networks keep their last layer
-AUXILIARY = re.compile(r"(^|\.)(aux1|aux2|AuxLogits)\.")  # training-time heads of googlenet and inception_v3
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 COMPUTED = ("num_batches_tracked", "relative_position_index", "relative_coords_table")  # the network comes with these
-# Before 2018 torchvision's DenseNet called its layers norm.1 and conv.2 instead of norm1 and conv2.
-OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
-OTHER_TASKS = {"rpn.": "detector", "classification_head.": "detector", "aux_classifier.": "segmentation network"}
-OTHER_TASKS |= {"classifier.4.": "segmentation network", "decode_head.": "segmentation network"}
 OWN_NETWORK = "give a network of your own by --arch net.py:build"
 
 State = dict[str, Tensor]
@@ -569,8 +557,8 @@ class Classifier:
             return 0.0, 0.0, float(width), float(height)
         # as torchvision does: the long side is rounded down, the corner of the crop to the nearest pixel
         short, side = self.preset.resize_size[0], self.input_size
-        new_width = short if width <= height else int(short * width / height)
-        new_height = int(short * height / width) if width <= height else short
+        long = int(short * max(height, width) / min(height, width))
+        new_width, new_height = (short, long) if width <= height else (long, short)
         left, top = round((new_width - side) / 2.0), round((new_height - side) / 2.0)
         x, y = width / new_width, height / new_height
         return max(0.0, left * x), max(0.0, top * y), min(width, (left + side) * x), min(height, (top + side) * y)
@@ -604,28 +592,27 @@ def load_classifier(
     target, why = find_device(device)
     if resize not in ("crop", "squash"):
         raise CallError(f"unknown resize '{resize}' (known: crop, squash)")
-    own = arch is not None and ".py:" in arch
-    arch = arch if own or arch is None else arch.lower()
-    if arch is not None and not own and arch not in ARCHITECTURES:
+    own, origins = ".py:" in (arch or ""), {"device": why, "arch": "" if arch else "default"}
+    arch = arch.lower() if arch and not own else arch
+    if arch and not own and arch not in ARCHITECTURES:
         hint = closest(arch, ARCHITECTURES) or " (your own network: --arch net.py:build; torchvision's: alexnet ...)"
         raise CallError(f"unknown architecture '{arch}'{hint}")
-    origins = {"device": why, "arch": "" if arch else "default"}
     if ckpt is not None:
         checkpoint = read_checkpoint(Path(ckpt))
         arch, origins["arch"] = (arch, "") if arch else recognise(checkpoint)
     else:
         arch = arch or "resnet50"
         checkpoint = Checkpoint("the network", {}) if own else download_weights(arch)
-    model, beside = (build_own_model if own else build_model)(arch, checkpoint, num_classes, input_size)
+    model, beside = build_model(arch, checkpoint, num_classes, input_size)
     given = {"input_size": input_size, "mean": mean, "std": std}
-    preset = make_preset("resnet50" if own else arch, model, checkpoint, beside, given, origins)
+    preset = make_preset(arch, model, checkpoint, beside, given, origins)
     if resize == "squash":
-        preset.resize_size = [preset.crop_size[0]] * 2
+        preset.resize_size = preset.crop_size * 2
     outputs = count_outputs(model, preset.crop_size[0], num_classes) if own else find_head(model)[1].weight.shape[0]
     if num_classes not in (None, outputs, max(outputs, 2)):
         raise CallError(f"--num-classes {num_classes}, but {checkpoint.name}: {outputs} classes; leave the option out")
     model.register_forward_hook(partial(give_logits, outputs=outputs))
-    names = name_classes(class_names, checkpoint, max(outputs, 2), origins)
+    names = tuple(name_classes(class_names, checkpoint, max(outputs, 2), origins))
     return Classifier(model.to(target), arch, names, preset, target, resize == "squash", origins)
 
 
@@ -635,24 +622,19 @@ def find_device(name: str | torch.device | None, local_rank: int | None = None) 
     Under torchrun each process of a machine takes the GPU with the number `local_rank`, unless one is named. Raises
     CallError: the device cannot be used.
     """
-    why = ""
-    if not torch.cuda.is_available():
-        why = "no CUDA GPU found"
-        try:
-            torch.cuda.init()
-        except (RuntimeError, AssertionError) as error:  # an old driver, CUDA_VISIBLE_DEVICES, a torch without CUDA
-            why += "" if "no NVIDIA driver" in str(error) else f": {first_line(error)}"
-    if name is None and why:
-        return torch.device("cpu"), why
-    name = str(name or "cuda") + (f":{local_rank}" if local_rank is not None and str(name or "cuda") == "cuda" else "")
-    have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    wanted = str(name or "cuda")
+    wanted += f":{local_rank}" if wanted == "cuda" and local_rank is not None else ""
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).add_(1).item()  # whether this torch has code for this GPU shows only now
+        torch.zeros(1, device=wanted).add_(1).item()  # whether this torch has code for this GPU shows only now
+        return torch.device(wanted), ""
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = why if why and name.startswith("cuda") else first_line(error)
-        raise CallError(f"device {name} cannot be used: {reason}; this machine has {', '.join(have)}") from error
-    return device, ""
+        why = first_line(error)  # an old driver, CUDA_VISIBLE_DEVICES, a torch without CUDA
+        if wanted.startswith("cuda") and not torch.cuda.is_available():
+            why = "no CUDA GPU found" + ("" if "no NVIDIA driver" in why else f": {why}")
+            if name is None:
+                return torch.device("cpu"), why
+        have = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+        raise CallError(f"device {wanted} cannot be used: {why}; this machine has {have}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -662,13 +644,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """The content of a checkpoint."""
-
-    name: str  # for messages
-    states: Mapping[str, State]  # the name of each dict in it, "", "model." ... -> its tensors by their names there
-    entries: Mapping[str, Any] = field(default_factory=dict)  # the outermost dict's others, as `arch`, `classes`
+# The content of a checkpoint: its name for messages; each dict in it, by its name ("", "model."), with the tensors by
+# their names there; and the other entries of the outermost dict, as `arch` and `classes`.
+Checkpoint = namedtuple("Checkpoint", ("name", "states", "entries"), defaults=({},))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -679,9 +657,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     while waiting:  # breadth first, each dict once: a file may nest them in themselves
         prefix, inside = waiting.popleft()
         for key, value in inside.items() if isinstance(inside, Mapping) else ():
-            name = OLD_DENSENET.sub(r"\1\2", str(key).replace("_orig_mod.", ""))
-            if isinstance(value, Tensor) and not AUXILIARY.search(name):
-                states.setdefault(prefix, {})[name] = value.detach()
+            # before 2018 torchvision's DenseNet called its layers norm.1 and conv.2 instead of norm1 and conv2
+            name = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", str(key).replace("_orig_mod.", ""))
+            if isinstance(value, Tensor):
+                if value.is_meta or value.is_nested or value.layout is not torch.strided:
+                    raise CallError(f"{path}: {name} has no values or is sparse; save ordinary tensors")
+                if not re.search(r"(^|\.)(aux1|aux2|AuxLogits)\.", name):  # heads for the training of two architectures
+                    states.setdefault(prefix, {})[name] = value.detach()
             elif isinstance(value, Mapping) and id(value) not in visited and "optim" not in name:
                 visited.add(id(value))
                 waiting.append((f"{prefix}{name}.", value))
@@ -701,12 +683,9 @@ def load_safely(path: Path) -> Any:
     # the size of their items while an array has memory for others.
     builders = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
     plain = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in builders for core in ("core", "_core")]
-    plain += [
-        (PurePath, f"pathlib.{kind}") for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
-    ]
+    plain += [(PurePath, f"pathlib.{pure}{system}Path") for pure in ("", "Pure") for system in ("Posix", "Windows")]
     plain += [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}, argparse.Namespace, datetime]
-    if not path.is_file():
-        raise CallError(f"{path}: {'is a folder, not a checkpoint' if path.is_dir() else 'no such file'}")
+    existing_file(str(path))
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -718,32 +697,27 @@ def load_safely(path: Path) -> Any:
         raise CallError(f"{path}: needs the safetensors package; run: pip install safetensors") from error
     except Exception as error:
         found = re.search(r"(?:GLOBAL |global |but got <class )[`']?([\w.]+)", str(error))
-        why = f"not a whole checkpoint that torch can read; copy it again, or {advice}"
+        why = f"not a whole checkpoint that torch can read ({type(error).__name__}); copy it again, or {advice}"
         if "TorchScript" in str(error):
             why = f"a TorchScript archive, which is code; {advice}"
         elif "Weights only" in str(error) and found:
             why = f"holds a pickled {found.group(1)} object, and loading it would run code; {advice} (see the README)"
-        elif isinstance(error, PermissionError):
-            why = "permission denied"
         raise CallError(f"{path}: {why}") from error
 
 
 def download_weights(arch: str) -> Checkpoint:
     """Return torchvision's ImageNet weights, from its cache or the network. Raises CallError."""
     weights = torchvision.models.get_model_weights(arch).DEFAULT
-    if not (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name).is_file():
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name  # resnet50-11ad3fa6.pth, with its hash
+    if not file.is_file():
         warn(f"downloading torchvision's weights for {arch} ({weights.meta['_file_size']:.0f} MB)")
-    try:
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):  # torch prints the URL
-            state = weights.get_state_dict(progress=False, check_hash=True)
-    except Exception as error:
-        why = f"cannot be downloaded ({first_line(error)}); pass your own with --ckpt FILE"
-        raise CallError(f"torchvision's weights for {arch} {why}") from error
-    state = {key: tensor for key, tensor in state.items() if not AUXILIARY.search(key)}
-    return Checkpoint(f"torchvision's {arch} weights", {"": state}, {"classes": weights.meta["categories"]})
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(weights.url, str(file), file.stem.rpartition("-")[2], progress=False)
+        except Exception as error:
+            why = f"cannot be downloaded ({first_line(error)}); pass your own with --ckpt FILE"
+            raise CallError(f"torchvision's weights for {arch} {why}") from error
+    return read_checkpoint(file)._replace(name=f"torchvision's {arch} weights")
 
 
 class MetaParameters(TorchFunctionMode):
@@ -759,26 +733,23 @@ class MetaParameters(TorchFunctionMode):
 
 
 def skeleton(arch: str, checkpoint: Checkpoint, input_size: int | None = None) -> nn.Module:
-    """Return the architecture in eval mode with two classes and no weights, with the options that the file implies."""
-
-    def ending(name: str) -> Tensor:
-        tensors = (t for state in checkpoint.states.values() for key, t in state.items() if key.endswith(name))
-        return next(tensors, torch.zeros(1))
-
+    """Return the architecture with two classes and no weights, with the options that the file implies."""
     options: dict[str, Any] = {}
+    ends = ("running_mean", "conv_proj.weight", "encoder.pos_embedding")
+    tensors = [item for state in checkpoint.states.values() for item in state.items()]
+    mean, patches, position = (next((t for k, t in tensors if k.endswith(end)), torch.zeros(1)) for end in ends)
+    patch = patches.shape[-1]
     if arch in ("googlenet", "inception_v3"):
         # torchvision's own weights for these two expect (p - 0.5) / 0.5, and its builders add that transform when they
         # load them. A trained checkpoint is nearly always fine-tuned from those; the weights themselves don't tell.
-        mean = ending("running_mean")
-        options = {"aux_logits": False, "init_weights": False, "transform_input": not mean.is_meta and bool(mean.any())}
-    position, patch = ending("encoder.pos_embedding"), ending("conv_proj.weight").shape[-1]
-    if arch.startswith("vit_") and arch.endswith(f"_{patch}") and position.ndim == 3:
+        options = {"aux_logits": False, "init_weights": False, "transform_input": bool(mean.any())}
+    elif arch.startswith("vit_") and arch.endswith(f"_{patch}") and position.ndim == 3:
         options["image_size"] = math.isqrt(max(position.shape[1] - 1, 1)) * patch
-    if arch == "maxvit_t" and input_size:
+    elif arch == "maxvit_t" and input_size:
         options["input_size"] = (input_size, input_size)
     try:
         with MetaParameters():
-            return torchvision.models.get_model(arch, weights=None, num_classes=2, **options).eval()
+            return torchvision.models.get_model(arch, weights=None, num_classes=2, **options)
     except ValueError as error:
         raise CallError(f"{arch} takes no inputs of {input_size} x {input_size} pixels: {first_line(error)}") from error
 
@@ -788,88 +759,45 @@ def find_head(model: nn.Module) -> tuple[str, nn.Module]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
 
 
-def backbone(model: nn.Module) -> State:
-    """Return the tensors of a torchvision network without its head, and without those that it computes itself."""
+def backbone(model: nn.Module) -> tuple[State, str]:
+    """Return a torchvision network's tensors but for its head, with the prefix of the head's, as "fc."."""
     root = find_head(model)[0].partition(".")[0] + "."
-    return {k: v for k, v in model.state_dict().items() if not k.startswith(root) and not k.endswith(COMPUTED)}
+    ours = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith(COMPUTED)}
+    return {key: tensor for key, tensor in ours.items() if not key.startswith(root)}, root
 
 
-def find_prefixes(wanted: State, checkpoint: Checkpoint) -> list[tuple[int, str, str]]:
-    """Return where a checkpoint has tensors of `wanted`: how many in their shape, the name of the dict, the prefix.
-
-    The best come first, as [(62, "model.", "backbone."), (62, "model_ema.", "backbone.")]. The prefixes are those of
-    the first wanted name that is there.
-    """
-    found = []
+def find_network(wanted: State, checkpoint: Checkpoint) -> list[tuple[tuple[str, str], int]]:
+    """Return where a checkpoint has tensors of `wanted`, the best first: ((dict, prefix), how many in their shape)."""
+    found: Counter[tuple[str, str]] = Counter()
     for name, state in checkpoint.states.items():
-        first = next((key for key in wanted if any(f".{each}".endswith(f".{key}") for each in state)), None)
-        for prefix in [e.removesuffix(first) for e in state if first and f".{e}".endswith(f".{first}")][:100]:
-            shapes = ((state[prefix + k].shape, v.shape) for k, v in wanted.items() if prefix + k in state)
-            found.append((sum(a == b for a, b in shapes), name, prefix))
-    return sorted(found, key=lambda each: -each[0])
-
-
-def split_state(arch: str, wanted: State, checkpoint: Checkpoint) -> tuple[State, State]:
-    """Return the tensors of the one network that has every wanted tensor, and those beside it in the same dict.
-
-    Of a network and its moving average (EMA), the network itself is taken. Raises CallError: there is none, or several.
-    """
-    found = find_prefixes(wanted, checkpoint) or [(0, next(iter(checkpoint.states)), "")]
-    places = {checkpoint.states[n][p + next(iter(wanted))].data_ptr(): (n, p) for c, n, p in found if c == len(wanted)}
-    several = [place for place in places.values() if not re.search("ema|averag", "".join(place), re.IGNORECASE)]
-    chosen = several or [*places.values()] or [found[0][1:]]
-    if len(chosen) > 1:
-        names = " and ".join(f"'{name}{prefix}'" for name, prefix in chosen)
-        raise CallError(f"{checkpoint.name}: holds several networks, under {names}; save the one to explain")
-    prefix, state = chosen[0][1], checkpoint.states[chosen[0][0]]
-    inside = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-    if not places:
-        raise misfit(arch, wanted, inside, checkpoint)
-    return inside, {key: tensor for key, tensor in state.items() if not key.startswith(prefix)}
-
-
-def misfit(arch: str, wanted: State, state: State, checkpoint: Checkpoint, unexpected: Sequence[str] = ()) -> CallError:
-    """Return the error that says which tensors are missing, unexpected or of another shape."""
-    both = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    differ = [f"{key}: {shape_of(state[key])} in the file, {shape_of(wanted[key])} in {arch}" for key in both]
-    kinds = {
-        "missing": [key for key in wanted if key not in state],
-        "unexpected": unexpected,
-        "of another shape": differ,
-    }
-    parts = [f"{len(ks)} {kind} ({'; '.join(ks[:3])}{'; ...' * (len(ks) > 3)})" for kind, ks in kinds.items() if ks]
-    hint = OWN_NETWORK
-    with contextlib.suppress(CallError):
-        other = recognise(checkpoint)[0]
-        hint = f"it fits {other}: pass --arch {other}" if other != arch and ".py:" not in arch else hint
-    return CallError(f"{checkpoint.name} does not fit {arch}: {', '.join(parts)}; {hint}")
+        for key, tensor in state.items():
+            for start in (0, *(dot.end() for dot in re.finditer(r"\.", key[:200]))):
+                if key[start:] in wanted:
+                    found[name, key[:start]] += wanted[key[start:]].shape == tensor.shape
+    return found.most_common()
 
 
 def recognise(checkpoint: Checkpoint) -> tuple[str, str]:
-    """Return the architecture of a checkpoint, and how it was found.
-
-    It is named by an entry of the file. Else the architectures are compared in the order of how near their published
-    number of parameters comes; it is the first whose backbone is all there with nothing else under the same prefix.
-    Raises CallError.
-    """
+    """Return the architecture of a checkpoint, and whether an entry names it. Raises CallError."""
     entries, states = checkpoint.entries, checkpoint.states.values()
     for name in (entries.get("arch"), entries.get("model_name"), getattr(entries.get("args"), "model", None)):
         if isinstance(name, str) and name.lower() in ARCHITECTURES:
             return name.lower(), f"from {os.path.basename(checkpoint.name)}"
-    count = max(sum(t.numel() for k, t in state.items() if not k.endswith(STATISTICS)) for state in states)
+    count = max(sum(t.numel() for key, t in state.items() if "running_" not in key) for state in states)
     sizes = {a: [w.meta["num_params"] for w in torchvision.models.get_model_weights(a)] for a in ARCHITECTURES}
     nearest = (0.5, "")
+    # the nearest number of parameters first; right is where the backbone is all there, with nothing else beside it
     for arch in sorted(ARCHITECTURES, key=lambda arch: min(abs(size - count) for size in sizes[arch])):
-        model = skeleton(arch, checkpoint)
-        wanted, root = backbone(model), find_head(model)[0].partition(".")[0] + "."
-        for found, name, prefix in find_prefixes(wanted, checkpoint):
-            known = (*(prefix + key for key in wanted), prefix + root)
-            others = [key for key in checkpoint.states[name] if key.startswith(prefix) and not key.startswith(known)]
-            if found == len(wanted) and all(key.endswith((*STATISTICS, *COMPUTED)) for key in others):
-                return arch, "recognised"
+        wanted, root = backbone(skeleton(arch, checkpoint))
+        for (name, prefix), found in find_network(wanted, checkpoint):
             nearest = max(nearest, (found / len(wanted), arch))
+            inside = (key.removeprefix(prefix) for key in checkpoint.states[name] if key.startswith(prefix))
+            others = (key for key in inside if key not in wanted and not key.startswith(root))
+            if found == len(wanted) and all(key.endswith(COMPUTED) for key in others):
+                return arch, "recognised"
     names = " ".join(key for state in states for key in state)
-    kind = next((f", it looks like a {kind}" for key, kind in OTHER_TASKS.items() if key in names), "")
+    tasks = r"rpn\.|classification_head\.|aux_classifier\.|classifier\.4\.|decode_head\."
+    kind = ", it looks like a detector or segmentation network" if re.search(tasks, names) else ""
     near = f"{nearest[0]:.0%} of {nearest[1]}'s tensors are there: --arch {nearest[1]} tells which are not; "
     why = f"fits no torchvision classifier ({count / 1e6:.1f} million parameters{kind})"
     raise CallError(f"{checkpoint.name} {why}; {near if nearest[1] else ''}{OWN_NETWORK}")
@@ -878,41 +806,62 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, str]:
 def build_model(
     arch: str, checkpoint: Checkpoint, num_classes: int | None, input_size: int | None
 ) -> tuple[nn.Module, State]:
-    """Return the architecture with the checkpoint's weights, and the tensors beside it. Raises CallError."""
-    model = skeleton(arch, checkpoint, input_size or side_of(checkpoint))
-    state, beside = split_state(arch, backbone(model), checkpoint)
-    outputs = fit_head(arch, model, state, beside, checkpoint)
+    """Return the network with the checkpoint's weights, and the tensors beside it in its dict. Raises CallError."""
+    states, own = checkpoint.states, ".py:" in arch
+    if own:
+        matrices = [(k, v) for state in states.values() for k, v in state.items() if v.ndim == 2]
+        heads = [v.shape[0] for k, v in matrices if re.search(r"(^|\.)(fc|classifier|head|heads)\.", k)]
+        model = run_own_file(arch, num_classes or next(reversed(heads), None))
+        wanted = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith(COMPUTED)}
+    else:
+        model = skeleton(arch, checkpoint, input_size or side_of(checkpoint))
+        wanted, _ = backbone(model)
+    if not states:
+        return model.eval(), {}
+    found = find_network(wanted, checkpoint)
+    # Each network once, also where the file has it under two names. Its moving average (EMA) only if there is no other.
+    whole = {states[d][p + next(iter(wanted))].data_ptr(): (d, p) for (d, p), count in found if count == len(wanted)}
+    places = [place for place in whole.values() if not re.search("ema|averag", "".join(place), re.IGNORECASE)]
+    places = places or [*whole.values()] or [place for place, _ in found[:1]] or [(next(iter(states)), "")]
+    if len(places) > 1:
+        names = " and ".join(f"'{name}{prefix}'" for name, prefix in places)
+        raise CallError(f"{checkpoint.name}: holds several networks, under {names}; save the one to explain")
+    name, prefix = places[0]
+    state = {key.removeprefix(prefix): tensor for key, tensor in states[name].items() if key.startswith(prefix)}
+    beside = {key: tensor for key, tensor in states[name].items() if not key.startswith(prefix)}
+    if not own:
+        fit_head(model, state, beside)
     load_state(arch, model, state, checkpoint)
-    for key, tensor in beside.items():
-        if tensor.ndim == 4:
-            raise CallError(f"{checkpoint.name}: {key} is of a second network beside {arch}; save only one of them")
-        if tensor.ndim == 2 and tensor.shape[1] == outputs:
-            raise CallError(f"{checkpoint.name}: {key} is a layer behind {arch}'s {outputs} outputs; {OWN_NETWORK}")
+    outputs = None if own else find_head(model)[1].weight.shape[0]
     unused = [key for key in beside if not key.endswith(("mean", "std"))]
+    other = [key for key in unused if beside[key].ndim == 4 or beside[key].shape[1:] == (outputs,)]
+    other = [key for key in other if not re.search("ema|averag", key, re.IGNORECASE)]
+    if other and not own:
+        why = f"{other[0]} is of a second network, or a layer behind {arch}'s {outputs} outputs"
+        raise CallError(f"{checkpoint.name}: {why}; save one network only, or {OWN_NETWORK}")
     if unused:
         warn(f"{checkpoint.name}: not used, as no part of {arch}: {'; '.join(unused[:3])}")
     return model.eval(), beside
 
 
-def fit_head(arch: str, model: nn.Module, state: State, beside: State, checkpoint: Checkpoint) -> int:
-    """Give the network the head that the checkpoint has, and return its number of outputs.
+def fit_head(model: nn.Module, state: State, beside: State) -> None:
+    """Give the network the checkpoint's head, if that is one layer, and rename its tensors in `state`.
 
-    The head may be one layer in another place: `model.fc = nn.Sequential(nn.Dropout(), nn.Linear(...))`, one Linear
-    layer instead of a whole classifier, or beside the backbone. Its tensors are renamed in `state`. Raises CallError.
+    It may be in another place: `model.fc = nn.Sequential(nn.Dropout(), nn.Linear(...))`, one Linear layer instead of a
+    whole classifier, or beside the backbone.
     """
     name, layer = find_head(model)
     root = name.partition(".")[0]
     for source, place in ((state, f"{name}."), (state, f"{root}."), (beside, "")):
-        inside = [key for key in source if key.startswith(place)]
-        weights = [key for key in inside if key.endswith("weight") and source[key].ndim in (2, 4)]
+        keys = [key for key in source if key.startswith(place) and key.endswith("weight")]
+        weights = [key for key in keys if source[key].ndim in (2, 4) and source[key].numel()]
         if weights:
             break
-    if len(weights) != 1 or (source[weights[0]].ndim == 4) != isinstance(layer, nn.Conv2d):
-        found = f"is not one layer: {'; '.join(inside[:4])}" if weights else "is missing"
-        raise CallError(f"{checkpoint.name}: the head of {arch} ({name}) {found}; {OWN_NETWORK}")
+    if len(weights) != 1 or source[weights[0]].ndim != layer.weight.ndim:
+        return  # load_state tells what does not fit
     old, weight = weights[0].removesuffix("weight"), source[weights[0]]
-    kind, sizes = (nn.Linear, ()) if weight.ndim == 2 else (nn.Conv2d, (weight.shape[2:],))
-    head = kind(weight.shape[1], weight.shape[0], *sizes, bias=f"{old}bias" in source, device="meta")
+    sizes = (weight.shape[1], weight.shape[0], *([weight.shape[2:]] if weight.ndim == 4 else []))
+    head = type(layer)(*sizes, bias=f"{old}bias" in source, device="meta")
     others = [key for key in model.state_dict() if key.startswith(f"{root}.") and not key.startswith(f"{name}.")]
     if place != f"{name}." and others and not any(key in state for key in others):
         model.add_module(root, nn.Sequential(nn.Flatten(1), head))  # instead of a whole classifier, as VGG's
@@ -920,7 +869,6 @@ def fit_head(arch: str, model: nn.Module, state: State, beside: State, checkpoin
     else:
         model.set_submodule(name, head)
     state |= {f"{name}.{part}": source.pop(f"{old}{part}") for part in ("weight", "bias") if f"{old}{part}" in source}
-    return weight.shape[0]
 
 
 def load_state(arch: str, model: nn.Module, state: State, checkpoint: Checkpoint) -> None:
@@ -928,44 +876,29 @@ def load_state(arch: str, model: nn.Module, state: State, checkpoint: Checkpoint
     wanted = model.state_dict()  # it has the version marks that MNASNet insists on
     for key in [key for key in wanted if key.endswith(COMPUTED) and key not in state]:
         del wanted[key]
-    unexpected = [key for key in state if key not in wanted]
-    if unexpected or any(key not in state or state[key].shape != value.shape for key, value in wanted.items()):
-        raise misfit(arch, wanted, state, checkpoint, unexpected)
-    for key in wanted:
-        tensor, where = state[key], f"{checkpoint.name}: {key}"
-        if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
-            raise CallError(f"{where} has no values or is sparse; save the weights as ordinary tensors")
-        if wanted[key].is_floating_point() > tensor.is_floating_point():
-            raise CallError(f"{where} is quantised or complex; save the weights from before that")
-        try:
-            wanted[key] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
-        except (RuntimeError, NotImplementedError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise CallError(f"{where} is {tensor.dtype}, which torch cannot convert") from error
+    differ = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    faults = {
+        "missing": [key for key in wanted if key not in state],
+        "unexpected": [key for key in state if key not in wanted],
+        "of another shape": [f"{k}: {shape_of(state[k])} in the file, {shape_of(wanted[k])} in {arch}" for k in differ],
+    }
+    parts = [f"{len(ks)} {kind} ({'; '.join(ks[:3])}{'; ...' * (len(ks) > 3)})" for kind, ks in faults.items() if ks]
+    if parts:
+        hint = OWN_NETWORK
+        with contextlib.suppress(CallError):
+            other = recognise(checkpoint)[0]
+            hint = f"it fits {other}: pass --arch {other}" if other != arch else hint
+        raise CallError(f"{checkpoint.name} does not fit {arch}: {', '.join(parts)}; {hint}")
+    for key, tensor in state.items():
+        if wanted[key].is_floating_point() and not re.match(r"torch\.b?float(8|16|32|64)", str(tensor.dtype)):
+            kind = f"quantised or complex ({tensor.dtype})"
+            raise CallError(f"{checkpoint.name}: {key} is {kind}; save the weights from before that")
+        wanted[key] = (tensor.float() if wanted[key].is_floating_point() else tensor).contiguous()
     model.load_state_dict(wanted, strict=False, assign=True)
 
 
-def build_own_model(
-    arch: str, checkpoint: Checkpoint, num_classes: int | None, input_size: int | None
-) -> tuple[nn.Module, State]:
-    """Return the network that the function in `arch`, "file.py:function", builds, like `build_model`.
-
-    The function is called with `num_classes` if it takes it and the number is known. The file is the user's own code
-    and is run; the checkpoint is not. Raises CallError.
-    """
-    tensors = [(k, v) for state in checkpoint.states.values() for k, v in state.items() if v.ndim == 2]
-    classes = next((v.shape[0] for k, v in reversed(tensors) if HEADS.search(k)), None)
-    model, beside = run_own_file(arch, num_classes or classes), {}
-    if checkpoint.states:
-        wanted = {key: value for key, value in model.state_dict().items() if not key.endswith(COMPUTED)}
-        state, beside = split_state(arch, wanted, checkpoint)
-        load_state(arch, model, state, checkpoint)
-    return model.eval(), beside
-
-
 def run_own_file(arch: str, classes: int | None) -> nn.Module:
-    """Return what the function in "file.py:function" returns for that number of classes. Raises CallError."""
+    """Run the user's "file.py:function", with `num_classes` if it is known and taken. Raises CallError."""
     file, _, function = arch.rpartition(":")
     sys.path.insert(0, os.path.dirname(os.path.abspath(file)))  # its neighbours can be imported
     arguments, sys.argv = sys.argv, [file]  # which are not for the file
@@ -996,10 +929,7 @@ def run_own_file(arch: str, classes: int | None) -> nn.Module:
 
 
 def as_logits(answer: Any, outputs: int | None = None) -> Tensor:
-    """Return a network's answer as logits (N, classes); of several tensors, the one with `outputs` columns.
-
-    Raises CallError: it is something else, or ambiguous.
-    """
+    """Return a network's answer, or the one of several with `outputs` columns, as (N, classes). Raises CallError."""
 
     def is_row(tensor: Any) -> bool:  # (N, C), (N, C, 1, 1) or (N,)
         has_rows = isinstance(tensor, Tensor) and tensor.ndim > 0
@@ -1008,17 +938,14 @@ def as_logits(answer: Any, outputs: int | None = None) -> Tensor:
     if isinstance(answer, Mapping):  # as transformers' networks give it
         answer = answer.get("logits", answer.get("out", answer))
     answer = getattr(answer, "logits", answer)
-    if isinstance(answer, (tuple, list)):
-        rows = [each for each in answer if is_row(each)]
-        rows = [row for row in rows if outputs == row.shape[-1]] or rows
-        if len(rows) > 1:
-            shapes = " and ".join(map(shape_of, rows))
-            raise CallError(f"the network returns {shapes}; let it return the logits alone, or pass --num-classes")
-        answer = rows[0] if rows else answer
-    if not is_row(answer):
-        kind = f"tensor of {shape_of(answer)}" if isinstance(answer, Tensor) else type(answer).__name__
-        raise CallError(f"the network returns a {kind}; let it return the logits, (N, classes)")
-    return answer[:, None] if answer.ndim == 1 else answer.flatten(1)
+    answers = answer if isinstance(answer, (tuple, list)) else [answer]
+    rows = [each for each in answers if is_row(each)]
+    rows = [row for row in rows if outputs == row.shape[-1]] or rows
+    if len(rows) != 1:
+        kinds = [f"a tensor of {shape_of(a)}" if isinstance(a, Tensor) else f"a {type(a).__name__}" for a in answers]
+        hint = " alone, or pass --num-classes" if rows else ", (N, classes)"
+        raise CallError(f"the network returns {' and '.join(kinds[:4])}; let it return the logits{hint}")
+    return rows[0][:, None] if rows[0].ndim == 1 else rows[0].flatten(1)
 
 
 def give_logits(model: nn.Module, inputs: Any, answer: Any, outputs: int) -> Tensor:
@@ -1031,16 +958,13 @@ def count_outputs(model: nn.Module, side: int, num_classes: int | None) -> int:
     """Return how many outputs a network has, by running it once at that input size. Raises CallError."""
     try:
         with torch.enable_grad():
-            logits = as_logits(model(torch.zeros(1, 3, side, side, requires_grad=True)), num_classes)
-    except CallError:
-        raise
+            answer = model(torch.zeros(1, 3, side, side, requires_grad=True))
     except Exception as error:
-        hint = "; pass another --input-size if it is the size" if isinstance(error, RuntimeError) else ""
-        hint = (
-            "; let it begin with x.mean(1, keepdim=True) if it is for grey photos" if "channels" in str(error) else hint
-        )
-        why = f"({type(error).__name__}: {first_line(error)}){hint}"
+        grey = "let it begin with x.mean(1, keepdim=True) if it is for grey photos"
+        hint = grey if "channels" in str(error) else "pass another --input-size if it is the size"
+        why = f"({type(error).__name__}: {first_line(error)})" + f"; {hint}" * isinstance(error, RuntimeError)
         raise CallError(f"the network fails at an input of 3 x {side} x {side} {why}") from error
+    logits = as_logits(answer, num_classes)
     last = re.match("(Softmax|Sigmoid)Backward", logits.grad_fn.name() if logits.grad_fn else "")
     if last:
         raise CallError(f"the network ends in a {last[1].lower()}; let it return the logits, without that")
@@ -1053,7 +977,7 @@ def shape_of(tensor: Tensor) -> str:
 
 
 def side_of(checkpoint: Checkpoint) -> int | None:
-    """Return a checkpoint's input_size, 225, (225, 225) or (3, 225, 225), as the side of a square. Raises CallError."""
+    """Return a checkpoint's input_size, 225, (225, 225) or (3, 225, 225), as one number. Raises CallError."""
     entry = checkpoint.entries.get("input_size")
     sides = [*entry][-2:] if isinstance(entry, (list, tuple)) else [entry]
     if all(isinstance(side, (int, np.integer)) and 8 <= side <= 4096 for side in sides) and len({*sides}) == 1:
@@ -1064,40 +988,33 @@ def side_of(checkpoint: Checkpoint) -> int | None:
 
 
 def make_preset(
-    arch: str,
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    beside: State,
-    given: Mapping[str, Any],
-    origins: dict[str, str],
+    arch: str, model: nn.Module, checkpoint: Checkpoint, beside: State, given: dict[str, Any], origins: dict[str, str]
 ) -> Any:
-    """Return torchvision's preprocessing for the architecture, with the input size, mean and std that are known.
-
-    They are those given, else the checkpoint's entries; mean and std of colours from 0 to 1 or to 255 may also lie in
-    `beside`, where a layer in front of the network normalised its inputs. At another size than the preset's, the margin
-    around the crop is in proportion. Where the values come from is added to `origins`. Raises CallError.
-    """
+    """Return torchvision's preprocessing with the known input size, mean and std; fill `origins`. Raises CallError."""
     name = os.path.basename(checkpoint.name)
-    all_weights = torchvision.models.get_model_weights(arch)
+    all_weights = torchvision.models.get_model_weights("resnet50" if ".py:" in arch else arch)
     preset = all_weights.DEFAULT.transforms()
-    fixed = getattr(model, "image_size", None)  # of a ViT, by the shape of its position embedding
+    fixed = getattr(model, "image_size", None) if arch.startswith("vit_") else None  # its position embedding's
     size = given["input_size"] or fixed or side_of(checkpoint)
     if fixed and size != fixed:
         raise CallError(f"this {arch} takes inputs of {fixed} x {fixed} pixels only; leave --input-size {size} out")
     if not given["input_size"] and not name.startswith("torchvision's "):
         origins["input"] = f"from {name}" if size else f"not in {name}; pass --input-size if you trained at another"
-    if size:
+    if size:  # at another than the preset's, the margin around the crop is in proportion
         presets = [preset, *(weights.transforms() for weights in all_weights)]  # some have several sizes
         same = [each.resize_size[0] for each in presets if each.crop_size[0] == size]
         margin = preset.resize_size[0] / preset.crop_size[0]
         preset.crop_size, preset.resize_size = [size], [same[0] if same else round(size * margin)]
-    entries = {key.rpartition(".")[2]: tensor for key, tensor in beside.items() if tensor.numel() == 3}
+    # a layer in front of the network may have normalised its inputs
+    known = {key.rpartition(".")[2]: tensor for key, tensor in beside.items() if tensor.numel() == 3}
+    known |= checkpoint.entries | {key: value for key, value in given.items() if value is not None}
     colours: dict[str, list[float]] = {}
     for key, low in (("mean", 0), ("std", 1e-6)):
-        entry = given[key] if given[key] is not None else checkpoint.entries.get(key, entries.get(key))
+        entry = known.get(key)
         if entry is not None:
             with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
-                values = entry.flatten().tolist() if isinstance(entry, (Tensor, np.ndarray)) else entry
+                is_array = isinstance(entry, (Tensor, np.ndarray)) and math.prod(entry.shape) == 3
+                values = entry.flatten().tolist() if is_array else entry
                 colours[key] = [float(v) for v in values if low <= v <= 255] if len(values) == 3 else []
             if len(colours.get(key, ())) != 3:
                 raise CallError(f"{checkpoint.name}: its {key} is not three usable numbers; pass --{key} R,G,B")
@@ -1108,30 +1025,26 @@ def make_preset(
     return preset
 
 
-def name_classes(
-    given: Sequence[str] | None, checkpoint: Checkpoint, count: int, origins: dict[str, str]
-) -> tuple[str, ...]:
+def name_classes(given: Sequence[str] | None, checkpoint: Checkpoint, count: int, origins: dict[str, str]) -> list[str]:
     """Return a name for each output: those given, else the checkpoint's, else ImageNet's. Raises CallError."""
-    if given is not None and len(given) != count:
-        raise CallError(f"{len(given)} class names were given, but the network has {count} classes")
     if given is not None:
-        return tuple(given)
-    for entry in ("classes", "class_names", "class_to_idx", "idx_to_class"):
-        if checkpoint.entries.get(entry) is not None:
+        if len(given) != count:
+            raise CallError(f"{len(given)} class names were given, but the network has {count} classes")
+        return list(given)
+    for key in ("classes", "class_names", "class_to_idx", "idx_to_class"):
+        if checkpoint.entries.get(key) is not None:
             try:
-                names = ordered_names(checkpoint.entries[entry])
+                names = ordered_names(checkpoint.entries[key])
                 if len(names) == count:
-                    return tuple(names)
+                    return names
                 why = f"{len(names)} names for {count} classes"
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError) as error:
                 why = first_line(error)
-            warn(f"{checkpoint.name}: its entry {entry} is not used: {why}")
+            warn(f"{checkpoint.name}: its entry {key} is not used: {why}")
     if count == 1000:
-        return tuple(torchvision.models.get_model_weights("resnet50").DEFAULT.meta["categories"])
-    origins["classes"] = (
-        "without names; pass --class-names cat,dog in the order of training, ImageFolder's: alphabetical"
-    )
-    return tuple(f"class {index}" for index in range(count))
+        return torchvision.models.get_model_weights("resnet50").DEFAULT.meta["categories"]
+    origins["classes"] = "without names; pass --class-names cat,dog in training order, ImageFolder's is alphabetical"
+    return [f"class {index}" for index in range(count)]
 
 
 def find_class(wanted: str, class_names: Sequence[str]) -> int:
@@ -1152,11 +1065,8 @@ def find_class(wanted: str, class_names: Sequence[str]) -> int:
 
 # The autograd nodes of activation functions, whose incoming gradients guided backpropagation clamps. Gates (Sigmoid,
 # Hardsigmoid, Tanh) scale a signal rather than rectify it and are left alone.
-ACTIVATION_NODES = re.compile(
-    r"(Relu|LeakyRelu|RreluWithNoise|Prelu|PreluKernel|Hardtanh|Threshold|Elu|Celu|Selu|Gelu|Silu|Swish|Hardswish|Mish"
-    r"|Softplus)\w*Backward\d*"
-)
-Progress = Callable[[Sequence[Tensor]], Iterable[Tensor]]
+ACTIVATION_NODES = re.compile(r"\w*(relu|elu|silu|swish|mish|hardtanh|threshold|softplus)\w*Backward\d*", re.IGNORECASE)
+Targets = Sequence[int] | Tensor | int | None
 
 
 @dataclass(frozen=True)
@@ -1165,8 +1075,7 @@ class Explanation:
 
     Attributes:
         cams: for each method the maps, float32 (N, H, W) in [0, 1]: highest where the evidence for the class is
-            strongest in this photo (1, if it is no average of several). A map that is 0 everywhere means that the
-            layer holds no positive evidence for the class.
+            strongest in this photo. A map that is 0 everywhere means that the layer holds no positive evidence.
         guided: guided-backpropagation gradients, float32 (N, 3, H, W), in logit per normalised input value; None if
             they were not asked for. In a network without activations they are the plain gradients.
         logits: float32 (N, classes).
@@ -1191,10 +1100,6 @@ class Explanation:
         return Explanation(cams, None if self.guided is None else self.guided[i], self.logits[i], self.targets[i])
 
 
-# How each method weighs the channels. `activations` are (..., C, h, w), `gradients` those of the class score with
-# respect to them; the result is each channel's contribution to the map, of the shape of the two.
-
-
 def gradcam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
     """Grad-CAM++ (Chattopadhyay et al., WACV 2018, arXiv:1710.11063, equation 19), as the grad-cam package has it.
 
@@ -1212,7 +1117,10 @@ def xgradcam(activations: Tensor, gradients: Tensor) -> Tensor:
     return activations * (gradients * shares).sum((-2, -1), keepdim=True)
 
 
-# How the contributions (..., C, h, w) become a map (..., h, w).
+def randomcam(activations: Tensor, gradients: Tensor | None) -> Tensor:
+    """Random weights, the same in each run: what a map without knowledge of the network looks like."""
+    weights = np.random.RandomState(0).uniform(-1, 1, activations.shape[-3])
+    return activations * torch.from_numpy(weights).to(activations)[:, None, None]
 
 
 def principal_component(contributions: Tensor, of_class: bool = True) -> Tensor:
@@ -1225,21 +1133,17 @@ def principal_component(contributions: Tensor, of_class: bool = True) -> Tensor:
     columns = contributions.detach().flatten(-2).transpose(-2, -1).cpu().numpy()  # (..., h * w, C)
     centred = columns - columns.mean(-2, keepdims=True)
     first = np.linalg.svd(centred, full_matrices=False)[2][..., :1, :]
-    projections = (centred @ first.swapaxes(-2, -1))[..., 0]  # (..., h * w), of mean 0
-
-    def correlation(reference: NDArray[Any]) -> NDArray[Any]:
-        reference = reference - reference.mean(-1, keepdims=True)
-        lengths = np.linalg.norm(reference, axis=-1) * np.linalg.norm(projections, axis=-1)
-        return (reference * projections).sum(-1) / np.maximum(lengths, 1e-20)
-
-    signed = correlation(columns.sum(-1))
-    sign = np.where(of_class & (np.abs(signed) >= 0.4), signed, correlation(np.abs(columns).sum(-1)))
-    maps = np.where(sign[..., None] < 0, -projections, projections)
-    return torch.from_numpy(maps).to(contributions).view(*contributions.shape[:-3], *contributions.shape[-2:])
+    maps = (centred @ first.swapaxes(-2, -1))[..., 0]  # (..., h * w), of mean 0
+    total = centred.sum(-1)
+    signed, unsigned = ((each * maps).sum(-1) for each in (total, np.abs(columns).sum(-1)))
+    correlates = np.abs(signed) > 0.4 * np.linalg.norm(total, axis=-1) * np.linalg.norm(maps, axis=-1)
+    maps = maps * np.where(np.where(of_class & correlates, signed, unsigned) < 0, -1, 1).astype(maps.dtype)[..., None]
+    return torch.from_numpy(maps).to(contributions).unflatten(-1, contributions.shape[-2:])
 
 
 CHANNEL_SUM = partial(torch.sum, dim=-3)
-# activations and gradients -> contributions; contributions -> map; whether the gradients are read, that is the class
+# weight_fn: activations and gradients of the class score, (..., C, h, w) -> each channel's contribution to the map,
+# of the same shape; reduce_fn: contributions -> map (..., h, w); gradients: whether they are read, that is the class
 CamMethod = namedtuple("CamMethod", ("weight_fn", "reduce_fn", "gradients"), defaults=(CHANNEL_SUM, True))
 CAM_METHODS = {
     "gradcam": CamMethod(lambda a, g: a * g.mean((-2, -1), keepdim=True)),  # Selvaraju, ICCV 2017, arXiv:1610.02391
@@ -1251,10 +1155,10 @@ CAM_METHODS = {
     "layercam": CamMethod(lambda a, g: a * g.clamp(min=0)),  # Jiang, IEEE TIP 2021, doi:10.1109/TIP.2021.3089943
     "gradcamelementwise": CamMethod(lambda a, g: (a * g).clamp(min=0)),  # a variant of the grad-cam package
     "refinecam": CamMethod(gradcam_plus_plus),  # arXiv:2605.14641: the product over several layers
+    "randomcam": CamMethod(randomcam, gradients=False),
 }
 BY_GRAD_CAM = {  # through the classes of the grad-cam package
     "fem": "FEM",  # Fuad et al., IPTA 2020: channels weighted by the share of their values above two deviations
-    "randomcam": "RandomCAM",  # channels weighted at random: what a map without knowledge of the network looks like
     "fullgrad": "FullGrad",  # Srinivas and Fleuret, NeurIPS 2019, arXiv:1905.00780: every bias instead of a layer
     "kpcacam": "KPCA_CAM",  # Karmani et al., 2024, arXiv:2410.00267: a kernel PCA of the activations
     "shapleycam": "ShapleyCAM",  # arXiv:2501.06261: needs second derivatives
@@ -1263,32 +1167,22 @@ BY_GRAD_CAM = {  # through the classes of the grad-cam package
 }
 
 
-def normalise(maps: Tensor) -> Tensor:
+def normalise(maps: Tensor, epsilon: float = 1e-7) -> Tensor:
     """Stretch each map of (..., h, w) to [0, 1]; one that is the same everywhere becomes 0, as in grad-cam."""
     maps = maps - maps.amin((-2, -1), keepdim=True)
-    return maps / (1e-7 + maps.amax((-2, -1), keepdim=True))
-
-
-def channel_axis(output: Tensor, size: Sequence[int]) -> int:
-    """Return which axis of a layer's output holds the channels, for inputs of `size` (H, W).
-
-    Convolutional layers return (N, C, h, w), Swin's (N, h, w, C), and a ViT's tokens are (N, T, C).
-    """
-
-    def like_input(rows: int, columns: int) -> bool:
-        return abs(rows * size[1] - columns * size[0]) <= max(size)
-
-    first = output.ndim == 4 and (like_input(*output.shape[2:]) or not like_input(*output.shape[1:3]))
-    return 1 if first else output.ndim - 1
+    return maps / (epsilon + maps.amax((-2, -1), keepdim=True))
 
 
 def as_map(output: Tensor, size: Sequence[int]) -> Tensor | None:
     """Return a layer's output for inputs of `size` (H, W) as (N, C, h, w), or None if it is not spatial.
 
-    The first of a ViT's tokens is the class token; some networks have more of those, or none.
+    Convolutional layers return it so, Swin's (N, h, w, C), and a ViT's (N, T, C): the first of its tokens is the class
+    token; some networks have more of those, or none.
     """
     if output.ndim == 4:
-        spatial = output.movedim(channel_axis(output, size), 1)
+        sides = itertools.pairwise(output.shape[1:])
+        like_input = [abs(rows * size[1] - columns * size[0]) <= max(size) for rows, columns in sides]
+        spatial = output.movedim(3, 1) if like_input == [True, False] else output
         return spatial if spatial[0, 0].numel() > 1 else None
     for special in (1, 0, 2, 3, 4, 5) if output.ndim == 3 else ():
         positions = max(output.shape[1] - special, 0)
@@ -1298,76 +1192,64 @@ def as_map(output: Tensor, size: Sequence[int]) -> Tensor | None:
     return None
 
 
-def graph_nodes(root: Any) -> Iterator[Any]:
-    """Yield every node of the autograd graph that ends in `root`, once."""
-    seen, stack = {root}, [root]
+def graph_nodes(*roots: Any) -> set[Any]:
+    """Return every node of the autograd graph that ends in `roots`."""
+    found, stack = set(), [*roots]
     while stack:
         node = stack.pop()
-        yield node
-        new = {parent for parent, _ in node.next_functions if parent is not None} - seen
-        seen |= new
-        stack.extend(new)
+        if node is not None and node not in found:
+            found.add(node)
+            stack += [parent for parent, _ in node.next_functions]
+    return found
 
 
-def guided_gradients(scores: Sequence[Tensor], inputs: Tensor) -> list[Tensor]:
-    """Guided backpropagation (Springenberg et al., ICLR 2015 workshop, arXiv:1412.6806) of each score to the inputs.
+def guided_gradients(scores: Sequence[Tensor], inputs: Tensor) -> Tensor:
+    """Guided backpropagation (Springenberg et al., ICLR 2015 workshop, arXiv:1412.6806) of K scores: (N, K, 3, H, W).
 
-    A backward pass in which every activation function lets only positive gradients in. The activations are found in the
-    autograd graph, so modules and functions count alike. The graph is used up.
+    A backward pass in which every activation function, module or not, lets only positive gradients in. The graph is
+    used up.
     """
-    for node in {node for score in scores for node in graph_nodes(score.grad_fn)}:
+    for node in graph_nodes(*(score.grad_fn for score in scores)):
         if ACTIVATION_NODES.fullmatch(node.name()):
             node.register_prehook(lambda gradients: tuple(None if g is None else g.clamp(min=0) for g in gradients))
-    return [torch.autograd.grad(score, inputs, retain_graph=score is not scores[-1])[0] for score in scores]
+    each = [torch.autograd.grad(score, inputs, retain_graph=score is not scores[-1])[0] for score in scores]
+    return torch.stack(each, 1)
 
 
 def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
     """Return the dotted name of a layer that is given by its name or as the module itself. Raises CallError."""
-    modules = dict(model.named_modules())
-    if isinstance(layer, nn.Module):
-        name, wanted = next((name for name, module in modules.items() if module is layer), ""), type(layer).__name__
-    else:
-        name, wanted = layer.removeprefix("module."), layer
-    if not name or name not in modules:
-        outermost = ", ".join(name for name, _ in model.named_children())
-        hint = "; repeat the option for each layer" if "," in wanted else closest(wanted, modules)
-        raise CallError(f"the network has no layer '{wanted}'{hint} (outermost: {outermost})")
-    return name
+    names = {module: name for name, module in model.named_modules() if name}
+    name = names.get(layer, type(layer).__name__) if isinstance(layer, nn.Module) else layer.removeprefix("module.")
+    if name in names.values():
+        return name
+    outermost = ", ".join(name for name, _ in model.named_children())
+    hint = "; repeat the option for each layer" if "," in name else closest(name, [*names.values()])
+    raise CallError(f"the network has no layer '{name}'{hint} (outermost: {outermost})")
 
 
-def choose_targets(logits: Tensor, targets: Sequence[int] | Tensor | int | None, top: int | None = None) -> Tensor:
+def choose_targets(logits: Tensor, targets: Targets, top: int | None = None) -> Tensor:
     """Return the class to explain for each input, int64 (N,), or the K classes, (N, K). Raises CallError."""
+    count, classes = logits.shape
     if targets is None:
-        return logits.detach().argmax(1) if top is None else logits.detach().topk(min(top, logits.shape[1])).indices
+        return logits.detach().argmax(1) if top is None else logits.detach().topk(min(top, classes)).indices
     chosen = torch.as_tensor(targets)
-    try:
-        chosen = chosen.expand(len(logits), *chosen.shape[1:])
-        whole = not chosen.is_floating_point() and chosen.dtype != torch.bool and chosen.ndim <= 2
-        fits = whole and bool((chosen >= 0).all() and (chosen < logits.shape[1]).all())
-    except RuntimeError:
-        fits = False
-    if not fits:
-        what = f"{len(logits)} inputs and {logits.shape[1]} classes"
+    fits = chosen.dtype != torch.bool and not chosen.is_floating_point() and chosen.shape[:1] in ((), (1,), (count,))
+    if not fits or chosen.ndim > 2 or ((chosen < 0) | (chosen >= classes)).any():
+        what = f"{count} inputs and {classes} classes"
         raise CallError(f"target classes {chosen.tolist()} do not go with {what}: give an index for each input")
-    return chosen.long().to(logits.device, non_blocking=True)
+    return chosen.long().expand(count, *chosen.shape[1:]).to(logits.device, non_blocking=True)
 
 
 @contextlib.contextmanager
-def capture_outputs(
-    network: nn.Module, layers: Sequence[str], differentiable: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Collect the outputs of layers by name while the network runs; of a layer that is called again, the last one.
-
-    With `differentiable`, a gradient with respect to them can be taken even where nothing before them needs one.
-    """
+def capture_outputs(network: nn.Module, layers: Sequence[str], differentiable: bool = False) -> Iterator[Any]:
+    """Collect the outputs of layers by name while the network runs; of a layer that is called again, the last one."""
     outputs: dict[str, Tensor] = {}
 
     def collect(name: str, module: nn.Module, args: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
-            raise CallError(
-                f"layer '{name}' returns a {type(output).__name__}, not one tensor; choose a layer inside it"
-            )
-        if differentiable and not output.requires_grad:
+            kind = type(output).__name__
+            raise CallError(f"layer '{name}' returns a {kind}, not one tensor; choose a layer inside it")
+        if differentiable and not output.requires_grad:  # because nothing before this layer needs a gradient
             output = output.detach().requires_grad_()
         outputs[name] = output
         return output.clone()  # what follows may change it in place, and it is wanted as the layer returned it
@@ -1376,68 +1258,54 @@ def capture_outputs(
         for name in layers:
             hooks.enter_context(network.get_submodule(name).register_forward_hook(partial(collect, name)))
         yield outputs
+    for name in layers:
+        if name not in outputs:
+            raise CallError(f"layer '{name}' is not called when the network runs; choose another one")
 
 
 # one call of a module in a forward pass; `came_from` and `node` are the autograd nodes on its two sides
 Call = namedtuple("Call", ("name", "module", "input", "came_from", "output", "node"))
 
 
-def record_calls(network: nn.Module, inputs: Tensor) -> tuple[list[Call], Tensor]:
-    """Run the network once. Return the calls of its modules, in the order in which they finished, and the logits."""
-    calls: list[Call] = []
-
-    def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and args and isinstance(args[0], Tensor):
-            calls.append(Call(name, module, args[0], args[0].grad_fn, output, output.grad_fn))
-
-    with contextlib.ExitStack() as hooks:
-        for name, module in network.named_modules():
-            hooks.enter_context(module.register_forward_hook(partial(record, name)))
-        return calls, as_logits(network(inputs.detach().requires_grad_()))
-
-
-def find_target_layer(network: nn.Module, calls: Sequence[Call], logits: Tensor, size: Sequence[int]) -> str:
+def find_target_layer(calls: Sequence[Call], logits: Tensor, size: Sequence[int]) -> str:
     """Return the last layer with a spatial map on which the logits depend, for inputs of `size` (H, W).
 
-    Adaptive pooling, and layers inside the head (SqueezeNet's has one map for each class), count only where nothing
-    else does. In a ViT the last tokens do not reach the head, only the class token does; the last layer whose tokens
-    do is the norm before the last attention, which grad-cam's examples use too. Raises CallError: there is none.
+    Adaptive pooling and dropout count only where nothing else does. Of a ViT's last tokens only the class token reaches
+    the head; the last layer whose other tokens do is the norm before the last attention, which grad-cam's examples use
+    too. Raises CallError: there is none.
     """
-    head = next((call for call in reversed(calls) if isinstance(call.module, (nn.Linear, nn.Conv2d))), None)
+    heads = (call.input for call in reversed(calls) if isinstance(call.module, (nn.Linear, nn.Conv2d)))
     # the input of the head, not the score: the weights of a head that was just initialised may all be zero
-    features = logits if head is None else head.input
-    probe = (features[0] * torch.linspace(1, 2, features[0].numel()).to(features).view_as(features[0])).sum()
-    parent = head.name.rpartition(".")[0] if head else ""
-    in_head = f"{parent}." if parent and isinstance(network.get_submodule(parent), nn.Sequential) else None
-    second_choice = ""
-    for call in (call for call in reversed(calls) if call.name and as_map(call.output, size) is not None):
-        pooling = isinstance(call.module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d))
-        if not pooling and not (in_head and f"{call.name}.".startswith(in_head)) and call.output.requires_grad:
+    features = next(heads, logits)[0]
+    probe = (features * torch.linspace(1, 2, features.numel()).to(features).view_as(features)).sum()
+    spatial = [call for call in reversed(calls) if call.name and as_map(call.output, size) is not None]
+    for call in spatial:
+        passing = isinstance(call.module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout))
+        if call.output.requires_grad and not passing:
             gradient = torch.autograd.grad(probe, call.output, retain_graph=True, allow_unused=True)[0]
             if gradient is not None and as_map(gradient, size)[0].any(0).sum() > 1:
                 return call.name
-        second_choice = second_choice or call.name
-    if not second_choice:
+    if not spatial:
         raise CallError(f"no layer has a spatial map for inputs of {size[0]} x {size[1]}; pass one as target layer")
-    return second_choice
+    return spatial[0].name
 
 
 def fold_batch_norms(network: nn.Module, calls: Sequence[Call], logits: Tensor, keep: Sequence[str]) -> None:
     """Fold each batch norm into the convolution before it, where nothing else reads that convolution's output.
 
-    In eval mode the two are one affine map, and together they cost one pass over memory instead of two. `keep` names
-    the layers whose own output is wanted. The autograd graph of the recorded pass tells which output goes where.
+    Together they cost one pass over memory instead of two. `keep` names the layers whose own output is wanted. The
+    autograd graph of the recorded pass tells which output goes where.
     """
     times_called = Counter(call.name for call in calls)
     readers = Counter(parent for node in graph_nodes(logits.grad_fn) for parent, _ in node.next_functions)
-    convolutions = {call.node: call for call in calls if type(call.module) is nn.Conv2d}
+    kept = {call.node for call in calls if call.name in keep}
+    convolutions = {call.node: call for call in calls if type(call.module) is nn.Conv2d and call.node not in kept}
     for call in calls:
         source, norm = convolutions.get(call.came_from), call.module
-        if type(norm) is not nn.BatchNorm2d or not norm.track_running_stats or source is None or source.name in keep:
+        if type(norm) is not nn.BatchNorm2d or not norm.track_running_stats or source is None:
             continue
-        if any(module._forward_hooks or module._forward_pre_hooks for module in (source.module, norm)):
-            continue
-        if times_called[call.name] == times_called[source.name] == readers[source.node] == 1:
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (source.module, norm))
+        if not hooked and times_called[call.name] == times_called[source.name] == readers[source.node] == 1:
             fused = nn.utils.fusion.fuse_conv_bn_eval(source.module, norm).requires_grad_(False)
             network.set_submodule(source.name, fused)
             network.set_submodule(call.name, nn.Identity())
@@ -1452,72 +1320,26 @@ class BatchSize:
     def run(self, function: Callable[[Any], Any], items: Any) -> Iterator[Any]:
         """Yield `function` of consecutive slices of `items`. Raises what `function` raises for one item."""
         while len(items):
-            part, result = items[: self.size], None
+            part = items[: self.size]
             try:
-                result = function(part)
+                yield function(part)
+                items = items[len(part) :]
             except (RuntimeError, MemoryError) as error:
                 if len(part) == 1 or not is_out_of_memory(error):
                     raise
-            if result is not None:
-                yield result
-                items = items[len(part) :]
-                continue
-            # here the error does not hold memory any more
-            warn("memory does not suffice for such large batches; going on with smaller ones")
-            self.size = (len(part) + 1) // 2
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-
-@torch.inference_mode()
-def ablation_weights(
-    network: nn.Module, layer: str, inputs: Tensor, targets: Tensor, progress: Progress = iter
-) -> Tensor:
-    """Ablation-CAM (Desai and Ramaswamy, WACV 2020): how much of the score is lost when a channel is set to zero.
-
-    For one input (1, 3, H, W) and the classes (K,); returns (K, C). Channels that are zero anyway are not run. The
-    paper divides by the score, which scales the map, and turns it upside down where the score is negative.
-
-    Only what follows the layer runs again: at its last call the layer returns many ablated copies of its output. Before
-    it runs a small stand-in for the input, or where that does not fit the input itself, once or as often as the copies.
-    """
-    module, calls = network.get_submodule(layer), list[None]()
-    with module.register_forward_hook(lambda *_: calls.append(None)), capture_outputs(network, [layer]) as outputs:
-        logits, output = as_logits(network(inputs)), outputs[layer]
-
-    def logits_for(copies: Tensor, stand_in: Tensor, count: int) -> Tensor:
-        done = itertools.count(1)
-        with module.register_forward_hook(lambda *_: copies if next(done) == len(calls) else None):
-            return as_logits(network(stand_in.expand(count or len(copies), -1, -1, -1)))
-
-    for stand_in, count in ((torch.zeros_like(inputs[..., :64, :64]), 1), (inputs, 1), (inputs, 0)):
-        with contextlib.suppress(RuntimeError, AssertionError, ValueError):
-            twice = logits_for(output.repeat(2, *[1] * (output.ndim - 1)), stand_in, count)
-            if len(twice) == 2 and torch.allclose(twice, logits, 1e-3, 1e-3):
-                break
-    axis, score = channel_axis(output, inputs.shape[2:]), logits[0, targets]
-    channels_first = output.movedim(axis, 1)
-    ablated = score.repeat(channels_first.shape[1], 1)
-    alive = channels_first[0].flatten(1).any(1).nonzero()[:, 0]
-    most = max(1, min(256, 2**25 // (output.numel() * 4)))  # copies, of 32 MB together
-    for channels in progress(alive.split(most)):
-        changed = channels_first.repeat(len(channels), *[1] * (channels_first.ndim - 1))
-        changed[torch.arange(len(channels), device=channels.device), channels] = 0
-        ablated[channels] = logits_for(changed.movedim(1, axis), stand_in, count)[:, targets]
-    return (score - ablated).T
+                warn("memory does not suffice for such large batches; going on with smaller ones")
+                self.size = (len(part) + 1) // 2
 
 
 @contextlib.contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """Compute in float32 without autocast; on CUDA without TF32, whose ten bits show in the maps, and repeatably."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-        if hasattr(matmul, "fp32_precision"):  # since torch 2.9, which refuses to mix the two settings
-            exact = [(cudnn.conv, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
-        else:
-            exact = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
-        exact += [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    exact = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, which refuses to mix the two settings
+        exact = [(cudnn.conv, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
+    exact += [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
+    with torch.autocast(device.type, enabled=False), contextlib.ExitStack() as stack:
         for place, name, value in exact if device.type == "cuda" else ():
             stack.callback(setattr, place, name, getattr(place, name))
             setattr(place, name, value)
@@ -1528,24 +1350,19 @@ class Explainer:
     """Explains the predictions of any `nn.Module` classifier, in one thread.
 
     The model is not changed: everything runs on a frozen float32 copy, whose batch norms are folded into the
-    convolutions. After training on, make a new explainer.
+    convolutions. After training on, make a new explainer. Raises CallError: no such method or layer.
 
     Args:
         model: takes (N, 3, H, W), returns logits (N, classes); or (N, 1) or (N,) for a single sigmoid output, of which
             the positive side is explained. `DataParallel` around it and half precision are fine.
         methods: names from METHODS and MORE_METHODS, or one of them.
-        target_layers: dotted names of layers (or the modules) whose maps are averaged, or one of them; None: the last
-            layer with a spatial map on which the score depends.
+        target_layers: names of layers, or the modules, whose maps are averaged, or one of them; None: the last layer
+            with a spatial map on which the score depends.
         guided: whether guided backpropagation is wanted too.
-        aug_smooth: average the maps over six variants of the input, mirrored and multiplied by 0.9 to 1.1 (ttach, as in
-            grad-cam).
+        aug_smooth: average the maps over six variants of the input, mirrored and multiplied by 0.9 to 1.1, as grad-cam.
         eigen_smooth: take the first principal component of the contributions of the channels instead of their sum.
-        batch_size: how many inputs Score-CAM and `logits` run at once; None: 2 on the CPU, else 32. It is halved where
-            memory does not suffice.
+        batch_size: how many inputs Score-CAM and `logits` run at once, at most; None: 2 on the CPU, else 32.
         progress: wraps the passes of Score-CAM and Ablation-CAM, such as tqdm.
-
-    Raises:
-        CallError: no such method or layer.
     """
 
     def __init__(
@@ -1558,7 +1375,7 @@ class Explainer:
         aug_smooth: bool = False,
         eigen_smooth: bool = False,
         batch_size: int | None = None,
-        progress: Progress = iter,
+        progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
     ) -> None:
         methods = methods if isinstance(methods, str) else ",".join(methods)
         self.methods = tuple(names_from((*METHODS, *MORE_METHODS), "method", METHODS)(methods))
@@ -1566,60 +1383,67 @@ class Explainer:
             model = model.module
         layers = [target_layers] if isinstance(target_layers, (str, nn.Module)) else target_layers or ()
         self.target_layers = tuple(layer_name(model, layer) for layer in layers)
-        self.guided, self.aug_smooth, self.eigen_smooth = guided, aug_smooth, eigen_smooth
-        self.progress = progress
+        self.guided, self.aug_smooth, self.eigen_smooth, self.progress = guided, aug_smooth, eigen_smooth, progress
         # Tensors that hang on a graph cannot be copied: what a module keeps of its last run, as weight_norm's weight.
         kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
         with torch.inference_mode(False):
             network = copy.deepcopy(model, {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf})
-            weight = next(itertools.chain(network.parameters(), network.buffers()), torch.empty(0))
-            self.device = weight.device
+            self.device = next(itertools.chain(network.parameters(), network.buffers()), torch.empty(0)).device
             # channels-last where oneDNN computes; on a GPU it pays only in half precision, which is not used
             fast = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
-            self._format = torch.channels_last if fast else torch.contiguous_format
-            self.network = network.eval().requires_grad_(False).float().to(memory_format=self._format)
+            network.to(memory_format=torch.channels_last if fast else torch.contiguous_format)
+            self.network = network.eval().requires_grad_(False).float()
         self.batch_size = BatchSize(batch_size or (2 if self.device.type == "cpu" else 32))
         self._prepared = False
 
     def prepare(self, inputs: Tensor) -> None:
         """Run one input (1, 3, H, W): find the target layer where none was named, and fold the batch norms."""
+        calls: list[Call] = []
+
+        def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and args and isinstance(args[0], Tensor):
+                calls.append(Call(name, module, args[0], args[0].grad_fn, output, output.grad_fn))
+
         with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
-            calls, logits = record_calls(self.network, self._own(inputs))
-            if not self.target_layers:
-                self.target_layers = (find_target_layer(self.network, calls, logits, inputs.shape[2:]),)
+            with contextlib.ExitStack() as hooks:
+                for name, module in self.network.named_modules():
+                    hooks.enter_context(module.register_forward_hook(partial(record, name)))
+                logits = as_logits(self.network(self._own(inputs).requires_grad_()))
+            self.target_layers = self.target_layers or (find_target_layer(calls, logits, inputs.shape[2:]),)
             if "fullgrad" not in self.methods:  # which counts the biases of both, convolution and batch norm
                 fold_batch_norms(self.network, calls, logits, keep=self.target_layers)
+                if not torch.allclose(
+                    self.logits(inputs), logits, 1e-3, 1e-3
+                ):  # a folded weight is read elsewhere, too
+                    for call in calls[:-1]:
+                        self.network.set_submodule(call.name, call.module)
         self._prepared = True
 
-    def __call__(
-        self, inputs: Tensor, targets: Sequence[int] | Tensor | int | None = None, *, top: int | None = None
-    ) -> Explanation:
-        """Explain a batch.
+    def __call__(self, inputs: Tensor, targets: Targets = None, *, top: int | None = None) -> Explanation:
+        """Explain inputs (N, 3, H, W), normalised as the model expects them; they are converted to float32.
 
-        Args:
-            inputs: (N, 3, H, W), normalised as the model expects it; converted to float32 on the model's device.
-            targets: the class to explain: one for all, or (N,) for each input; or K classes, (1, K) or (N, K). None:
-                the one with the highest logit.
-            top: without targets: the K classes with the highest logits, or all if there are fewer.
-
-        Raises:
-            CallError: a target layer has no spatial map, or the score does not depend on it; no such class; no batch.
-            ValueError: the logits are not finite.
+        Without `targets`, the class with the highest logit is explained, or the `top` classes with the highest. Targets
+        are one class for all inputs, or (N,) for each input; or K classes, (1, K) or (N, K). Raises CallError: a target
+        layer has no spatial map, or the score does not depend on it; no such class; no batch. Raises ValueError: the
+        logits are not finite.
         """
         if not isinstance(inputs, Tensor):
             raise CallError(f"inputs are a tensor, not {type(inputs).__name__}; use classifier.preprocess(photo)[None]")
-        if inputs.ndim != 4:
+        if inputs.ndim != 4 or not len(inputs):
             raise CallError(f"inputs are a batch (N, 3, H, W), not {shape_of(inputs)}; of one photo: inputs[None]")
         if not self._prepared:
             self.prepare(inputs[:1])
         # Whatever mode the caller is in, this needs a graph, and leaves the caller's settings alone.
         with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
-            inputs = self._own(inputs)
-            explanation = self._explain(inputs, targets, top, () if self.aug_smooth else self.methods, self.guided)
-            if self.aug_smooth:
-                targets = torch.from_numpy(explanation.targets).to(inputs.device)
-                explanation = replace(explanation, cams=self._smoothed(inputs, targets))
-            return explanation
+            if not self.aug_smooth:
+                return self._explain(inputs, targets, top, self.methods, self.guided)
+            explanation, variants = self._explain(inputs, targets, top, (), self.guided), []
+            for step, factor in itertools.product((1, -1), (0.9, 1, 1.1)):  # mirrored where -1
+                varied = (inputs.flip(3) if step < 0 else inputs).detach().float() * factor
+                cams = self._explain(varied, explanation.targets, None, self.methods, False).cams
+                variants.append({method: maps[..., ::step] for method, maps in cams.items()})
+            cams = {method: np.mean([cams[method] for cams in variants], axis=0) for method in self.methods}
+            return replace(explanation, cams=cams)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Return the network's logits (N, classes) for inputs (N, 3, H, W), on its device."""
@@ -1628,109 +1452,107 @@ class Explainer:
 
     def _own(self, inputs: Tensor) -> Tensor:
         """Return a copy of the inputs as the network wants them."""
-        return inputs.detach().to(self.device, torch.float32).clone(memory_format=self._format)
-
-    def _smoothed(self, inputs: Tensor, targets: Tensor) -> dict[str, Floats]:
-        """Return the maps averaged over the variants of the inputs that grad-cam takes."""
-        import ttach
-
-        variants = ttach.Compose([ttach.HorizontalFlip(), ttach.Multiply(factors=[0.9, 1, 1.1])])
-        sums = dict.fromkeys(self.methods, 0.0)
-        for variant in variants:
-            varied = self._own(variant.augment_image(inputs))
-            for method, maps in self._explain(varied, targets, None, self.methods, guided=False).cams.items():
-                maps = variant.deaugment_mask(torch.from_numpy(maps).view(-1, 1, *maps.shape[-2:])).view(maps.shape)
-                sums[method] = sums[method] + maps.numpy()
-        return {method: maps / np.float32(len(variants)) for method, maps in sums.items()}
+        return inputs.detach().to(self.device, torch.float32).clone()
 
     def _explain(
-        self, inputs: Tensor, targets: Any, top: int | None, methods: Sequence[str], guided: bool
+        self, inputs: Tensor, targets: Targets, top: int | None, methods: Sequence[str], guided: bool
     ) -> Explanation:
+        inputs, size = self._own(inputs).requires_grad_(guided), inputs.shape[2:]
         with_gradients = any(CAM_METHODS[method].gradients for method in methods if method in CAM_METHODS)
-        inputs.requires_grad_(guided)
         with capture_outputs(self.network, self.target_layers, with_gradients) as outputs:
             logits = as_logits(self.network(inputs))
         targets = choose_targets(logits, targets, top)
         classes = targets.view(len(inputs), -1)  # (N, K); K is 1 where the caller thinks of one class
         scores = [logits.gather(1, column[:, None]).sum() for column in classes.T]
-        layers = self._layers(outputs, scores if with_gradients else (), inputs, guided)
-        guided_maps = torch.stack(guided_gradients(scores, inputs), 1) if guided else None
+        of_scores = []
+        for score in scores if with_gradients else ():
+            keep = guided or score is not scores[-1]
+            of_scores.append(torch.autograd.grad(score, [*outputs.values()], None, keep, allow_unused=True))
+        layers = {}  # for each layer its activations (N, C, h, w), and the gradients (N, K, C, h, w) of the scores
+        for (layer, output), *gradients in zip(outputs.items(), *of_scores, strict=True):
+            activations = as_map(output.detach(), size)
+            if activations is None:
+                raise CallError(f"layer '{layer}' has no spatial map but {shape_of(output)} values; choose another one")
+            if any(gradient is None for gradient in gradients):
+                raise CallError(f"the class score does not depend on layer '{layer}'; choose another one")
+            maps = [as_map(gradient, size) for gradient in gradients]
+            layers[layer] = activations, torch.stack(maps, 1) if maps else None
+        guided_maps = guided_gradients(scores, inputs) if guided else None
         # The first result that is waited for: a GPU has been given all of the work above by now.
         if not torch.isfinite(logits).all():
             raise ValueError("the logits are NaN or infinite; the weights are probably broken")
-        cams = {method: self._cam(method, layers, inputs.detach(), classes) for method in methods}
 
-        def array(tensor: Tensor) -> NDArray[Any]:
-            shape = tensor.shape[1:] if tensor is logits else tensor.shape[2:]
-            lead = tensor.shape[:1] if tensor is logits else targets.shape
-            return tensor.detach().view(*lead, *shape).cpu().contiguous().numpy()
+        def array(found: Tensor) -> NDArray[Any]:  # (N, K, ...) -> (N, ...) or (N, K, ...)
+            return found.view(*targets.shape, *found.shape[2:]).cpu().contiguous().numpy()
 
-        maps = {method: array(of_method) for method, of_method in cams.items()}
-        return Explanation(maps, None if guided_maps is None else array(guided_maps), array(logits), array(classes))
-
-    def _layers(
-        self, outputs: Mapping[str, Tensor], scores: Sequence[Tensor], inputs: Tensor, keep_graph: bool
-    ) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Return for each layer its activations (N, C, h, w) and the gradients of the K scores, (N, K, C, h, w)."""
-
-        def spatial(layer: str, output: Tensor) -> Tensor:
-            found = as_map(output, inputs.shape[2:])
-            if found is None:
-                raise CallError(f"layer '{layer}' has no spatial map but {shape_of(output)} values; choose another one")
-            return found
-
-        for layer in self.target_layers:
-            if layer not in outputs:
-                raise CallError(f"layer '{layer}' is not called when the network runs; choose another one")
-        of_scores = [
-            torch.autograd.grad(
-                score, [*outputs.values()], None, keep_graph or score is not scores[-1], allow_unused=True
-            )
-            for score in scores
-        ]
-        layers = {}
-        for index, (layer, output) in enumerate(outputs.items()):
-            of_layer = [gradients[index] for gradients in of_scores]
-            if any(gradient is None for gradient in of_layer):
-                raise CallError(f"the class score does not depend on layer '{layer}'; choose another one")
-            stacked = torch.stack([spatial(layer, gradient) for gradient in of_layer], 1) if of_layer else None
-            layers[layer] = spatial(layer, output.detach()), stacked
-        return layers
+        cams = {method: array(self._cam(method, layers, inputs.detach(), classes)) for method in methods}
+        return Explanation(cams, array(guided_maps) if guided else None, logits.detach().cpu().numpy(), array(classes))
 
     def _cam(self, method: str, layers: Mapping[str, Any], inputs: Tensor, classes: Tensor) -> Tensor:
         """Return the maps (N, K, H, W) of one method, in [0, 1], averaged over all layers."""
         if method in BY_GRAD_CAM:
-            photos = [
-                (photo, int(target)) for photo, row in zip(inputs.split(1), classes, strict=True) for target in row
-            ]
-            names = self.target_layers[: 1 if method == "fullgrad" else None]
-            each = [self._by_grad_cam(method, name, *photo) for name in names for photo in photos]
-            return normalise(torch.stack(each).view(len(names), *classes.shape, *inputs.shape[2:]).mean(0))
+            # its Shapley-CAM fails with several layers at once
+            groups = [[layer] for layer in layers] if method == "shapleycam" else [[*layers]]
+            photos = [(group, *photo) for group in groups for photo in zip(inputs.split(1), classes, strict=True)]
+            found = torch.stack([self._by_grad_cam(method, *photo) for photo in photos])
+            return normalise(found.view(len(groups), *classes.shape, *inputs.shape[2:]).mean(0))
+        weigh = self._score_weights if method == "scorecam" else self._ablation_weights  # one input, by many passes
         maps = []
         for layer, (activations, gradients) in layers.items():
             if method in CAM_METHODS:
-                contributions = CAM_METHODS[method].weight_fn(activations[:, None], gradients)
-                reduce_fn = CAM_METHODS[method].reduce_fn
-            else:  # the weights (K, C) of methods that run the network again
-                weigh = self._score_weights if method == "scorecam" else partial(self._ablation_weights, layer)
-                weights = torch.stack([weigh(*one) for one in zip(activations, inputs.split(1), classes, strict=True)])
+                weight_fn, reduce_fn, _ = CAM_METHODS[method]
+                contributions = weight_fn(activations[:, None], gradients)
+            else:
+                photos = zip(activations, inputs.split(1), classes, strict=True)
+                weights = torch.stack([weigh(layer, *photo) for photo in photos])
                 contributions, reduce_fn = weights[..., None, None] * activations[:, None], CHANNEL_SUM
             if self.eigen_smooth and reduce_fn is CHANNEL_SUM:
                 reduce_fn = principal_component
             small = reduce_fn(contributions).expand(*classes.shape, *activations.shape[2:])
             maps.append(nn.functional.interpolate(normalise(small.clamp(min=0)), inputs.shape[2:], mode="bilinear"))
         joined = torch.stack(maps)
-        return normalise(joined.prod(0) if method == "refinecam" else joined.mean(0))
-
-    def _ablation_weights(self, layer: str, activations: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        return ablation_weights(self.network, layer, inputs, targets, self.progress)
+        return normalise(normalise(joined).prod(0) if method == "refinecam" else joined.mean(0))
 
     @torch.inference_mode()
-    def _score_weights(self, activations: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _ablation_weights(self, layer: str, activations: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Ablation-CAM (Desai and Ramaswamy, WACV 2020): how much of the score is lost without a channel.
+
+        For one input (1, 3, H, W) and the classes (K,); returns (K, C). The paper divides by the score, which turns the
+        map upside down where the score is negative. Only what follows the layer runs again: at its last call the layer
+        returns many ablated copies of its output. Before it runs a small stand-in for the input, or where that does not
+        fit the input, once or for each copy.
+        """
+        module, outputs = self.network.get_submodule(layer), list[Tensor]()
+        with module.register_forward_hook(lambda module, args, output: outputs.append(output.clone())):
+            logits = as_logits(self.network(inputs))
+
+        def logits_for(copies: Tensor, stand_in: Tensor, count: int) -> Tensor:
+            calls = itertools.count(1)
+            with module.register_forward_hook(lambda *_: copies if next(calls) == len(outputs) else None):
+                return as_logits(self.network(stand_in.expand(count or len(copies), -1, -1, -1)))
+
+        output = outputs[-1]
+        for stand_in, count in ((torch.zeros_like(inputs[..., :64, :64]), 1), (inputs, 1), (inputs, 0)):
+            with contextlib.suppress(RuntimeError, AssertionError, ValueError):
+                twice = logits_for(torch.cat([output, output]), stand_in, count)
+                if len(twice) == 2 and torch.allclose(twice, logits, 1e-3, 1e-3):
+                    break
+        axis = 1 if output.shape[1:] == activations.shape else output.ndim - 1  # of the channels, see as_map
+        score = logits[0, targets]
+        ablated = score.repeat(output.shape[axis], 1)
+        alive = output.movedim(axis, 1)[0].flatten(1).any(1).nonzero()[:, 0]
+        for channels in self.progress(alive.split(max(1, min(256, 2**25 // (output.numel() * 4))))):  # 32 MB together
+            copies = output.repeat(len(channels), *[1] * (output.ndim - 1))
+            copies.movedim(axis, 1)[torch.arange(len(channels), device=channels.device), channels] = 0
+            ablated[channels] = logits_for(copies, stand_in, count)[:, targets]
+        return (score - ablated).T
+
+    @torch.inference_mode()
+    def _score_weights(self, layer: str, activations: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Score-CAM (Wang et al., CVPR workshops 2020, arXiv:1910.01279): the softmax of the scores of masked inputs.
 
-        Each channel of activations (C, h, w), enlarged to the input (1, 3, H, W) and stretched to [0, 1], masks it
-        once. Returns (K, C) for the classes (K,). The mask of a constant channel is zero: those share one pass.
+        For one input (1, 3, H, W) and the classes (K,); returns (K, C). The mask is a channel of activations (C, h, w),
+        enlarged and stretched to [0, 1]; that of a constant channel is zero: those share one pass.
         """
         varied = (activations.flatten(1).amax(1) > activations.flatten(1).amin(1)).nonzero()[:, 0]
         scores = self.logits(torch.zeros_like(inputs))[0, targets].repeat(len(activations), 1)
@@ -1738,47 +1560,43 @@ class Explainer:
         def masked_scores(channels: Tensor) -> Tensor:
             small = activations[channels][:, None]
             masks = nn.functional.interpolate(small, inputs.shape[2:], mode="bilinear", align_corners=True)
-            low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
-            return as_logits(self.network(self._own(inputs * ((masks - low) / (high - low + 1e-8)))))[:, targets]
+            return as_logits(self.network(self._own(inputs * normalise(masks, 1e-8))))[:, targets]
 
         for channels in self.progress(varied.split(8 * self.batch_size.size)):
-            scores[channels] = torch.cat([*self.batch_size.run(masked_scores, channels)])
+            scores[channels] = torch.cat([scores[:0], *self.batch_size.run(masked_scores, channels)])
         return scores.softmax(0).T
 
-    def _by_grad_cam(self, method: str, layer: str, inputs: Tensor, target: int) -> Tensor:
-        """Return the map (H, W) of a method for one input (1, 3, H, W) by grad-cam's class. Raises CallError."""
+    def _by_grad_cam(self, method: str, names: Sequence[str], inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the maps (K, H, W) of one input (1, 3, H, W) by grad-cam's class. Raises CallError."""
         import pytorch_grad_cam
-        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWeightedTarget
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-        network, wanted = self.network, ClassifierOutputTarget(target)
-        if method == "finercam":
-            logits = self.logits(inputs)[0]
-            similar = (logits - logits[target]).abs().argsort(stable=True).tolist()
-            wanted = FinerWeightedTarget(target, [index for index in similar if index != target][:3], alpha=1)
-        layers = [] if method == "fullgrad" else [network.get_submodule(layer)]
-        places = layers, partial(as_map, size=inputs.shape[2:]) if layers else None
-        cam = getattr(pytorch_grad_cam, BY_GRAD_CAM[method])(network, *places)
+        layers = [] if method == "fullgrad" else [self.network.get_submodule(name) for name in names]
+        reshape = partial(as_map, size=inputs.shape[2:]) if layers else None
+        cam = getattr(pytorch_grad_cam, BY_GRAD_CAM[method])(self.network, layers, reshape)
         kept = getattr(cam, "base_cam", cam).activations_and_grads
-        network.requires_grad_(
-            method == "shapleycam"
-        )  # where weights are frozen, it cannot cope with a constant gradient
-        random_state = np.random.get_state()
+        # Shapley-CAM cannot cope with the constant gradients of frozen weights.
+        self.network.requires_grad_(method == "shapleycam")
+        maps = []
         try:
-            np.random.seed(0)  # RandomCAM draws from it, in a later run the same
-            # These hooks stand behind grad-cam's, so that what follows cannot change the activations that it keeps.
-            with capture_outputs(network, [layer]):
-                found = cam(inputs.detach().clone().requires_grad_(), [wanted], eigen_smooth=self.eigen_smooth)
+            for target in targets.tolist():
+                asked = {"targets": [ClassifierOutputTarget(target)], "eigen_smooth": self.eigen_smooth}
+                if method == "finercam":
+                    asked |= {"targets": None, "target_idx": target}
+                # These hooks stand behind grad-cam's, so that what follows cannot change the activations that it keeps.
+                with capture_outputs(self.network, names):
+                    found = cam(inputs.clone().requires_grad_(), **asked)
+                maps.append(torch.from_numpy(np.float32(found[0])).to(inputs))
+            return torch.stack(maps)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             # Shapley-CAM takes no tokens, Finer-CAM no single output, FullGrad no layer that is called twice.
-            raise CallError(f"{method} does not work on layer '{layer}': {first_line(error)}") from error
+            raise CallError(f"{method} does not work on layer '{', '.join(names)}': {first_line(error)}") from error
         finally:
-            np.random.set_state(random_state)
-            network.requires_grad_(False)
+            self.network.requires_grad_(False)
             kept.activations, kept.gradients = [], []  # which its own release() fails to detach where they are views
             kept.release()
-        return torch.from_numpy(np.float32(found[0])).to(inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1786,56 +1604,35 @@ class Explainer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 METRICS = ("average_drop", "increase", "deletion", "insertion", "road")
-CURVE_STEPS = 20  # of the deletion and insertion curves
-ROAD_SHARES = (0.2, 0.4, 0.6, 0.8)  # of the pixels that stay
 
 
 def faithfulness(explainer: Explainer, inputs: Tensor, cam: Floats, target: int) -> dict[str, float]:
-    """Measure a map by how the probability p of the class changes with the input.
+    """Measure a map (H, W) in [0, 1] of inputs (1, 3, H, W) by how the probability p of a class changes with the input.
 
     - average_drop, in [0, 1], lower is better: the share of p that is lost when the input is multiplied by the map.
-    - increase, 0 or 1, higher is better: whether p grows by that. Their means over many photos are the "average drop"
-      and "increase in confidence" of Chattopadhyay et al., WACV 2018, arXiv:1710.11063.
+    - increase, 0 or 1, higher is better: whether p grows by that (both Chattopadhyay et al., WACV 2018,
+      arXiv:1710.11063, as means over many photos).
     - deletion, in [0, 1], lower is better: the mean p while the hottest pixels are set to zero (the mean colour) first.
-    - insertion, in [0, 1], higher is better: the mean p while they come back first. Both are areas under a curve of 20
-      steps (Petsiuk et al., RISE, BMVC 2018, arXiv:1806.07421, which starts the insertion from a blurred photo).
-    - road, in [-0.5, 0.5], higher is better: half of how much more p drops when the hottest pixels are imputed from
-      their neighbours than when the coldest are (Rong et al., ROAD, ICML 2022, arXiv:2202.00449; as grad-cam's
-      ROADCombined, with 20, 40, 60 and 80 percent).
-
-    Args:
-        explainer: whose network is run.
-        inputs: one, (1, 3, H, W).
-        cam: its map, (H, W) in [0, 1].
-        target: the index of the class.
+    - insertion, in [0, 1], higher is better: the mean p while they come back first (both Petsiuk et al., RISE, BMVC
+      2018, arXiv:1806.07421, in 20 steps; there the insertion starts from a blurred photo).
+    - road, in [-0.5, 0.5], higher is better: half of how much more p drops when the hottest 20, 40, 60 and 80 percent
+      are imputed from their neighbours than when the coldest are (Rong et al., ICML 2022, arXiv:2202.00449, as
+      grad-cam's ROADCombined).
     """
     photo, pixels = inputs[0].cpu().numpy(), cam.size
-    kept = [turned < np.quantile(turned, share) for turned in (cam, 1 - cam) for share in ROAD_SHARES]
-    counts = np.array([*range(0, pixels, -(-pixels // CURVE_STEPS)), pixels])
+    kept = [turned < np.quantile(turned, share) for turned in (cam, 1 - cam) for share in (0.2, 0.4, 0.6, 0.8)]
+    counts = np.array([*range(0, pixels, -(-pixels // 20)), pixels])
     ranks = np.argsort(np.argsort(-cam.flatten(), kind="stable"))
     hottest = (ranks.reshape(cam.shape) < counts[:, None, None])[:, None]
-    changed = [
-        photo[None],
-        photo[None] * cam,
-        photo * ~hottest,
-        photo * hottest,
-        [impute(photo, each) for each in kept],
-    ]
+    imputed = [impute(photo, each) for each in kept]
+    changed = [photo[None], photo[None] * cam, photo * ~hottest, photo * hottest, imputed]
     asked = torch.from_numpy(np.concatenate(changed).astype(np.float32))
     p = probabilities(explainer.logits(asked))[:, target].double().cpu().numpy()
-    before, masked, deletion, insertion, road = np.split(p, np.cumsum([len(part) for part in changed[:-1]]))
-
-    def area(curve: NDArray[Any]) -> float:
-        return float(((curve[1:] + curve[:-1]) / 2 * np.diff(counts)).sum() / pixels)
-
-    values = {
-        "average_drop": max(0.0, before[0] - masked[0]) / (before[0] + 1e-7),
-        "increase": masked[0] > before[0],
-        "deletion": area(deletion),
-        "insertion": area(insertion),
-        "road": (road[len(ROAD_SHARES) :] - road[: len(ROAD_SHARES)]).mean() / 2,
-    }
-    return {name: round(float(value), 6) for name, value in values.items()}
+    before, masked, *curves, road = np.split(p, np.cumsum([len(part) for part in changed[:-1]]))
+    areas = (((curve[1:] + curve[:-1]) / 2 * np.diff(counts)).sum() / pixels for curve in curves)
+    drop = max(0.0, before[0] - masked[0]) / (before[0] + 1e-7)
+    values = (drop, masked[0] > before[0], *areas, (road[4:] - road[:4]).mean() / 2)
+    return {name: round(float(value), 6) for name, value in zip(METRICS, values, strict=True)}
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -1846,8 +1643,7 @@ def probabilities(logits: Tensor) -> Tensor:
 def impute(photo: Floats, kept: NDArray[np.bool_]) -> Floats:
     """Return a photo (3, H, W) with the pixels that are not in `kept` (H, W) filled from those around, plus noise.
 
-    ROAD's noisy linear imputation (arXiv:2202.00449, section 4), with grad-cam's equations; its solver takes several
-    times as long.
+    ROAD's noisy linear imputation (arXiv:2202.00449, section 4): grad-cam's equations, and a faster solver.
     """
     from pytorch_grad_cam.metrics.road import NoisyLinearImputer, neighbors_weights
     from scipy.sparse import csc_matrix
