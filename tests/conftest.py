@@ -1,4 +1,4 @@
-"""What the tests share: the demo, and the program run as a person runs it."""
+"""What all tests share: the demo's files, and the program run as a process."""
 
 import os
 import subprocess
@@ -17,12 +17,15 @@ sys.path.insert(0, str(ROOT))
 
 @pytest.fixture
 def program():
-    """Runs the program with these arguments; gives the finished process with its text output."""
+    """Return a function that runs the program with these arguments and returns the finished process.
 
-    def run(*args, cwd=ROOT, **kwargs):
-        environment = {**os.environ, "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": ""}
+    `env` is added to the environment; other keyword arguments go to `subprocess.run`. Output is text.
+    """
+
+    def run(*args, env=None, **kwargs):
+        environment = {**os.environ, "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120", **(env or {})}
         command = [sys.executable, str(PROGRAM), *map(str, args)]
-        kwargs = {"env": environment, "encoding": "utf-8", "timeout": 300, **kwargs}
-        return subprocess.run(command, cwd=cwd, capture_output=True, **kwargs)
+        options = {"cwd": ROOT, "encoding": "utf-8", "timeout": 300, **kwargs}
+        return subprocess.run(command, env=environment, capture_output=True, **options)
 
     return run

@@ -1,4 +1,4 @@
-"""Room 1, the command line: the options, their defaults, and every error that must not wait for torch."""
+"""Section 1, Command line: the options, their errors, and what is told before torch is imported."""
 
 import os
 import re
@@ -6,425 +6,247 @@ import sys
 from pathlib import Path
 
 import pytest
-import torchvision
 from conftest import CKPT, DOG
-from torchvision.models import list_models
 
 import cnn_visualizations as program_file
+from cnn_visualizations import METHODS, MORE_METHODS, find_photos, parse_args
 
-OPTIONS = {
-    "--arch", "--ckpt", "--num-classes", "--class-names", "--device", "--input-size", "--resize", "--batch-size",
-    "--method", "--target-layer", "--target-class", "--output", "--outputs", "--output-size", "--skip-existing",
-    "--top-k", "--aug-smooth", "--eigen-smooth", "--metrics", "--sheet", "--save-arrays", "--colormap", "--alpha",
-    "--format", "--quality",
-}  # fmt: skip
-METHODS = ["gradcam", "scorecam", "gradcam++", "ablationcam", "xgradcam", "eigencam", "eigengradcam"]
-MORE_METHODS = [
-    "hirescam", "layercam", "gradcamelementwise", "fullgrad", "fem", "kpcacam", "shapleycam", "finercam", "segeigencam",
-    "randomcam", "refinecam",
-]  # fmt: skip
+posix = pytest.mark.skipif(os.name == "nt", reason="file descriptors as on POSIX")
+OPTIONS = """--arch --ckpt --num-classes --class-names --device --batch-size --input-size --resize --mean --std --method
+    --target-layer --target-class --top-k --aug-smooth --eigen-smooth --metrics --output --outputs --output-size --sheet
+    --save-arrays --colormap --alpha --format --quality --skip-existing"""
+LISTS = ["cat\r\n\n 狗 \n", "\ufeffcat\n狗", '["cat", "狗"]', '{"1": "狗", "0": "cat"}', '{"狗": 1, "cat": 0}']
+NOT_LISTS = ["[null]", "[]", "\n \n", '["a",', '{"a": 0, "b": 2}', '{"a": 0, "b": 0}', "[" * 200_000, b"\xff\xfe\x00"]
 
 
 @pytest.fixture
 def without_libraries(program, tmp_path):
-    """Runs the program where importing torch, numpy, OpenCV or Pillow ends in a traceback."""
-    return trapped(program, tmp_path, ("torch", "numpy", "cv2", "PIL"))
+    """Return a function that runs the program where importing a library runs a line of Python, by default an error."""
 
-
-@pytest.fixture
-def without_torch(program, tmp_path):
-    """Runs the program where importing torch or OpenCV ends in a traceback."""
-    return trapped(program, tmp_path, ("torch", "cv2"))
-
-
-def trapped(program, tmp_path, libraries):
-    traps = tmp_path / "traps"
-    traps.mkdir()
-    for library in libraries:
-        (traps / f"{library}.py").write_text("raise RuntimeError('a heavy import')\n", encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(traps), "PYTHONUTF8": "1", "COLUMNS": "400"}
-
-    def run(*args, **kwargs):
-        return program(*args, env=environment, **kwargs)
+    def run(*args, line="1 / 0", **kwargs):
+        (tmp_path / "libraries").mkdir()
+        for library in ("torch", "numpy", "cv2", "PIL"):
+            (tmp_path / "libraries" / f"{library}.py").write_text(f"{line}\n", encoding="utf-8")
+        return program(*args, env={"PYTHONPATH": str(tmp_path / "libraries")}, **kwargs)
 
     return run
 
 
+def only_error(status, stdout, stderr, expected=2):
+    """Return the only line on stderr, which is an error; nothing is on stdout."""
+    assert (status, stdout) == (expected, ""), stderr
+    assert re.fullmatch("error: [^\n]+\n", stderr)
+    return stderr
+
+
+def parsed(*args):
+    return parse_args([str(DOG), *map(str, args)])
+
+
 @pytest.fixture
-def parsed(tmp_path):
-    """Parses these arguments behind the demo photo; the pictures go to a folder of the test."""
-
-    def parse(*args):
-        return program_file.parse_args(["--output", str(tmp_path / "out"), str(DOG), *map(str, args)])
-
-    return parse
-
-
-@pytest.fixture
-def refused(parsed, capsys):
-    """The error line for these arguments, which must end the program with status 2."""
+def refused(capsys):
+    """Return a function that returns the error line for these arguments, which end the program with status 2."""
 
     def refuse(*args):
         with pytest.raises(SystemExit) as stop:
             parsed(*args)
-        return one_error(stop.value.code, *capsys.readouterr())
+        return only_error(stop.value.code, *capsys.readouterr())
 
     return refuse
 
 
-def photos(args):
-    return [Path(path) for path, _ in args.photos]
-
-
-def one_error(status, stdout, stderr, expected=2):
-    """The only line on stderr, which must be an error."""
-    assert status == expected, stderr
-    assert stdout == ""
-    assert stderr.startswith("error: ")
-    assert stderr.endswith("\n")
-    assert stderr.count("\n") == 1, stderr
-    return stderr
-
-
-def finished(process, expected=2):
-    return one_error(process.returncode, process.stdout, process.stderr, expected)
-
-
-def test_the_trap_catches_a_heavy_import(without_libraries, tmp_path):
-    process = without_libraries(DOG, "--ckpt", CKPT, "--output", tmp_path / "out")
-    assert "a heavy import" in process.stderr
-    assert process.returncode == 1
-
-
-def test_help_needs_no_torch_and_ends_with_three_examples(without_libraries):
+def test_help_names_every_option_and_imports_no_library(without_libraries, tmp_path, monkeypatch):
     process = without_libraries("--help")
     assert (process.returncode, process.stderr) == (0, "")
-    examples = process.stdout.partition("examples:")[2]
-    assert len(re.findall(r"^ +python cnn_visualizations\.py .*(?:\\\n.*)*\.jpg$", examples, re.MULTILINE)) == 3
-    assert process.stdout.rstrip().endswith(".jpg")
-
-
-def test_the_examples_in_help_are_calls_that_the_program_accepts(without_libraries, tmp_path, monkeypatch):
-    examples = without_libraries("--help").stdout.partition("examples:")[2].replace("\\\n", " ")
-    calls = re.findall(r"^ +python cnn_visualizations\.py (.*)$", examples, re.MULTILINE)
+    text, _, examples = process.stdout.partition("positional arguments:")[2].partition("examples:")
+    entries = dict(re.findall(r"^  (--[\w-]+)(?: [\w,]+| \{.*?\})?\s{2,}(\S.*(?:\n {10,}\S.*)*)", text, re.MULTILINE))
+    assert sorted(entries) == sorted(OPTIONS.split())
+    assert all(sentence.endswith(".") for sentence in entries.values())
+    assert {*METHODS, *MORE_METHODS} <= set(re.findall(r"[\w+]+", entries["--method"]))
     monkeypatch.chdir(tmp_path)
-    for call in calls:
-        words = call.split()
-        for word in words:
-            if "." in word:
-                (tmp_path / word).parent.mkdir(parents=True, exist_ok=True)
-                (tmp_path / word).write_bytes(b"cat\ndog" if word.endswith(".txt") else DOG.read_bytes())
-        assert program_file.parse_args(words).photos
-    assert len(calls) == 3
-
-
-def test_every_option_has_a_help_sentence(without_libraries):
-    text = without_libraries("--help").stdout.partition("positional arguments:")[2].partition("examples:")[0]
-    entries = re.findall(r"^  (IMAGE|--[\w-]+)(?: [A-Z]+| \{.*?\})?\s{2,}(\S.*(?:\n {10,}\S.*)*)", text, re.MULTILINE)
-    sentences = dict(entries)
-    assert set(sentences) == {"IMAGE", *OPTIONS}
-    for option, sentence in sentences.items():
-        assert sentence.endswith((".", ")")), f"{option}: {sentence}"
-        assert len(sentence.split()) >= 5, f"{option}: {sentence}"
-    assert all(method in sentences["--method"] for method in METHODS)
+    for name in ("33.jpg", "photos/1.jpg", "best.pth"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"content")
+    calls = re.findall(r"^ +python cnn_visualizations\.py (.*)$", examples.replace("\\\n", " "), re.MULTILINE)
+    assert len(calls) >= 2
+    assert all(len(find_photos(parse_args(call.split()).images)) == 1 for call in calls)
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "status", "expected"),
     [
-        (["--metod", "gradcam"], "--method"),
-        (["--method", "gradcm"], "gradcam"),
-        (["--arch", "resnet5"], "resnet50"),
-        (["--ckpt", "nowhere.pth"], "nowhere.pth"),
-        (["--resize", "stretch"], "squash"),
-        (["--num-classes", "many"], "many"),
-        (["--output", str(DOG / "out")], "dog.jpg"),
+        ([DOG, "--metod", "gradcam"], 2, "unknown option --metod; did you mean --method"),
+        ([DOG, "--ckpt", "nowhere.pth"], 2, "nowhere.pth: no such file"),
+        ([DOG, "--target-layer", ""], 2, "--target-layer: the value is empty"),
+        ([DOG, "--output", DOG], 2, f"--output {DOG}: cannot write there"),
+        (["--ckpt", CKPT], 2, "no photo given"),
+        (["", "--ckpt", CKPT], 2, "empty name"),
+        ([CKPT], 2, f"pass --ckpt {CKPT}"),
+        (["https://example.org/a.jpg"], 1, "https://example.org/a.jpg: this is a URL; download"),
+        (["*.jpg2"], 1, "*.jpg2: no file matches this pattern"),
+        (["a.jpg\nb"], 1, r"a.jpg\nb: no such file"),
     ],
 )
-def test_a_wrong_call_is_one_line_and_needs_no_torch(without_libraries, args, said):
-    assert said in finished(without_libraries(DOG, *args))
+def test_a_wrong_call_is_one_line_and_imports_no_library(without_libraries, args, status, expected):
+    process = without_libraries(*args)
+    assert expected in only_error(process.returncode, process.stdout, process.stderr, status)
 
 
-def test_class_names_that_cannot_be_read_are_told_at_once(without_libraries, tmp_path):
-    (tmp_path / "names.txt").write_bytes(b"\xff\xfe\x00")
-    assert "names.txt is not a list of class names" in finished(
-        without_libraries("--class-names", tmp_path / "names.txt", DOG)
-    )
+def test_each_of_several_missing_photos_has_its_line(without_libraries, tmp_path):
+    (tmp_path / "1.jpg").touch()
+    process = without_libraries("1.jpg", "2.jpg", "--alpha", "0.5", "3.jpg", "-", cwd=tmp_path, input="4.jpg\n\n")
+    faults = [line.removeprefix("error: ") for line in process.stderr.splitlines()]
+    assert faults == ["1.jpg: the file is empty", *(f"{number}.jpg: no such file" for number in (2, 3, 4))]
+    assert (process.returncode, process.stdout, (tmp_path / "out").exists()) == (1, "", False)
 
 
-def test_class_names_and_their_number_must_agree(without_libraries, tmp_path):
-    (tmp_path / "names.json").write_text('["cat", "dog"]')
-    error = finished(without_libraries("--class-names", tmp_path / "names.json", "--num-classes", 3, DOG))
-    assert "3" in error and "2 names" in error
+@posix
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_closed_stream_is_no_traceback(without_libraries, closed):
+    process = without_libraries("a.jpg", "-", preexec_fn=lambda: [os.close(stream) for stream in closed], input="")
+    expected = "" if 2 in closed else "error: a.jpg: no such file\n"
+    assert (process.returncode, process.stdout, process.stderr) == (1, "", expected)
 
 
-def test_no_photo_is_a_wrong_call(without_libraries):
-    assert "IMAGE" in finished(without_libraries("--ckpt", CKPT))
+@posix
+def test_a_photo_is_explained_while_all_streams_are_closed(program, tmp_path):
+    words = ["--ckpt", CKPT, "--input-size", 64, "--outputs", "cam", "--output", tmp_path, DOG]
+    process = program(*words, preexec_fn=lambda: [os.close(stream) for stream in (0, 1, 2)])
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+    assert (tmp_path / "gradcam_cam_dog.jpg").stat().st_size > 1000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit does not hold")
+def test_an_address_space_that_is_too_small_is_one_line(program, tmp_path):
+    from resource import RLIMIT_AS, setrlimit
+
+    words, threads = ["--ckpt", CKPT, "--output", tmp_path, DOG], {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    process = program(*words, env=threads, preexec_fn=lambda: setrlimit(RLIMIT_AS, (2**30, 2**30)))
+    assert process.returncode in (1, 2)
+    assert re.fullmatch("error: .*memory.*\n", process.stderr)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(None, "not there"), (b"", "empty"), (b"Dear diary, today\n", "not a picture")]
+    ("line", "expected"),
+    [
+        ("raise MemoryError", "memory, threads"),
+        ('raise RuntimeError("can\'t start new thread")', "threads"),
+        ("raise ImportError('failed to map segment')", "failed to map segment"),
+        ("import no_such_library", "no_such_library'; run: pip install -r requirements.txt"),
+    ],
 )
-def test_a_photo_that_cannot_be_one_is_one_line_and_needs_no_torch(without_libraries, tmp_path, content, said):
-    photo = tmp_path / "holiday.jpg"
-    if content is not None:
-        photo.write_bytes(content)
-    error = finished(without_libraries(photo, "--ckpt", CKPT, "--output", tmp_path / "out"), expected=1)
-    assert said in error
-    assert str(photo) in error
+def test_libraries_that_cannot_be_imported_are_one_line(without_libraries, tmp_path, line, expected):
+    process = without_libraries(DOG, "--ckpt", CKPT, "--output", tmp_path / "out", line=line)
+    assert expected in only_error(process.returncode, process.stdout, process.stderr, 1)
 
 
-def test_a_folder_without_photos_is_a_wrong_call(without_libraries, tmp_path):
-    (tmp_path / "notes.txt").write_text("no photo")
-    assert f"no photos in {tmp_path}" in finished(without_libraries(tmp_path, "--output", tmp_path / "out"))
+def test_only_photos_are_required():
+    args = vars(parsed())
+    assert args.pop("images") == [str(DOG)]
+    assert (args.pop("methods"), args.pop("outputs")) == (["gradcam"], ["cam", "gb", "cam_gb"])
+    assert args.pop("output") == Path("out")
+    looks = {"resize": "crop", "colormap": "jet", "alpha": 0.5, "format": "jpg", "quality": 98}
+    assert {name: value for name, value in args.items() if value is not None and value is not False} == looks
+    assert len(args) == len(OPTIONS.split()) - 3
 
 
-def test_each_of_several_hopeless_photos_gets_its_line(without_libraries, tmp_path):
-    photos = [tmp_path / f"{number}.jpg" for number in range(3)]
-    process = without_libraries(*photos, "--output", tmp_path / "out")
-    assert process.returncode == 1
-    assert [line.partition(" is ")[0] for line in process.stderr.splitlines()] == [f"error: {p}" for p in photos]
-
-
-def test_one_good_photo_among_hopeless_ones_is_worth_starting_for(parsed, tmp_path):
-    missing = tmp_path / "missing.jpg"
-    assert photos(parsed(missing)) == [DOG, missing]
-
-
-def test_only_photos_are_required(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args = program_file.parse_args([str(DOG)])
-    assert photos(args) == [DOG]
-    assert (args.methods, args.outputs, str(args.output)) == (["gradcam"], ["cam", "gb", "cam_gb"], "out")
-    assert (args.resize, args.batch_size) == ("crop", 8)
-    left_open = (
-        "arch",
-        "ckpt",
-        "num_classes",
-        "class_names",
-        "device",
-        "input_size",
-        "target_layers",
-        "target_classes",
-    )
-    assert [getattr(args, name) for name in left_open] == [None] * len(left_open)
-    assert args.output_size is None
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_the_call_of_the_note_that_the_program_comes_from(tmp_path):
+def test_the_first_programs_own_command_line_is_understood(tmp_path):
     words = ["--arch", "resnet50", "--num-classes", "2", "--target-layer", "layer4", "--method", "gradcam"]
-    args = program_file.parse_args([*words, "--ckpt", str(CKPT), "--output", str(tmp_path), str(DOG)])
+    args = parse_args([*words, "--ckpt", str(CKPT), "--output", str(tmp_path), str(DOG)])
     assert (args.arch, args.ckpt, args.num_classes, args.target_layers) == ("resnet50", CKPT, 2, ["layer4"])
-    assert (args.methods, args.output, photos(args)) == (["gradcam"], tmp_path, [DOG])
+    assert (args.methods, args.output, args.images) == (["gradcam"], tmp_path, [str(DOG)])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_each_method_is_known(parsed, method):
-    assert parsed("--method", method).methods == [method]
-
-
-@pytest.mark.parametrize("method", MORE_METHODS)
-def test_every_cam_of_the_grad_cam_package_is_known(parsed, method):
-    assert parsed("--method", method).methods == [method]
+def test_photos_may_stand_on_both_sides_of_options():
+    args = parse_args(["a.jpg", "--sheet", "b.jpg", "--alpha", "0.5", "-", "--metrics", "c.jpg", "--", "-1.jpg"])
+    assert args.images == ["a.jpg", "b.jpg", "-", "c.jpg", "-1.jpg"]
+    assert (args.sheet, args.metrics, args.alpha) == (True, True, 0.5)
 
 
 @pytest.mark.parametrize(
-    ("text", "methods"),
-    [("gradcam,layercam", ["gradcam", "layercam"]), ("all", METHODS), ("ALL", METHODS), ("fem, fem", ["fem"])],
-)
-def test_methods_are_a_comma_separated_list_or_all(parsed, text, methods):
-    assert parsed("--method", text).methods == methods
-
-
-def test_an_unknown_method_in_a_list_is_refused_with_the_closest_name(refused):
-    assert "did you mean layercam" in refused("--method", "gradcam,layrcam")
-
-
-def test_methods_that_are_given_like_photos_are_told_from_them(refused):
-    wrong = refused("--method", "gradcam", "scorecam", "eigencam", "gradcam")
-    assert "scorecam is no photo; pass --method gradcam,scorecam,eigencam\n" in wrong
-    assert "gb is no photo; pass --outputs cam,gb\n" in refused("--outputs", "cam", "gb")
-    assert "repeat the option: --target-class dog\n" in refused("--target-class", "cat", "dog", "33.jpg")
-    assert "repeat the option: --target-layer layer4\n" in refused("--target-layer", "layer3", "layer4", "33.jpg")
-
-
-def test_a_checkpoint_that_is_given_like_a_photo_is_told_from_it(refused, tmp_path):
-    (tmp_path / "best.pth").write_bytes(b"weights")
-    assert f"pass --ckpt {tmp_path / 'best.pth'}" in refused(tmp_path / "best.pth", "33.jpg")
-
-
-def test_classes_and_layers_may_be_given_several_times(parsed):
-    args = parsed(
-        "--target-class", "tabby, tabby cat", "--target-class", 3, "--target-layer", "a", "--target-layer", "b"
-    )
-    assert (args.target_classes, args.target_layers) == (["tabby, tabby cat", "3"], ["a", "b"])
-
-
-def test_the_likeliest_classes_and_named_ones_exclude_each_other(refused):
-    error = refused("--top-k", 2, "--target-class", "cat")
-    assert "--top-k" in error
-    assert "--target-class" in error
-
-
-def test_looks_are_taken(parsed):
-    args = parsed("--colormap", "Turbo", "--alpha", ".25", "--format", "webp", "--quality", 40)
-    assert (args.colormap, args.alpha, args.format, args.quality) == ("turbo", 0.25, "webp", 40)
-
-
-def test_a_network_of_ones_own_is_a_file_and_a_function(parsed, tmp_path):
-    (tmp_path / "net.py").write_text("def build(): ...", encoding="utf-8")
-    assert parsed("--arch", f"{tmp_path / 'net.py'}:build").arch == f"{tmp_path / 'net.py'}:build"
-
-
-@pytest.mark.parametrize("text", ["nowhere.py:build", "net.py", "net.py:", "net.py:a b"])
-def test_a_network_of_ones_own_that_is_not_there_is_told(refused, tmp_path, monkeypatch, text):
-    (tmp_path / "net.py").write_text("def build(): ...", encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    assert text.partition(":")[0] in refused("--arch", text)
-
-
-@pytest.mark.parametrize(
-    ("text", "outputs"), [("cam", ["cam"]), ("gb,cam", ["gb", "cam"]), (" cam , cam_gb,cam", ["cam", "cam_gb"])]
-)
-def test_outputs_are_a_comma_separated_list(parsed, text, outputs):
-    assert parsed("--outputs", text).outputs == outputs
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1", "mps"])
-def test_devices_are_taken_by_name(parsed, monkeypatch, device):
-    monkeypatch.setattr(program_file, "has_gpu_driver", lambda: True)
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert parsed("--device", device).device == device
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
+    ("words", "name", "expected"),
     [
-        ("--num-classes", "0"),
-        ("--num-classes", "-2"),
-        ("--num-classes", "2.5"),
-        ("--input-size", "0"),
-        ("--input-size", "99999999"),
-        ("--batch-size", "0"),
-        ("--output-size", "0"),
-        ("--output-size", "1e9"),
-        ("--outputs", "cam,bg"),
-        ("--outputs", ","),
-        ("--method", ""),
-        ("--device", "gpu"),
-        ("--colormap", "jett"),
-        ("--alpha", "1.5"),
-        ("--alpha", "nan"),
-        ("--format", "gif"),
-        ("--quality", "0"),
-        ("--top-k", "0"),
-        ("--class-names", "nowhere.txt"),
+        (["--method", "all"], "methods", list(METHODS)),
+        (["--method", "gradcam, LayerCAM,gradcam"], "methods", ["gradcam", "layercam"]),
+        (["--method", "fem", "--method", "gradcam++,fem"], "methods", ["fem", "gradcam++"]),
+        (["--method", ",".join(MORE_METHODS)], "methods", list(MORE_METHODS)),
+        (["--outputs", "gb", "--outputs", "cam"], "outputs", ["gb", "cam"]),
+        (["--target-class", "tabby, tabby cat", "--target-class", "3"], "target_classes", ["tabby, tabby cat", "3"]),
+        (["--mean", ".485, 116.3,0"], "mean", [0.485, 116.3, 0]),
+        (["--std", "1."], "std", [1, 1, 1]),
+        (["--class-names", " cat , 狗,"], "class_names", ["cat", "狗"]),
     ],
 )
-def test_a_value_that_cannot_be_is_one_line_that_names_it(refused, option, value):
-    error = refused(option, value)
-    assert option in error
-    assert value.rpartition(",")[2] in error
+def test_a_value_is_taken(words, name, expected):
+    assert getattr(parsed(*words), name) == expected
 
 
-def test_a_gpu_without_a_driver_is_told_at_once(refused, monkeypatch):
-    monkeypatch.setattr(program_file, "has_gpu_driver", lambda: False)
-    assert "cuda:1 is not there" in refused("--device", "cuda:1")
+@pytest.mark.parametrize(
+    "option", ["--num-classes", "--batch-size", "--input-size", "--output-size", "--top-k", "--quality"]
+)
+@pytest.mark.parametrize("value", ["0", "-2", "2.5", "1e9", "99999999", "many", ""])
+def test_a_wrong_whole_number_is_one_line(refused, option, value):
+    assert f"{option}: '{value}' is not a whole number from" in refused(option, value)
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="it may be there")
-def test_a_macs_gpu_elsewhere_is_told_at_once(refused):
-    assert "mps is not there" in refused("--device", "mps")
-
-
-@pytest.mark.skipif(sys.platform == "win32" or Path("/dev/kfd").exists(), reason="needs a system without AMD's driver")
-@pytest.mark.parametrize("there", [True, False])
-def test_the_gpu_driver_is_looked_for_by_its_library(monkeypatch, there):
-    def load(name):
-        assert name == "libcuda.so.1"
-        if not there:
-            raise OSError("cannot open shared object file")
-
-    monkeypatch.setattr(program_file.ctypes, "CDLL", load)
-    assert program_file.has_gpu_driver() is there
-
-
-def test_a_single_photo_that_cannot_be_decoded_is_told_before_torch_is_imported(without_torch, tmp_path):
-    half = tmp_path / "half.jpg"
-    half.write_bytes(DOG.read_bytes()[:20000])
-    process = without_torch("--ckpt", CKPT, "--output", tmp_path / "out", half)
-    assert "cannot be decoded" in one_error(process.returncode, process.stdout, process.stderr, expected=1)
-
-
-def test_photos_of_which_none_can_be_decoded_are_told_before_torch_is_imported(without_torch, tmp_path):
-    photos = [tmp_path / f"{number}.jpg" for number in range(3)]
-    for photo in photos:
-        photo.write_bytes(DOG.read_bytes()[:20000])
-    process = without_torch("--ckpt", CKPT, "--output", tmp_path / "out", *photos)
-    assert (process.returncode, process.stdout) == (1, "")
-    said = [line.partition(" cannot be decoded")[0] for line in process.stderr.splitlines()]
-    assert said == [f"error: {photo}" for photo in photos]
-
-
-def test_an_abbreviated_option_is_refused_with_the_whole_one(refused):
-    assert "--input-size" in refused("--input-siz", "64")
+@pytest.mark.parametrize(
+    "option", ["--arch", "--ckpt", "--class-names", "--device", "--target-class", "--target-layer", "--output"]
+)
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_value_is_one_line(refused, option, value):
+    assert f"{option}: the value is empty" in refused(option, value)
 
 
 @pytest.mark.parametrize("option", ["--ckpt", "--class-names"])
-def test_an_empty_file_or_a_folder_where_a_file_is_wanted_is_told(refused, tmp_path, option):
-    empty = tmp_path / "empty"
-    empty.touch()
-    assert "empty" in refused(option, empty)
-    assert "folder" in refused(option, tmp_path)
-
-
-def test_the_output_folder_is_made_with_its_parents(parsed, tmp_path):
-    parsed("--output", tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-
-
-def test_an_output_folder_that_is_a_file_is_refused(refused, tmp_path):
-    (tmp_path / "taken").write_text("mine", encoding="utf-8")
-    assert f"{tmp_path / 'taken'} is a file; pass a folder" in refused("--output", tmp_path / "taken")
-    assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
-
-
-@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="needs file permissions")
-def test_an_output_folder_without_permission_is_refused(refused, tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    assert "locked" in refused("--output", tmp_path / "locked")
-
-
-def test_photos_may_stand_before_and_after_an_option(parsed, tmp_path):
-    other = tmp_path / "other.jpg"
-    other.write_bytes(DOG.read_bytes())
-    assert photos(parsed("--method", "eigencam", other)) == [DOG, other]
-
-
-def test_a_photo_that_is_named_twice_is_explained_once(parsed):
-    assert photos(parsed(DOG, DOG.parent / "." / DOG.name)) == [DOG]
-
-
-def test_a_photo_whose_name_begins_with_a_dash_follows_two_dashes(tmp_path, monkeypatch):
-    (tmp_path / "-1.jpg").write_bytes(DOG.read_bytes())
-    monkeypatch.chdir(tmp_path)
-    assert photos(program_file.parse_args(["--", "-1.jpg"])) == [Path("-1.jpg")]
-
-
-def test_architecture_names_are_those_of_the_installed_torchvision():
-    assert program_file.architecture_names() == sorted(list_models(module=torchvision.models))
+def test_a_file_that_cannot_be_read_is_one_line(refused, tmp_path, option):
+    (tmp_path / "empty").touch()
+    assert f"{option}: {tmp_path}: is a folder, not a file" in refused(option, tmp_path)
+    assert "empty: is empty" in refused(option, tmp_path / "empty")
+    assert "cat: no such file" in refused(option, "cat")
 
 
 @pytest.mark.parametrize(
-    ("wrong", "known", "said"),
+    ("words", "expected"),
     [
-        ("layer4.2.conv", ["backbone.layer4.2.conv3", "fc"], "backbone.layer4.2.conv3"),
-        ("zzz", ["layer4", "fc"], ""),
-        ("fetures", ["features", "classifier"], "features"),
+        (["--alpha", "1.5"], "--alpha: '1.5' is not a number from 0 to 1"),
+        (["--mean", "0.5,0.5"], "--mean: '0.5,0.5' is neither one number nor three"),
+        (["--std", "1,1,0"], "--std: '0' is not a number"),
+        (["--outputs", "cam,bg"], "--outputs: unknown output 'bg' (known: cam, gb, cam_gb)"),
+        (["--method", "gradcam,layrcam"], "--method: unknown method 'layrcam'; did you mean layercam"),
+        (["--method", ""], "--method: unknown method ''"),
+        (["--class-names", ","], "--class-names: "),
+        (["--model", "resnet18"], "unknown option --model; pass --arch"),
+        (["--cuda=1"], "unknown option --cuda; pass --device"),
+        (["--input-siz", "64"], "unknown option --input-siz; did you mean --input-size"),
+        (["--top-k", "2", "--target-class", "cat"], "--top-k and --target-class exclude each other"),
     ],
 )
-def test_closest_names_what_was_probably_meant(wrong, known, said):
-    answer = program_file.closest(wrong, known)
-    assert said in answer
-    assert bool(answer) == bool(said)
+def test_a_wrong_option_is_one_line(refused, words, expected):
+    assert expected in refused(*words)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--device", "cuda:99", "device cuda:99"),
+        ("--arch", "resnet5", "unknown architecture 'resnet5'; did you mean resnet50"),
+        ("--arch", "nowhere.py:build", "nowhere.py"),
+        ("--colormap", "jett", "unknown colormap 'jett'; did you mean jet"),
+    ],
+)
+def test_a_value_that_a_library_must_judge_is_one_line(tmp_path, capsys, option, value, expected):
+    args = parsed("--ckpt", CKPT, "--device", "cpu", "--output", tmp_path, option, value)
+    args.photos = find_photos(args.images)
+    assert expected in only_error(program_file.main(args), *capsys.readouterr())
+
+
+@pytest.mark.parametrize("content", [*LISTS, '{"0": ["n02123045", "cat"], "1": ["n02084071", "狗"]}'])
+def test_class_names_may_stand_in_a_file(tmp_path, content):
+    (tmp_path / "a, b.json").write_text(content, encoding="utf-8")
+    assert parsed("--class-names", tmp_path / "a, b.json").class_names == ["cat", "狗"]
+
+
+@pytest.mark.parametrize("content", NOT_LISTS, ids=range(len(NOT_LISTS)))
+def test_a_file_that_is_no_class_names_is_one_line(refused, tmp_path, content):
+    (tmp_path / "names.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert "names.txt: not class names" in refused("--class-names", tmp_path / "names.txt")

@@ -1,916 +1,757 @@
-"""Room 7, the run: the whole program on the demo, as a person runs it, and everything that can go wrong on the way."""
+"""Section 7, Run: the whole program on the demo and on folders, and everything that can go wrong on the way."""
 
 import contextlib
-import io
 import json
 import os
+import random
 import re
 import shutil
-import struct
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import CKPT, DOG, PROGRAM, ROOT
 from PIL import Image
+from test_output import (  # noqa: F401  (fixtures)
+    CLASSES,
+    end_of_a_hang,
+    explain,
+    files_in,
+    last_records,
+    one_thread,
+    paint,
+    photo,
+    pixels,
+    posix,
+    records,
+    tiny,
+)
 
 import cnn_visualizations as program_file
-
-NAMES = ("gradcam_cam_dog.jpg", "gb_dog.jpg", "gradcam_cam_gb_dog.jpg")
-METHODS = ["gradcam", "gradcam++", "ablationcam", "xgradcam", "eigencam", "eigengradcam"]  # and scorecam, alone
-NOTE = "note: no CUDA GPU found, computing on the CPU\n"
-
-# The network sees the central 225/233 of the photo's short side: where that is in pics/dog.jpg, 768 x 576 pixels.
-SIDE = 576 * 225 / 233
-LEFT, TOP = (768 - SIDE) / 2, (576 - SIDE) / 2
-DOG_BOX, HEAD_BOX = (130, 220, 310, 540), (210, 220, 305, 310)  # left, top, right, bottom in pics/dog.jpg
-
-
-def within(box, picture):
-    """The part of a picture of what the network saw that shows a box of pics/dog.jpg, as slices."""
-    height, width = picture.shape[:2]
-    left, right = (round((x - LEFT) / SIDE * width) for x in (box[0], box[2]))
-    top, bottom = (round((y - TOP) / SIDE * height) for y in (box[1], box[3]))
-    return slice(max(0, top), bottom), slice(max(0, left), right)
-
-
-def share(values, box):
-    """How much of the sum of values (H, W) lies in the box."""
-    return values[within(box, values)].sum() / values.sum()
-
-
-def peak_is_within(values, box):
-    row, column = np.unravel_index(values.argmax(), values.shape)
-    rows, columns = within(box, values)
-    return rows.start <= row < rows.stop and columns.start <= column < columns.stop
-
-
-def opened(path):
-    with Image.open(path) as image:
-        assert image.format == "JPEG"
-        return np.asarray(image.convert("RGB")).astype(int)
-
-
-def files_in(folder):
-    """The names of the files in a folder, the record aside."""
-    return sorted(path.name for path in folder.iterdir() if path.name != "results.jsonl")
-
-
-@pytest.fixture
-def main(tmp_path, capsys):
-    """Runs the program in this process on the demo's checkpoint. Gives the exit status, stdout and stderr."""
-
-    def run(*args, ckpt=CKPT, output=tmp_path / "out"):
-        words = ["--ckpt", ckpt, "--device", "cpu", "--output", output, *args]
-        try:
-            status = program_file.main(program_file.parse_args([str(word) for word in words]))
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
-def refused(result):
-    """The error line of a wrong call, which wrote nothing else and exits with 2."""
-    status, stdout, stderr = result
-    assert (status, stdout) == (2, ""), stderr
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1, stderr
-    return stderr
-
-
-# The demo, exactly as the README says
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The README's command in a process of its own: the finished process and the folder of its pictures."""
-    output = tmp_path_factory.mktemp("demo") / "out"
-    words = ["--ckpt", "tests/data/dogs_mobilenet_v2.pth", "pics/dog.jpg", "--output", str(output)]
-    process = subprocess.run(
-        [sys.executable, str(PROGRAM), *words],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-    return process, output
-
-
-def test_the_demo_prints_one_line_with_class_probability_and_files(demo):
-    process, output = demo
-    assert process.returncode == 0, process.stderr
-    files = ", ".join(str(output / name) for name in NAMES)
-    assert process.stdout == f"{os.path.join('pics', 'dog.jpg')}: Siberian husky 0.487 -> {files}\n"
-
-
-def test_the_demo_says_nothing_else_than_that_it_runs_on_the_cpu(demo):
-    assert demo[0].stderr == NOTE
-
-
-def test_the_demo_writes_three_pictures_of_one_size(demo):
-    assert files_in(demo[1]) == sorted(NAMES)
-    sizes = {opened(demo[1] / name).shape for name in NAMES}
-    assert len(sizes) == 1
-    height, width, _ = sizes.pop()
-    assert abs(height - SIDE) <= 2  # the photo's own resolution
-    assert abs(width - SIDE) <= 2
-
-
-def test_the_demos_heat_lies_on_the_dog(demo):
-    drawn = opened(demo[1] / NAMES[0])
-    height, width = drawn.shape[:2]
-    with Image.open(DOG) as photo:
-        seen = photo.resize((width, height), box=(LEFT, TOP, LEFT + SIDE, TOP + SIDE))
-    heat = 2 * drawn - np.asarray(seen).astype(int)
-    warmth = heat[:, :, 0] - heat[:, :, 2]  # red is hot, blue is cold
-    assert warmth[within(HEAD_BOX, warmth)].mean() > 80
-    rest = np.ones_like(warmth, bool)
-    rest[within(DOG_BOX, rest)] = False
-    rest[:, : width * 3 // 5] = False  # the map is coarse: beside the dog it is still warm
-    assert warmth[rest].mean() < -80
-    share_of_hot = (warmth[within(DOG_BOX, warmth)] > 60).sum() / (warmth > 60).sum()
-    assert share_of_hot > 0.55
-
-
-def test_the_demos_guided_gradients_are_not_flat_and_lie_on_the_dog(demo):
-    energy = (np.abs(opened(demo[1] / NAMES[1]) - 127.5) ** 2).sum(2)
-    assert energy.mean() > 100
-    assert share(energy, DOG_BOX) > 0.6  # 19 % of the picture
-    assert share(energy, HEAD_BOX) > 0.2  # 3 % of it
-
-
-def test_the_demos_product_is_grey_away_from_the_dog(demo):
-    product = opened(demo[1] / NAMES[2])
-    far = product[:, product.shape[1] * 2 // 3 :]
-    assert np.abs(far - 127.5).mean() < 2
-    assert np.abs(product[within(HEAD_BOX, product)] - 127.5).mean() > 20
-    assert share((np.abs(product - 127.5) ** 2).sum(2), DOG_BOX) > 0.8
-
-
-def test_of_the_three_pictures_no_two_are_alike(demo):
-    cam, guided, product = (opened(demo[1] / name) for name in NAMES)
-    for first, second in ((cam, guided), (guided, product), (cam, product)):
-        assert np.abs(first - second).mean() > 1
-
-
-# All methods and two classes at once, on a sheet, measured and as numbers: as the README says
-
-SEVEN = [*METHODS[:1], "scorecam", *METHODS[1:]]
-
-
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory):
-    """The README's command in a process of its own, its record, and the folder of its files."""
-    output = tmp_path_factory.mktemp("compared") / "out"
-    words = ["--method", "all", "--top-k", "2", "--sheet", "--metrics", "--save-arrays", "pics/dog.jpg", "--output"]
-    process = subprocess.run(
-        [sys.executable, str(PROGRAM), "--ckpt", "tests/data/dogs_mobilenet_v2.pth", *words, str(output)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=600,
-    )
-    assert process.returncode == 0, process.stderr
-    return process, json.loads((output / "results.jsonl").read_text(encoding="utf-8")), output
-
-
-def test_comparing_writes_every_picture_of_every_class_a_sheet_and_the_arrays(compared):
-    process, record, output = compared
-    labels = [program_file.file_labels([each["name"]])[0] for each in record["classes"]]
-    pictures = [f"gb_dog_{label}.jpg" for label in labels]
-    pictures += [f"{m}_{o}_dog_{label}.jpg" for m in SEVEN for o in ("cam", "cam_gb") for label in labels]
-    assert files_in(output) == sorted([*pictures, "dog_sheet.jpg", "dog.npz"])
-    assert sorted(record["files"]) == sorted(str(output / name) for name in files_in(output))
-    assert process.stderr == NOTE
-    sizes = {opened(output / name).shape for name in pictures}
-    assert len(sizes) == 1
-
-
-def test_comparing_prints_one_line_with_both_classes_and_every_metric(compared):
-    process, record, _ = compared
-    assert process.stdout.count("\n") == 1
-    first, second = record["classes"]
-    beginning = f"pics{os.sep}dog.jpg: {first['name']} {first['probability']:.3f}, {second['name']}"
-    assert process.stdout.startswith(beginning)
-    for method in SEVEN:
-        for each in record["classes"]:
-            assert f"; {method} for {each['name']}: average_drop " in process.stdout
-
-
-def test_the_record_of_a_comparison_has_the_metrics_of_each_map(compared):
-    _, record, _ = compared
-    assert record["class"] == record["classes"][0] == record["top5"][0]
-    assert record["classes"][1] == record["top5"][1]
-    assert record["method"] == ",".join(SEVEN)
-    expected = [(each["name"], method) for each in record["classes"] for method in SEVEN]
-    assert [(found["class"], found["method"]) for found in record["metrics"]] == expected
-    for found in record["metrics"]:
-        assert set(found) == {"class", "method", *program_file.METRICS}
-        assert 0 <= found["average_drop"] <= 1
-        assert found["increase"] in (0, 1)
-    husky = {found["method"]: found for found in record["metrics"][:7]}
-    assert all(found["insertion"] > found["deletion"] + 0.1 for found in husky.values())  # the heat finds the dog
-    assert all(found["road"] > 0.05 for found in husky.values())
-
-
-def test_the_sheet_shows_the_pictures_that_were_written(compared):
-    _, record, output = compared
-    sheet = opened(output / "dog_sheet.jpg")
-    labels = [program_file.file_labels([each["name"]])[0] for each in record["classes"]]
-    rows = [(method, label) for label in labels for method in SEVEN]
-    height = (sheet.shape[0] - 40 - 8) // len(rows) - 40
-    assert abs(height - 320) <= 1
-    for number, (method, label) in enumerate(rows):
-        top = 40 + number * (40 + height) + 40
-        names = [f"{method}_cam_dog_{label}.jpg", f"gb_dog_{label}.jpg", f"{method}_cam_gb_dog_{label}.jpg"]
-        for column, name in enumerate(names, 1):
-            left = 8 + column * (sheet.shape[1] - 8) // 4
-            with Image.open(output / name) as picture:
-                expected = np.asarray(picture.resize((320, height), Image.Resampling.BOX)).astype(int)
-            assert np.abs(sheet[top : top + height, left : left + 320] - expected).mean() < 6, (number, name)
-
-
-def test_the_arrays_are_what_the_explainer_gives(compared):
-    _, record, output = compared
-    with np.load(output / "dog.npz", allow_pickle=False) as arrays:
-        assert list(arrays["methods"]) == SEVEN
-        assert list(arrays["classes"]) == [each["index"] for each in record["classes"]]
-        assert [str(arrays["class_names"][i]) for i in arrays["classes"]] == [e["name"] for e in record["classes"]]
-        assert list(arrays["target_layers"]) == ["features"]
-        np.testing.assert_allclose(arrays["box"], (LEFT, TOP, LEFT + SIDE, TOP + SIDE), atol=2)
-        classifier = program_file.load_classifier(ckpt=CKPT, device="cpu")
-        inputs = classifier.preprocess(program_file.read_photo(DOG))[None]
-        found = program_file.Explainer(classifier.model, ["gradcam", "eigencam"])(inputs, top=2)
-        np.testing.assert_allclose(arrays["logits"], found.logits[0], atol=1e-4)
-        np.testing.assert_allclose(arrays["cams"][0], found.cams["gradcam"][0], atol=1e-4)
-        np.testing.assert_allclose(arrays["cams"][5], found.cams["eigencam"][0], atol=1e-4)
-        np.testing.assert_allclose(arrays["guided"], found.guided[0], atol=1e-4 * np.abs(found.guided).max())
-
-
-def test_named_classes_stand_in_the_names_and_each_has_its_own_heat(main, tmp_path):
-    status, stdout, stderr = main(
-        "--target-class", "pug", "--target-class", "13", "--target-class", "PUG", "--outputs", "cam", DOG
-    )
-    assert (status, stderr) == (0, "")
-    assert stdout.startswith(f"{DOG}: pug 0.")
-    names = ["gradcam_cam_dog_Siberian-husky.jpg", "gradcam_cam_dog_pug.jpg"]
-    assert files_in(tmp_path / "out") == names
-    first, second = (opened(tmp_path / "out" / name) for name in names)
-    assert np.abs(first - second).mean() > 5
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), MemoryError()], ids=repr)
-def test_a_network_for_which_the_memory_does_not_suffice_is_one_line(main, monkeypatch, error):
-    def full(*_, **__):
-        raise error
-
-    monkeypatch.setattr(torch.nn.Module, "to", full)
-    assert "more memory than there is" in refused(main(DOG))
-
-
-def test_more_of_the_likeliest_classes_than_there_are_is_all_of_them(main, tmp_path):
-    status, _, stderr = main("--top-k", 99, "--outputs", "cam", "--method", "eigencam", DOG)
-    assert status == 0
-    assert stderr.startswith("note: --top-k 99, but the network has 19 classes")
-    assert len(files_in(tmp_path / "out")) == 19
-
-
-def test_several_methods_and_layers(main, tmp_path):
-    layers = ["--target-layer", "features.13", "--target-layer", "features"]
-    assert main("--method", "layercam,refinecam", *layers, "--outputs", "cam,gb", DOG)[0] == 0
-    assert files_in(tmp_path / "out") == ["gb_dog.jpg", "layercam_cam_dog.jpg", "refinecam_cam_dog.jpg"]
-    record = json.loads((tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8"))
-    assert record["target_layer"] == "features.13,features"
-
-
-@pytest.mark.parametrize("method", program_file.MORE_METHODS)
-def test_the_heat_of_every_other_method_is_a_picture(main, tmp_path, method):
-    status, _, stderr = main("--method", method, "--outputs", "cam", "--input-size", 96, DOG)
-    assert (status, stderr) == (0, "")
-    assert opened(tmp_path / "out" / f"{method}_cam_dog.jpg").std() > 20
-
-
-def test_smoothing_gives_other_pictures(main, tmp_path):
-    for name, options in {"plain": [], "aug": ["--aug-smooth"], "eigen": ["--eigen-smooth"]}.items():
-        assert main(*options, "--outputs", "cam", DOG, output=tmp_path / name)[0] == 0
-    plain, aug, eigen = (opened(tmp_path / name / NAMES[0]) for name in ("plain", "aug", "eigen"))
-    assert np.abs(plain - aug).mean() > 1
-    assert np.abs(plain - eigen).mean() > 1
-
-
-@pytest.mark.parametrize(("ending", "kind"), [("png", "PNG"), ("webp", "WEBP")])
-def test_another_format_and_other_colours(main, tmp_path, demo, ending, kind):
-    assert main("--format", ending, "--alpha", 0, "--outputs", "cam", "--sheet", DOG)[0] == 0
-    assert files_in(tmp_path / "out") == [f"dog_sheet.{ending}", f"gradcam_cam_dog.{ending}"]
-    with Image.open(tmp_path / "out" / f"gradcam_cam_dog.{ending}") as picture, Image.open(DOG) as photo:
-        assert picture.format == kind
-        seen = photo.resize(picture.size, box=(LEFT, TOP, LEFT + SIDE, TOP + SIDE))
-        assert np.abs(np.asarray(picture.convert("RGB")).astype(int) - np.asarray(seen)).mean() < 12
-
-
-def test_pictures_in_any_format_are_not_taken_for_photos(main, tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    shutil.copy(DOG, folder / "dog.jpg")
-    for ending in ("png", "webp", "jpg"):
-        main("--format", ending, "--outputs", "cam", "--sheet", folder, output=folder)
-    status, stdout, _ = main("--outputs", "cam", folder)
-    assert (status, stdout.count("\n")) == (0, 1)
-
-
-def test_the_metrics_of_one_class_are_named_by_the_method_alone(main):
-    status, stdout, _ = main("--metrics", "--outputs", "cam", "--input-size", 96, DOG)
-    assert status == 0
-    assert "; gradcam: average_drop " in stdout
-
-
-NETWORK = r"""
-import helper
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, classes):
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 8, 5, 4), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU())
-        self.out = nn.Linear(16, classes)
-
-    def forward(self, x):
-        return self.out(self.features(x).mean((2, 3)))
-
-def build(num_classes=4):
-    return Net(num_classes)
-
-def fixed():
-    return Net(helper.CLASSES)
-
-def wrong():
-    return 7
-
-def needy(num_classes):
-    return Net(num_classes)
-
-def anything(**options):
-    return Net(options["num_classes"])
-
-def broken():
-    raise RuntimeError("no such file\nsecond line")
-
-def softmax():
-    return nn.Sequential(Net(3), nn.Softmax(1))
-
-def sigmoid():
-    return nn.Sequential(Net(1), nn.Sigmoid())
-
-class Answering(nn.Module):
-    def __init__(self, how):
-        super().__init__()
-        self.net, self.how = Net(3), how
-    def forward(self, x):
-        return self.how(self.net.features(x), self.net(x))
-
-def features_first():
-    return Answering(lambda features, logits: (features, logits))
-
-def features_only():
-    return Answering(lambda features, logits: features)
-
-def grey():
-    net = Net(3)
-    net.features[0] = nn.Conv2d(1, 8, 5, 4)
-    return net
-
-def named():
-    return Answering(lambda features, logits: {"pred": logits})
-"""
-
-
-@pytest.fixture
-def own(tmp_path):
-    """A file with a network of one's own, in a folder with a module that it imports."""
-    (tmp_path / "helper.py").write_text("CLASSES = 3\n", encoding="utf-8")
-    (tmp_path / "net.py").write_text(NETWORK, encoding="utf-8")
-    return tmp_path / "net.py"
-
-
-def own_checkpoint(path, count, **entries):
-    namespace = {}
-    exec(NETWORK.replace("import helper", ""), namespace)
-    torch.manual_seed(0)
-    torch.save({"state_dict": namespace["Net"](count).state_dict(), **entries}, path)
-    return path
-
-
-def test_a_network_of_ones_own_is_explained(main, own, tmp_path):
-    ckpt = own_checkpoint(tmp_path / "own.pth", 2, classes=["cat", "dog"], input_size=96)
-    status, stdout, stderr = main("--arch", f"{own}:build", "--num-classes", 2, DOG, ckpt=ckpt)
-    assert (status, stderr) == (0, "")
-    assert re.match(rf"{re.escape(str(DOG))}: (cat|dog) 0\.\d+ -> ", stdout)
-    record = json.loads((tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8"))
-    assert record["target_layer"] == "features"
-    assert files_in(tmp_path / "out") == sorted(NAMES)
-
-
-def test_a_network_of_ones_own_may_have_a_fixed_number_of_classes_and_its_own_weights(own):
-    classifier = program_file.load_classifier(f"{own}:fixed", device="cpu")
-    assert classifier.class_names == ("class 0", "class 1", "class 2")
-    assert (classifier.preset.crop_size, classifier.model.training) == ([224], False)
-
-
-@pytest.mark.parametrize("function", ["build", "needy", "anything"])
-def test_the_number_of_classes_goes_to_the_function_that_takes_it(own, function):
-    classifier = program_file.load_classifier(f"{own}:{function}", num_classes=7, device="cpu")
-    assert len(classifier.class_names) == 7
-
-
-def test_a_function_that_needs_the_number_of_classes_says_so(own):
-    with pytest.raises(program_file.CallError, match="is it --num-classes that it needs"):
-        program_file.load_classifier(f"{own}:needy", device="cpu")
-
-
-@pytest.mark.parametrize(
-    ("function", "said"),
-    [
-        ("wrong", "returned a int, not a torch.nn.Module"),
-        ("broken", "RuntimeError: no such file"),
-        ("absent", "has no function 'absent'"),
-    ],
+from cnn_visualizations import (
+    LOG_NAME,
+    METHODS,
+    CallError,
+    Explainer,
+    faithfulness,
+    load_classifier,
+    prefetch,
+    read_photo,
 )
-def test_a_function_that_gives_no_network_is_one_line(main, own, function, said):
-    assert said in refused(main("--arch", f"{own}:{function}", DOG))
+
+DEMO = ["gradcam_cam_dog.jpg", "gb_dog.jpg", "gradcam_cam_gb_dog.jpg"]
 
 
-@pytest.mark.parametrize(
-    ("function", "said"),
-    [
-        ("softmax", "ends in a softmax"),
-        ("sigmoid", "ends in a sigmoid"),
-        ("features_only", "a tensor of 1 x 16 x 27 x 27; let it return the logits"),
-        ("grey", "let it begin with x.mean(1, keepdim=True)"),
-        ("named", "a dict of pred; call its logits 'logits'"),
-        ("biuld", "has no function 'biuld'; did you mean build"),
-    ],
-)
-def test_a_network_that_does_not_answer_with_logits_is_one_line(own, function, said):
-    with pytest.raises(program_file.CallError, match=re.escape(said)):
-        program_file.load_classifier(f"{own}:{function}", device="cpu")
+def tally(result):
+    """Return how many photos were done, skipped and failed, as the last line on stderr says."""
+    counts = re.match(r"(\d+) done, (\d+) skipped, (\d+) failed", result.stderr.splitlines()[-1])
+    return tuple(map(int, counts.groups()))
 
 
-def test_features_that_come_before_the_logits_are_no_answer(own):
-    assert len(program_file.load_classifier(f"{own}:features_first", device="cpu").class_names) == 3
+def break_off(path):
+    """Make a photo one that looks whole from its first bytes but cannot be decoded."""
+    path.write_bytes(path.read_bytes()[:300])
 
 
-def test_a_training_script_does_not_get_the_programs_options(own, monkeypatch, capsys):
-    text = NETWORK + "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--lr')\n"
-    own.write_text(text + "parser.parse_args()\n", encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["cnn_visualizations.py", "--arch", "net.py:fixed", "33.jpg"])
-    assert len(program_file.load_classifier(f"{own}:fixed", device="cpu").class_names) == 3
-    assert sys.argv[1:] == ["--arch", "net.py:fixed", "33.jpg"]
-    for ending in ("raise SystemExit('trained')\n", "parser.add_argument('data')\nparser.parse_args()\n"):
-        own.write_text(text + ending, encoding="utf-8")
-        with pytest.raises(program_file.CallError, match=r"SystemExit: .*; put what .* if __name__ == '__main__':$"):
-            program_file.load_classifier(f"{own}:fixed", device="cpu")
-    assert capsys.readouterr().err == ""
-
-
-def test_a_checkpoint_that_does_not_fit_ones_own_network_is_one_line(main, own, tmp_path):
-    assert "of another shape (out.weight" in refused(
-        main("--arch", f"{own}:fixed", DOG, ckpt=own_checkpoint(tmp_path / "own.pth", 5))
-    )
-    assert "missing (features.0.weight" in refused(main("--arch", f"{own}:build", DOG))
-
-
-def test_a_network_of_ones_own_with_another_number_of_classes_is_one_line(main, own, tmp_path):
-    error = refused(
-        main("--arch", f"{own}:fixed", "--num-classes", 2, DOG, ckpt=own_checkpoint(tmp_path / "own.pth", 3))
-    )
-    assert "--num-classes 2" in error
-    assert "3 classes" in error
-
-
-# Every method
-
-
-@pytest.fixture(scope="module")
-def explained():
-    """The demo photo explained by all methods but scorecam, from Python."""
-    classifier = program_file.load_classifier(ckpt=CKPT, device="cpu")
-    inputs = classifier.preprocess(program_file.read_photo(DOG))[None]
-    return classifier, inputs, program_file.Explainer(classifier.model, methods=METHODS)(inputs)
-
-
-def test_the_answer_is_that_of_the_plain_model(explained):
-    classifier, inputs, explanation = explained
-    with torch.no_grad():
-        logits = classifier.model(inputs)
-    np.testing.assert_allclose(explanation.logits, logits.numpy(), atol=1e-4)
-    assert classifier.class_names[int(explanation.targets[0])] == "Siberian husky"
-    assert float(logits.softmax(1).max()) == pytest.approx(0.487, abs=5e-4)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_heat_of_each_method_lies_on_the_dog(explained, method):
-    cam = explained[2].cams[method]
-    assert (cam.shape, cam.dtype) == ((1, 225, 225), np.float32)
-    assert cam.min() >= 0
-    assert cam.max() == pytest.approx(1, abs=1e-3)
-    if method.startswith("eigen"):  # of the strongest feature, not of the class; one cell of the map is 70 pixels
-        assert peak_is_within(cam[0], (DOG_BOX[0] - 70, DOG_BOX[1] - 70, DOG_BOX[2] + 70, DOG_BOX[3]))
-    else:
-        assert peak_is_within(cam[0], HEAD_BOX)
-    assert share(cam[0], DOG_BOX) > 0.35  # 19 % of the picture
-
-
-def test_the_heat_of_scorecam_lies_on_the_dog(explained):
-    classifier, inputs, _ = explained  # a layer of 160 channels: an eighth of the last one's passes
-    cam = program_file.Explainer(classifier.model, ["scorecam"], ["features.16"])(inputs).cams["scorecam"][0]
-    assert peak_is_within(cam, DOG_BOX)
-    assert share(cam, DOG_BOX) > 0.4
-
-
-def test_the_guided_gradients_lie_on_the_dog(explained):
-    energy = (explained[2].guided[0] ** 2).sum(0)
-    assert energy.max() > 0
-    assert share(energy, DOG_BOX) > 0.75
-    assert share(energy, HEAD_BOX) > 0.3
-
-
-@pytest.mark.parametrize("method", ["gradcam++", "eigencam"])
-def test_the_method_stands_in_the_names_of_the_files(main, tmp_path, method):
-    status, stdout, _ = main("--method", method, DOG)
-    assert status == 0
-    assert files_in(tmp_path / "out") == sorted([f"{method}_cam_dog.jpg", "gb_dog.jpg", f"{method}_cam_gb_dog.jpg"])
-    assert all(name in stdout for name in files_in(tmp_path / "out"))
-
-
-def test_a_run_gives_the_same_files_again(main, tmp_path, demo):
-    main(DOG)
-    main(DOG, output=tmp_path / "again")
-    for name in NAMES:
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-        assert np.abs(opened(tmp_path / "out" / name) - opened(demo[1] / name)).max() <= 2
-
-
-# Several photos, some of them broken
+def assert_same_outcome(folder, expected):
+    """The same files with the same pixels to within two levels, and the same last records, as in another folder."""
+    assert [name for name in files_in(folder) if not name.endswith(".part")] == files_in(expected)
+    for name in files_in(expected):
+        assert np.abs(pixels(folder / name) - pixels(expected / name)).max() <= 2, name
+    found, wanted = last_records(folder), last_records(expected)
+    assert set(found) == set(wanted)
+    for key, record in wanted.items():
+        assert record.get("error") == found[key].get("error")
+        files = [file.replace(str(folder), str(expected)) for file in found[key]["files"]]
+        assert files == record["files"]
+        if "error" not in record:
+            assert found[key]["prediction"]["index"] == record["prediction"]["index"]
+            difference = found[key]["prediction"]["probability"] - record["prediction"]["probability"]
+            assert abs(difference) < 1e-3
 
 
 @pytest.fixture
 def album(tmp_path):
-    """Photos by name: good ones between broken ones."""
-    folder = tmp_path / "相册 2.0"
-    folder.mkdir()
-    whole = DOG.read_bytes()
-    contents = {
-        "1 dog.jpg": whole,
-        "2 text.jpg": b"Dear diary\n",
-        "3 half.jpg": whole[: len(whole) // 2],
-        "4 狗.jpg": whole,
-        "5 empty.jpg": b"",
-        "6 pixel.png": None,
-        "7 odd.tif": odd_tiff(folder),
-        "8 v1.2 dog.jpg": whole,
-    }
-    Image.new("RGB", (1, 1)).save(folder / "6 pixel.png")
-    for name, content in contents.items():
-        if content is not None:
-            (folder / name).write_bytes(content)
-    return [folder / name for name in contents] + [folder / "9 missing.jpg"]
+    """A folder of six photos in two folders of equal names."""
+    for seed, name in enumerate(["a.jpg", "b.jpg", "x/1.jpg", "x/2.png", "y/x/1.jpg", "y/狗 3.jpg"]):
+        paint(tmp_path / "album" / name, seed)
+    return tmp_path / "album"
 
 
-def odd_tiff(folder):
-    """A TIFF with 86 samples a pixel, of which Pillow logs a complaint of its own."""
-    path = folder / "odd.tif"
-    Image.new("RGB", (20, 12)).save(path)
-    content = path.read_bytes()
-    path.unlink()
-    entry = struct.pack("<HHIHH", 277, 3, 1, 3, 0)
-    assert content.count(entry) == 1
-    return content.replace(entry, struct.pack("<HHIHH", 277, 3, 1, 86, 0))
+# The demo
 
 
-def check_album(status, stdout, stderr, album, output):
-    assert status == 1
-    good = [photo for photo in album if photo.name[0] in "148"]
-    bad = [photo for photo in album if photo not in good]
-    assert [line.partition(": ")[0] for line in stdout.splitlines()] == [str(photo) for photo in good]
-    assert all("Siberian husky 0.487" in line for line in stdout.splitlines())
-    *errors, summary = [line for line in stderr.splitlines() if not line.startswith("note: ")]
-    assert f"{len(album) - len(bad)} done, 0 skipped, {len(bad)} failed in " in summary
-    assert len(errors) == len(bad), stderr
-    for line, photo in zip(errors, bad, strict=True):
-        assert line.startswith(f"error: {photo}"), line
-    assert len(files_in(output)) == 9
-    for photo in good:
-        for name in (f"gradcam_cam_{photo.stem}.jpg", f"gb_{photo.stem}.jpg", f"gradcam_cam_gb_{photo.stem}.jpg"):
-            assert opened(output / name).std() > 1
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The README's command in a process of its own: the finished process, and the folder of its pictures."""
+    output = tmp_path_factory.mktemp("demo") / "out"
+    words = ["--ckpt", "tests/data/dogs_mobilenet_v2.pth", "pics/dog.jpg", "--output", str(output)]
+    environment = {**os.environ, "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(PROGRAM), *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8"), output
 
 
-@pytest.mark.parametrize("size", [1, 8])
-def test_broken_photos_are_one_line_each_and_the_others_are_done(main, album, tmp_path, size):
-    check_album(*main("--batch-size", size, *album), album, tmp_path / "out")
+def test_the_demo_prints_what_it_assumes_and_one_line_for_the_photo(demo):
+    process, output = demo
+    files = ", ".join(str(output / name) for name in DEMO)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == f"{os.path.join('pics', 'dog.jpg')}: Siberian husky 0.487 -> {files}\n"
+    assert process.stderr.count("\n") == 1
+    words = ["mobilenet_v2", "19 classes", "features", "input 225 x 225 crop", "ImageNet mean and std", "cpu (no CUDA"]
+    assert all(word in process.stderr for word in words), process.stderr
 
 
-def test_broken_photos_leave_no_word_of_the_libraries(program, album, tmp_path):
-    process = program("--ckpt", CKPT, "--output", tmp_path / "out", *album)
-    check_album(process.returncode, process.stdout, process.stderr, album, tmp_path / "out")
-    assert process.stderr.startswith(NOTE)
+def test_the_demos_pictures_show_the_dog(demo):
+    assert files_in(demo[1]) == sorted(DEMO)
+    cam, guided, product = (pixels(demo[1] / name) for name in DEMO)
+    assert cam.shape == guided.shape == product.shape
+    height, width, _ = cam.shape
+    # The network sees the central 225/233 of the photo's short side, in pics/dog.jpg, 768 x 576 pixels.
+    seen = 576 * 225 / 233
+    left, top = (768 - seen) / 2, (576 - seen) / 2
+    assert abs(height - seen) <= 2  # the photo's own resolution
 
+    def mask(box):
+        x, y = (np.array(box[::2]) - left) * width / seen, (np.array(box[1::2]) - top) * height / seen
+        inside = np.zeros((height, width), bool)
+        inside[max(0, round(y[0])) : round(y[1]), max(0, round(x[0])) : round(x[1])] = True
+        return inside
 
-def test_a_name_that_the_terminal_cannot_show_does_not_end_the_run(main, album, tmp_path, monkeypatch):
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    status, _, stderr = main("--outputs", "cam", album[3])
-    assert (status, stderr) == (0, "")
-    assert b"Siberian husky 0.487" in terminal.buffer.getvalue()
-    assert files_in(tmp_path / "out") == ["gradcam_cam_4 狗.jpg"]
-
-
-def test_a_photo_gets_alone_what_it_gets_in_a_batch(main, tmp_path):
-    bright = tmp_path / "bright.png"
+    dog, head, right = mask((130, 220, 310, 540)), mask((210, 220, 305, 310)), mask((450, 0, 768, 576))
     with Image.open(DOG) as photo:
-        photo.point(lambda value: min(255, value * 3 // 2)).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(bright)
-    main(DOG, bright)
-    main("--batch-size", 1, DOG, bright, output=tmp_path / "alone")
-    assert len(files_in(tmp_path / "alone")) == 6
-    for name in files_in(tmp_path / "alone"):
-        assert np.abs(opened(tmp_path / "alone" / name) - opened(tmp_path / "out" / name)).max() <= 3
+        source = np.asarray(photo.resize((width, height), box=(left, top, left + seen, top + seen))).astype(int)
+    heat = 2 * cam - source
+    warmth = heat[:, :, 0] - heat[:, :, 2]  # red is hot, blue is cold
+    assert (warmth[head].mean() > 80, warmth[right].mean() < -80) == (True, True)
+    for picture, share in ((guided, 0.6), (product, 0.8)):  # the dog is 19 % of the picture
+        energy = ((picture - 127.5) ** 2).sum(2)
+        assert energy.mean() > 20
+        assert energy[dog].sum() / energy.sum() > share
+    assert np.abs(product[right] - 127.5).mean() < 2
 
 
-def test_two_photos_of_one_name_both_keep_their_pictures(main, tmp_path):
-    (tmp_path / "x").mkdir()
-    with Image.open(DOG) as photo:
-        photo.resize((300, 300)).save(tmp_path / "x" / "dog.png")
-    status, stdout, _ = main("--outputs", "cam", DOG, tmp_path / "x" / "dog.png")
-    assert status == 0
-    assert files_in(tmp_path / "out") == ["gradcam_cam_dog.jpg", "gradcam_cam_dog_2.jpg"]
-    first, second = stdout.splitlines()
-    assert first.endswith("gradcam_cam_dog.jpg")
-    assert second.endswith("gradcam_cam_dog_2.jpg")
-    assert opened(tmp_path / "out" / "gradcam_cam_dog_2.jpg").shape[0] < 300
+@pytest.mark.slow
+def test_all_methods_classes_and_files_at_once(program, tmp_path):
+    words = ["--method", "all", "--top-k", "2", "--sheet", "--metrics", "--save-arrays", "--output", tmp_path]
+    process = program("--ckpt", CKPT, *words, DOG)
+    assert (process.returncode, process.stdout.count("\n"), process.stderr.count("\n")) == (0, 1, 1), process.stderr
+    (record,) = records(tmp_path)
+    assert len(files_in(tmp_path)) == len(record["files"]) == 2 * (7 * 2 + 1) + 2
+    assert [each["index"] for each in record["classes"]] == [each["index"] for each in record["top5"][:2]]
+    husky = [found for found in record["metrics"] if found["class"] == "Siberian husky"]
+    assert [found["method"] for found in husky] == list(METHODS)
+    assert all(found["insertion"] > found["deletion"] + 0.1 and found["road"] > 0.05 for found in husky)
 
 
-@pytest.mark.parametrize("classes", [[], ["--top-k", "2"]])
-def test_two_photos_of_one_name_both_keep_their_pictures_in_two_runs_too(main, tmp_path, classes):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        shutil.copy(DOG, tmp_path / folder / "dog.jpg")
-    for folder, count in (("a", 1), ("b", 2), ("a", 2), ("b", 2)):
-        status, stdout, _ = main("--outputs", "gb", *classes, tmp_path / folder / "dog.jpg")
-        assert status == 0
-        assert ("dog_2" in stdout) == (folder == "b")
-        assert len(files_in(tmp_path / "out")) == count * (2 if classes else 1)
-
-
-def test_the_photos_own_folder_is_safe_for_the_pictures(main, tmp_path, monkeypatch):
-    whole = DOG.read_bytes()
-    for name in ("dog.jpg", "gb_dog.jpg"):
-        (tmp_path / name).write_bytes(whole)
-    monkeypatch.chdir(tmp_path)
-    assert main("dog.jpg", "gb_dog.jpg", output=".")[0] == 0
-    assert (tmp_path / "dog.jpg").read_bytes() == (tmp_path / "gb_dog.jpg").read_bytes() == whole
-    assert len(files_in(tmp_path)) == 2 + 6
-
-
-# The class
-
-
-@pytest.mark.parametrize(("wanted", "name"), [("pug", "pug"), ("PUG", "pug"), ("German shepherd", "German shepherd")])
-def test_the_target_class_by_name(main, explained, wanted, name):
-    classifier, inputs, _ = explained
-    with torch.no_grad():
-        chance = float(classifier.model(inputs).softmax(1)[0, classifier.class_names.index(name)])
-    status, stdout, _ = main("--target-class", wanted, "--outputs", "cam", DOG)
-    assert status == 0
-    assert f": {name} {chance:.3f} -> " in stdout
-
-
-def test_the_target_class_by_index(main, explained):
-    names = torch.load(CKPT, weights_only=True)["classes"]
-    status, stdout, _ = main("--target-class", 3, "--outputs", "cam", DOG)
-    assert status == 0
-    assert f": {names[3]} 0." in stdout
-
-
-def test_another_class_has_other_pictures(main, tmp_path):
-    main(DOG)
-    main("--target-class", "German shepherd", DOG, output=tmp_path / "shepherd")
-    for name in NAMES[1:]:
-        assert np.abs(opened(tmp_path / "out" / name) - opened(tmp_path / "shepherd" / name)).mean() > 0.5
-
-
-@pytest.mark.parametrize("index", ["19", "-1", "99999999999999999999"])
-def test_a_class_index_out_of_range_is_a_wrong_call(main, index):
-    error = refused(main("--target-class", index, DOG))
-    assert index in error
-    assert "19 classes" in error
-
-
-def test_a_class_that_the_network_does_not_know_is_a_wrong_call_with_the_closest_name(main):
-    error = refused(main("--target-class", "Siberan husky", DOG))
-    assert "'Siberan husky'" in error
-    assert "Siberian husky" in error
-
-
-def test_class_names_from_a_file_win(main, tmp_path):
-    names = tmp_path / "names.txt"
-    names.write_text("".join(f"品种 {number}\n" for number in range(19)), encoding="utf-8")
-    index = list(torch.load(CKPT, weights_only=True)["classes"]).index("Siberian husky")
-    assert f": 品种 {index} 0.487 -> " in main("--class-names", names, "--outputs", "cam", DOG)[1]
-    assert main("--class-names", names, "--target-class", "品种 4", "--outputs", "cam", DOG)[0] == 0
-
-
-def test_too_few_class_names_are_a_wrong_call_with_both_numbers(main, tmp_path):
-    names = tmp_path / "names.txt"
-    names.write_text("cat\ndog\n", encoding="utf-8")
-    error = refused(main("--class-names", names, DOG))
-    assert "2 class names" in error
-    assert "19 classes" in error
-
-
-def test_a_wrong_number_of_classes_is_a_wrong_call_with_both_numbers(main):
-    error = refused(main("--num-classes", 5, DOG))
-    assert "5" in error
-    assert "19" in error
-
-
-def test_the_right_number_of_classes_changes_nothing(main):
-    assert "Siberian husky 0.487" in main("--num-classes", 19, "--arch", "mobilenet_v2", "--outputs", "cam", DOG)[1]
-
-
-# The layer
-
-
-@pytest.mark.parametrize(("wrong", "near"), [("features.99", "features.9"), ("18.1", "features.18.1"), ("layer4", "")])
-def test_a_layer_that_is_not_there_is_a_wrong_call_with_the_closest_names(main, wrong, near):
-    error = refused(main("--target-layer", wrong, DOG))
-    assert f"'{wrong}'" in error
-    assert near in error
-    assert "features" in error
-
-
-@pytest.mark.parametrize("layer", ["classifier.1", "classifier"])
-def test_a_layer_without_a_spatial_map_is_a_wrong_call(main, layer):
-    assert f"'{layer}'" in refused(main("--target-layer", layer, DOG))
-
-
-def test_an_earlier_layer_gives_another_map(main, tmp_path):
-    for layer, output in (("features.18", "last"), ("features.10", "earlier")):
-        assert main("--target-layer", layer, "--outputs", "cam", DOG, output=tmp_path / output)[0] == 0
-    last, earlier = (opened(tmp_path / output / NAMES[0]) for output in ("last", "earlier"))
-    assert np.abs(last - earlier).mean() > 3
-
-
-# What is written, and how large
-
-
-def test_only_the_heatmap_where_only_that_is_asked_for(main, tmp_path, demo):
-    status, stdout, _ = main("--outputs", "cam", DOG)
-    assert status == 0
-    assert files_in(tmp_path / "out") == ["gradcam_cam_dog.jpg"]
-    assert stdout.endswith("gradcam_cam_dog.jpg\n")
-    assert "gb" not in stdout.partition("->")[2].rpartition(os.sep)[2]
-    assert np.abs(opened(tmp_path / "out" / NAMES[0]) - opened(demo[1] / NAMES[0])).max() <= 2
+# Lines and records
 
 
 @pytest.mark.parametrize(
-    ("options", "size"),
+    ("options", "explained"),
+    [([], None), (["--target-class", "owl"], [3]), (["--target-class", "2", "--target-class", "fox"], [2, 4])],
+)
+def test_line_and_record_say_what_the_plain_network_says(explain, tiny, tmp_path, options, explained):
+    path = paint(tmp_path / "狗" / "é 2.png", 3, (300, 260))
+    options = [*options, "--mean", "0.4,0.5,0.6", "--std", "0.3", "--input-size", "80", "--outputs", "cam", path]
+    result = explain(*options)
+    assert result.status == 0
+    (record,) = records(tmp_path / "out")
+    preset = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.transforms
+    side = load_classifier(ckpt=tiny[0], device="cpu", input_size=80).preset.resize_size[0]
+    given = preset.keywords if hasattr(preset, "keywords") else {}
+    transform = preset(**{**given, "crop_size": 80, "resize_size": side, "mean": (0.4, 0.5, 0.6), "std": (0.3,) * 3})
+    with torch.no_grad(), Image.open(path) as image:
+        p = tiny[1](transform(image.convert("RGB"))[None]).softmax(1)[0]
+    order = p.argsort(descending=True).tolist()
+    explained = explained or order[:1]
+    named = [record["prediction"], *record["top5"], record["class"], *record.get("classes", [])]
+    indices = [order[0], *order[:5], explained[0], *(explained if options[0] == "--target-class" else [])]
+    assert [(each["index"], each["name"]) for each in named] == [(index, CLASSES[index]) for index in indices]
+    assert [each["probability"] for each in named] == pytest.approx([float(p[index]) for index in indices], abs=1e-4)
+    expected = {"image": str(path), "width": 300, "height": 260, "method": "gradcam", "target_layer": "features"}
+    expected |= {"input_size": 80, "mean": [0.4, 0.5, 0.6], "std": [0.3] * 3, "resize": "crop"}
+    assert {key: record[key] for key in expected} == expected
+    head, _, files = result.stdout.rstrip("\n").partition(" -> ")
+    words = [f"{CLASSES[index]} {p[index]:.3g}" for index in explained]
+    line = f"{path}: {CLASSES[order[0]]} {p[order[0]]:.3g}"
+    assert head == (f"{line}; explained: {', '.join(words)}" if options[0] == "--target-class" else line)
+    assert files.split(", ") == record["files"]
+    assert "狗" in (tmp_path / "out" / LOG_NAME).read_text(encoding="utf-8")
+
+
+def test_metrics_are_those_of_each_map(explain, tiny, photo, tmp_path):
+    options = ["--method", "gradcam,eigencam", "--top-k", "2", "--metrics", "--save-arrays", "--outputs", "cam", photo]
+    result = explain(*options)
+    (record,) = records(tmp_path / "out")
+    classifier = load_classifier(ckpt=tiny[0], device="cpu")
+    explainer, inputs = Explainer(classifier.model), classifier.preprocess(read_photo(photo))[None]
+    found = iter(record["metrics"])
+    with np.load(tmp_path / "out" / "1.npz") as arrays:
+        for k, index in enumerate(arrays["classes"]):
+            for m, method in enumerate(arrays["methods"]):
+                values = faithfulness(explainer, inputs, arrays["cams"][m, k], int(index))
+                expected = {"class": CLASSES[index], "method": method, **values}
+                each = next(found)
+                assert each == pytest.approx(expected, abs=2e-3)
+                assert f"; {method} for {CLASSES[index]}: average_drop {each['average_drop']:.3g}, " in result.stdout
+    assert next(found, None) is None
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_broken_photos_are_one_line_each_and_the_others_are_done(explain, tmp_path, size):
+    """Also where a library prints complaints of its own to the terminal."""
+    folder = tmp_path / "相册 2.0"
+    photos = [paint(folder / f"{n}.jpg", n, (400, 300)) for n in range(4)] + [paint(folder / "4.tif", 4)]
+    for number in (1, 3):
+        break_off(photos[number])
+    photos[3].write_bytes(b"" if size == 1 else b"Dear diary\n")
+    photos[4].write_bytes(
+        photos[4].read_bytes().replace(b"\x15\x01\x03\0\x01\0\0\0\x03", b"\x15\x01\x03\0\x01\0\0\0\x56")
+    )
+    photos.append(folder / "5 missing.jpg")
+    result = explain("--outputs", "cam", "--batch-size", size, *photos)
+    assert (result.status, tally(result)) == (1, (2, 0, 4))
+    assert [line.partition(": ")[0] for line in result.stdout.splitlines()] == [str(photos[0]), str(photos[2])]
+    _, *errors, _ = result.stderr.splitlines()
+    found = {record["image"]: record["error"] for record in records(tmp_path / "out") if "error" in record}
+    assert errors == [f"error: {found[str(photos[number])]}" for number in (1, 3, 4, 5)]
+    assert all(error.startswith(f"{path}: ") for path, error in found.items())
+    assert files_in(tmp_path / "out") == ["gradcam_cam_0.jpg", "gradcam_cam_2.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
     [
-        (["--output-size", 300], (300, 300)),
-        (["--output-size", 1200], (1200, 1200)),
-        (["--resize", "squash"], (576, 768)),
-        (["--resize", "squash", "--output-size", 200], (150, 200)),
+        ("--target-class wolf", "'wolf'"),
+        ("--target-class 7", "7 classes"),
+        ("--target-layer classifier.9", "'classifier.9'"),
+        ("--num-classes 5", "7 classes"),
+        ("--class-names a,b", "7 classes"),
+        ("--colormap yet", "jet"),
+        ("--input-size 8", "8 x 8"),
+        ("--device xpu:7", "xpu:7"),
     ],
 )
-def test_the_pictures_are_as_large_as_asked_for(main, tmp_path, options, size):
-    assert main(*options, DOG)[0] == 0
-    for name in NAMES:
-        height, width, _ = opened(tmp_path / "out" / name).shape
-        assert abs(height - size[0]) <= 2
-        assert abs(width - size[1]) <= 2
-        assert max(height, width) == max(size)
+def test_a_wrong_call_is_one_line_before_any_photo_is_explained(explain, photo, tmp_path, options, said):
+    result = explain(*options.split(), photo)
+    assert (result.status, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith("error: ")
+    assert said in result.stderr
+    assert files_in(tmp_path / "out") == []
 
 
-def test_the_network_may_see_another_size(main, tmp_path):
-    status, stdout, stderr = main("--input-size", 161, DOG)
-    assert (status, stderr) == (0, "")
-    assert "Siberian husky" in stdout
-    assert "0.487" not in stdout
+def test_a_photo_gets_alone_what_it_gets_in_a_batch(explain, album, tmp_path):
+    explain("--batch-size", "4", album)
+    explain("--batch-size", "1", album, output=tmp_path / "alone")
+    assert_same_outcome(tmp_path / "out", tmp_path / "alone")
 
 
-@pytest.mark.parametrize("side", [8, 16, 33])
-def test_an_input_too_small_for_the_network_is_an_error_line_or_a_picture(main, tmp_path, side):
-    status, stdout, stderr = main("--input-size", side, DOG)
-    assert "Traceback" not in stderr
-    if status == 0:
-        assert len(files_in(tmp_path / "out")) == 3
-    else:
-        assert stdout == ""
-        assert stderr.startswith("error: ")
-        assert stderr.count("\n") == 1
-        assert f"{side} x {side}" in stderr
+# --skip-existing
 
 
-# What cannot be written, read or found
+def test_a_second_run_does_nothing_and_does_not_even_load_the_network(explain, album, tmp_path, monkeypatch):
+    explain(album)
+    before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in (*files_in(tmp_path / "out"), LOG_NAME)}
+    monkeypatch.setattr(program_file, "load_classifier", None)
+    monkeypatch.chdir(tmp_path)
+    for path in (album, "album"):
+        result = explain("--skip-existing", "--batch-size", "3", path)
+        assert (result.status, result.stdout, tally(result)) == (0, "", (0, 6, 0))
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in before} == before
 
 
-def test_an_output_folder_that_cannot_be_written_is_a_wrong_call(main, tmp_path):
-    (tmp_path / "taken").write_bytes(b"mine")
-    assert "taken" in refused(main(DOG, output=tmp_path / "taken" / "out"))
+CHANGED = [
+    "--target-class 4",
+    "--alpha 0.3",
+    "--method eigencam,gradcam",
+    "--outputs cam,gb",
+    "--sheet",
+    "--save-arrays",
+]
+CHANGED += [
+    "--mean 0",
+    "--resize squash",
+    "--format png",
+    "--input-size 80",
+    "--eigen-smooth",
+    "--class-names a,b,c,d,e,f,g",
+]
 
 
-def test_an_output_folder_that_vanishes_is_one_line_for_each_photo(main, monkeypatch, tmp_path):
-    open_photo = program_file.open_photo
-
-    def vanishing(path):
-        shutil.rmtree(tmp_path / "out")
-        return open_photo(path)
-
-    monkeypatch.setattr(program_file, "open_photo", vanishing)
-    status, stdout, stderr = main("--outputs", "cam", DOG)
-    assert (status, stdout) == (1, "")
-    assert stderr.startswith(f"error: {DOG}")
-    assert stderr.count("\n") == 1
+def test_what_was_done_with_other_options_is_not_taken_for_done(explain, album, tmp_path):
+    options = ["--outputs", "cam", "--skip-existing", album / "a.jpg", album / "b.jpg"]
+    for changed in ["", *CHANGED]:
+        assert tally(explain(*changed.split(), *options)) == (2, 0, 0), changed
+        assert tally(explain(*changed.split(), *options)) == (0, 2, 0), changed
+    assert len(records(tmp_path / "out")) == 2 * (1 + len(CHANGED))
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no limit on the size of files there")
-def test_a_full_disk_is_one_line_and_leaves_only_whole_pictures(program, tmp_path):
-    import resource
-
-    def limit():  # enough for guided backpropagation (118 KB), not for the heatmap (144 KB)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (130_000, 130_000))
-
-    process = program("--ckpt", CKPT, "--outputs", "gb,cam", "--output", tmp_path / "out", DOG, preexec_fn=limit)
-    assert process.returncode == 1, process.stderr
-    assert process.stdout == ""
-    errors = process.stderr.removeprefix(NOTE)
-    assert errors.startswith("error: ")
-    assert "dog.jpg" in errors
-    assert errors.count("\n") == 1
-    assert set(files_in(tmp_path / "out")) <= set(NAMES)
-    for path in (tmp_path / "out").iterdir():
-        assert opened(path).std() > 0
+def test_a_changed_checkpoint_or_photo_and_a_removed_file_are_done_again(explain, tiny, album, tmp_path):
+    ckpt = shutil.copy(tiny[0], tmp_path / "net.pth")
+    options = ["--outputs", "cam,gb", "--skip-existing", album]
+    assert tally(explain(*options, ckpt=ckpt)) == (6, 0, 0)
+    paint(album / "b.jpg", 30)
+    (tmp_path / "out" / "x" / "gb_2.jpg").unlink()
+    result = explain(*options, ckpt=ckpt)
+    assert (tally(result), result.stdout.count("\n")) == ((2, 4, 0), 2)
+    assert (str(album / "b.jpg") in result.stdout, str(album / "x" / "2.png") in result.stdout) == (True, True)
+    os.utime(ckpt, (1, 1))
+    assert tally(explain(*options, ckpt=ckpt)) == (6, 0, 0)
+    assert tally(explain(*options, ckpt=ckpt)) == (0, 6, 0)
 
 
-def full_disk():
-    return open("/dev/full", "w", encoding="utf-8")
+def test_pictures_that_a_run_with_other_options_has_written_over_are_done_again(explain, album, tmp_path):
+    gb, again = tmp_path / "out" / "gb_a.jpg", ["--skip-existing", album / "a.jpg"]
+    explain(*again)
+    first = gb.read_bytes()
+    explain("--method", "eigencam", *again)
+    assert tally(explain(*again)) == (0, 1, 0)  # another method with the same options has drawn the same gb
+    explain("--method", "eigencam", "--resize", "squash", *again)
+    assert gb.read_bytes() != first
+    assert explain(*again).stdout.count("\n") == 1
+    assert gb.read_bytes() == first
+    assert tally(explain(*again)) == (0, 1, 0)
 
 
-def closed_pipe():
-    """What `| head` leaves behind."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    return os.fdopen(writer, "w", encoding="utf-8")
+def test_a_mended_photo_and_new_ones_are_done_and_a_broken_one_is_tried_again(explain, album, tmp_path):
+    whole = (album / "b.jpg").read_bytes()
+    break_off(album / "b.jpg")
+    break_off(album / "x" / "1.jpg")
+    assert tally(explain("--outputs", "cam", album)) == (4, 0, 2)
+    (album / "b.jpg").write_bytes(whole)
+    (album / "a.jpg").unlink()
+    paint(album / "0 first.jpg", 20)
+    result = explain("--outputs", "cam", "--skip-existing", album)
+    assert (result.status, tally(result)) == (1, (2, 3, 1))
+    errors = [image for (image, _), record in last_records(tmp_path / "out").items() if "error" in record]
+    assert errors == [str(album / "x" / "1.jpg")]
+
+
+# Processes that end early
+
+
+def start(tiny, *words, **environment):
+    """The program in a process of its own on the small network."""
+    command = [sys.executable, PROGRAM, "--ckpt", tiny[0], "--device", "cpu", "--batch-size", "1", *words]
+    return subprocess.Popen(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", **environment},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait_for_lines(process, log, count):
+    """Return as soon as the log has so many lines, or the process has ended."""
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= count):
+        time.sleep(0.002)
+
+
+def crowd(folder, count):
+    """Photos in three folders, some of which have the same name, and three of them broken."""
+    for seed in range(count):
+        paint(folder / "abc"[seed % 3] / f"{seed // 3:02}.jpg", seed, (200, 150))
+    for name in ("a/03.jpg", "b/07.jpg", "c/12.jpg"):
+        break_off(folder / name)
+    return folder
+
+
+@posix
+@pytest.mark.parametrize(
+    ("count", "kills"), [(40, 2), pytest.param(2000, 3, marks=pytest.mark.slow)], ids=["40 photos", "2000 photos"]
+)
+def test_a_killed_run_is_gone_on_with_and_ends_like_one_that_was_not_killed(explain, tiny, tmp_path, count, kills):
+    folder, output, hits = crowd(tmp_path / "album", count), tmp_path / "out", 0
+    for number in range(kills):
+        process = start(tiny, "--skip-existing", "--output", output, folder)
+        wait_for_lines(process, output / LOG_NAME, count * (number + random.random()) / (kills + 1) + 1)
+        process.kill()
+        process.communicate()
+        whole = [name for name in files_in(output) if not name.endswith(".part")]
+        assert all(pixels(output / name).shape[2] == 3 for name in whole)  # each can be decoded
+        hits += process.returncode == -signal.SIGKILL and 0 < len(whole) < (count - 3) * 3
+    assert hits > 0
+    result = explain("--skip-existing", "--batch-size", "1", folder)
+    done, skipped, failed = tally(result)
+    assert (result.status, done + skipped, skipped > 0, failed) == (1, count - 3, True, 3)
+    explain("--batch-size", "1", folder, output=tmp_path / "undisturbed")
+    assert_same_outcome(output, tmp_path / "undisturbed")
+    assert tally(explain("--skip-existing", folder)) == (0, count - 3, 3)
+
+
+@posix
+def test_control_c_ends_with_130_and_what_was_printed_is_whole(explain, tiny, tmp_path):
+    folder, output = crowd(tmp_path / "album", 60), tmp_path / "out"
+    process = start(tiny, "--output", output, folder)
+    wait_for_lines(process, output / LOG_NAME, 5)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert (process.returncode, "Traceback" in stderr) == (130, False), stderr
+    counts = re.match(r"(\d+) done, 0 skipped, \d failed in .*; stopped, .* --skip-existing", stderr.splitlines()[-1])
+    printed = [line.partition(": ")[0] for line in stdout.splitlines()]
+    assert 0 < int(counts.group(1)) == len(printed) < 57
+    logged = last_records(output)
+    for image in printed:
+        assert all(pixels(file).std() > 0 for file in logged[image, "gradcam"]["files"])
+    assert not any(name.endswith(".part") for name in files_in(output))
+    done, skipped, failed = tally(explain("--skip-existing", "--batch-size", "1", folder))
+    assert (done + skipped, failed) == (57, 3)
+    assert skipped >= len(printed)
+
+
+def test_control_c_while_the_network_is_loaded_prints_the_counts_too(explain, album, monkeypatch):
+    def pressed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program_file, "load_classifier", pressed)
+    result = explain(album)
+    assert (result.status, result.stdout, tally(result)) == (130, "", (0, 0, 0))
+
+
+@posix
+def test_a_reader_that_has_read_enough_ends_the_run_without_a_traceback(explain, tiny, tmp_path):
+    """As `| head -1` does, on a terminal that does not know the characters of a name."""
+    output = tmp_path / "out"
+    for seed in range(30):
+        paint(tmp_path / "album" / f"狗 {seed:02}.jpg", seed)
+    process = start(tiny, "--output", output, tmp_path / "album", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
+    assert process.stdout.readline().startswith(f"{tmp_path}/album/\\u72d7 00.jpg: ")
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert (process.wait(), stderr.count("\n"), "error: stopped, " in stderr) == (1, 2, True), stderr
+    assert all(os.path.isfile(file) for record in records(output) for file in record["files"])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a device that is always full")
-@pytest.mark.parametrize("target", [full_disk, closed_pipe])
-def test_a_standard_output_that_cannot_be_written_ends_without_a_traceback(main, monkeypatch, target):
-    stream = target()
-    monkeypatch.setattr(sys, "stdout", stream)
-    try:
-        status, _, stderr = main("--outputs", "cam", DOG)
-    finally:
-        with contextlib.suppress(OSError):
-            stream.close()
-    assert status != 0
-    assert stderr.count("\n") <= 1
+def test_an_output_that_is_full_ends_the_run_without_a_traceback(explain, album, tmp_path, monkeypatch):
+    with contextlib.suppress(OSError), open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        result = explain("--outputs", "cam", album)
+    assert (result.status, "Traceback" in result.stderr) == (1, False)
+    assert "No space left on device" in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.skipif(torch.cuda.device_count() > 7, reason="that many GPUs are rare")
-@pytest.mark.parametrize("device", ["cuda:7", "xpu:7"])
-def test_a_device_that_is_not_there_is_a_wrong_call(main, monkeypatch, device):
-    monkeypatch.setattr(program_file, "has_gpu_driver", lambda: True)  # or the command line would answer
-    error = refused(main("--device", device, DOG))
-    assert device in error
-    assert "cpu" in error
+def once(number, function, action):
+    """Return the function; before its call of that number it does something else."""
+    calls = iter(range(10**6))
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == number:
+            action()
+        return function(*args, **kwargs)
+
+    return wrapped
 
 
-def test_a_checkpoint_that_is_none_is_a_wrong_call(main):
-    assert "dog.jpg" in refused(main(DOG, ckpt=DOG))
+@pytest.mark.parametrize("by_a_file", [False, True])
+def test_an_output_folder_that_vanishes_costs_no_photo_that_can_be_written(
+    explain, album, tmp_path, monkeypatch, by_a_file
+):
+    def vanish():
+        shutil.rmtree(tmp_path / "out")
+        if by_a_file:
+            (tmp_path / "out").write_text("mine", encoding="utf-8")
+
+    monkeypatch.setattr(program_file, "read_photo", once(1, read_photo, vanish))
+    result = explain("--batch-size", "1", "--outputs", "cam", album)
+    done, _, failed = tally(result)
+    assert (done + failed, failed > 0, result.status) == (6, by_a_file, int(by_a_file))
+    assert result.stderr.count("error: ") == failed
+    if not by_a_file:
+        assert len(files_in(tmp_path / "out")) >= 4
+        assert all(record["image"].startswith(str(album)) for record in records(tmp_path / "out"))
 
 
-def test_a_network_whose_answer_is_not_a_number_is_one_line_for_each_photo(main, tmp_path):
-    content = torch.load(CKPT, weights_only=True)
-    content["state_dict"]["classifier.1.weight"][:] = float("nan")
-    torch.save(content, tmp_path / "nan.pth")
-    status, stdout, stderr = main(DOG, ckpt=tmp_path / "nan.pth")
-    assert (status, stdout) == (1, "")
-    assert stderr.startswith(f"error: {DOG}")
-    assert "NaN" in stderr
-    assert stderr.count("\n") == 1
+def test_a_photo_that_vanishes_on_the_way_is_one_line(explain, album, tmp_path, monkeypatch):
+    monkeypatch.setattr(program_file, "read_photo", once(1, read_photo, (album / "b.jpg").unlink))
+    result = explain("--outputs", "cam", "--batch-size", "1", album / "a.jpg", album / "b.jpg", album / "x")
+    assert result.status == 1
+    assert (result.stdout.count("\n"), tally(result)) == (3, (3, 0, 1))
+    assert result.stderr.splitlines()[1] == f"error: {album / 'b.jpg'}: no such file"
 
 
-def test_control_c_ends_with_130_and_no_traceback(main, monkeypatch, tmp_path):
-    def pressed(path):
-        raise KeyboardInterrupt
+# Errors of the network
 
-    monkeypatch.setattr(program_file, "open_photo", pressed)
-    status, stdout, stderr = main(DOG)
-    assert (status, stdout) == (130, "")
-    assert "Traceback" not in stderr
-    assert files_in(tmp_path / "out") == []
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Let explainers raise the error that a function of the inputs returns. Returns the sizes of the batches."""
+    sizes, call = [], Explainer.__call__
+
+    def install(function):
+        def wrapped(self, inputs, *args, **kwargs):
+            error = function(inputs, len(sizes))
+            if error:
+                raise error
+            sizes.append(len(inputs))
+            return call(self, inputs, *args, **kwargs)
+
+        monkeypatch.setattr(Explainer, "__call__", wrapped)
+        return sizes
+
+    return install
+
+
+def test_photos_are_explained_in_batches(explain, album, failing):
+    sizes = failing(lambda inputs, number: None)
+    break_off(album / "b.jpg")
+    for options, expected in (([], [1, 2, 2]), (["--batch-size", "4"], [3, 2])):
+        assert tally(explain("--outputs", "cam", *options, album)) == (5, 0, 1)
+        assert sizes == expected
+        sizes.clear()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+def test_too_little_memory_halves_the_batch_and_says_so_once(explain, tmp_path, failing, error):
+    for seed in range(11):
+        paint(tmp_path / "album" / f"{seed:02}.jpg", seed)
+    sizes = failing(lambda inputs, number: error if len(inputs) > 3 else None)
+    result = explain("--outputs", "cam", "--batch-size", "8", tmp_path / "album")
+    assert (result.status, tally(result), result.stderr.count("warning: memory")) == (0, (11, 0, 0), 1)
+    assert sizes == [2] * 5 + [1]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("the logits are NaN")])
+def test_a_photo_on_which_the_network_fails_takes_no_other_with_it(explain, album, tmp_path, failing, error):
+    white = album / "x" / "2.png"
+    Image.new("RGB", (90, 70), "white").save(white)
+    failing(lambda inputs, number: error if any(each.std() < 0.5 for each in inputs) else None)
+    result = explain("--outputs", "cam", "--batch-size", "4", album)
+    assert (result.status, tally(result)) == (1, (5, 0, 1))
+    assert f"error: {white}: the network failed: {error}\n" in result.stderr
+    assert "error" in last_records(tmp_path / "out")[str(white), "gradcam"]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (CallError("no such thing"), "no such thing"),
+        (
+            RuntimeError("CUDA error: an illegal memory access\nmore"),
+            "the GPU has failed: CUDA error: an illegal memory access; go on with --skip-existing",
+        ),
+        (TypeError("forward() takes 2 arguments"), None),
+    ],
+    ids=["wrong call", "failed GPU", "fault of the program"],
+)
+def test_an_error_in_the_middle_of_a_folder_leaves_no_photo_without_its_line(
+    explain, album, tmp_path, failing, error, line
+):
+    failing(lambda inputs, number: error if number == 4 else None)
+    with pytest.raises(TypeError) if line is None else contextlib.nullcontext():
+        result = explain("--outputs", "cam", "--batch-size", "1", album)
+        assert (result.status, result.stdout.count("\n")) == (2, 4)
+        assert result.stderr.splitlines()[-1] == f"error: {line}"
+    assert (len(records(tmp_path / "out")), len(files_in(tmp_path / "out"))) == (4, 4)
+    failing(lambda inputs, number: None)
+    assert tally(explain("--outputs", "cam", "--skip-existing", album)) == (2, 4, 0)
+
+
+def test_a_network_that_does_not_fit_the_memory_is_one_line(explain, photo, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    result = explain(photo)
+    assert (result.status, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "more memory than there is" in result.stderr
+
+
+# Several processes
+
+
+@posix
+def test_two_processes_over_one_folder_at_once_give_one_line_for_each_photo(explain, tiny, tmp_path):
+    folder, output = crowd(tmp_path / "album", 40), tmp_path / "out"
+    pair = [start(tiny, "--output", output, folder) for _ in range(2)]
+    ends = [(*process.communicate(timeout=120), process.returncode) for process in pair]
+    assert [status for _, _, status in ends] == [1, 1], ends
+    printed = [line.partition(": ")[0] for stdout, _, _ in ends for line in stdout.splitlines()]
+    good = [record["image"] for record in records(output) if "error" not in record]
+    assert sorted(printed) == sorted(good)
+    assert len(good) == len(set(good)) == 37
+    explain("--batch-size", "1", folder, output=tmp_path / "alone")
+    assert_same_outcome(output, tmp_path / "alone")
+
+
+@pytest.fixture
+def share(explain, monkeypatch):
+    """Run the processes of torchrun one after the other."""
+
+    def run(world, *words):
+        results = []
+        for rank in range(world):
+            with monkeypatch.context() as patch:
+                for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world)):
+                    patch.setenv(name, str(value))
+                results.append(explain("--outputs", "cam", *words))
+            assert f" by process {rank} of {world} in " in results[-1].stderr
+        return results
+
+    return run
+
+
+@pytest.mark.parametrize(("first", "second"), [(3, 2), (1, 3)])
+def test_the_union_of_several_processes_is_a_single_run_and_others_go_on(
+    share, explain, album, tmp_path, first, second
+):
+    explain("--outputs", "cam", album, output=tmp_path / "alone")
+    whole = (album / "b.jpg").read_bytes()
+    break_off(album / "b.jpg")
+    assert [result.status for result in share(first, album)] == [0 if first > 1 else 1] * first
+    (album / "b.jpg").write_bytes(whole)
+    (tmp_path / "out" / "y" / "gradcam_cam_狗 3.jpg").unlink()
+    assert sum(tally(result)[0] for result in share(second, "--skip-existing", album)) == 2
+    assert_same_outcome(tmp_path / "out", tmp_path / "alone")
+    assert len(records(tmp_path / "out")) == 6 + 2
+
+
+@posix
+def test_torchrun_shares_the_photos_and_a_broken_one_does_not_end_the_others(explain, tiny, tmp_path):
+    folder, output = crowd(tmp_path / "album", 39), tmp_path / "out"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", PROGRAM]
+    words = [*launcher, "--ckpt", tiny[0], "--device", "cpu", "--output", output, folder]
+    environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.run([str(w) for w in words], capture_output=True, encoding="utf-8", env=environment)
+    assert process.returncode == 0, process.stderr
+    assert len(process.stdout.splitlines()) == 36
+    assert process.stderr.count("squeezenet1_1 (") == 1  # what is assumed, once
+    counts = re.findall(r"(\d+) done, 0 skipped, (\d+) failed by process \d of 2 in", process.stderr)
+    assert sorted(int(done) + int(failed) for done, failed in counts) == [19, 20]
+    explain("--batch-size", "1", folder, output=tmp_path / "alone")
+    assert_same_outcome(output, tmp_path / "alone")
+    assert len(records(output)) == 39
+
+
+# Memory and order
+
+
+def test_prefetch_keeps_the_order_and_takes_no_item_before_there_is_room():
+    taken, lock, threads = [], threading.Lock(), set()
+
+    def work(item):
+        with lock:
+            threads.add(threading.get_ident())
+        time.sleep(0.001 * (item % 3))
+        return item * item
+
+    results = prefetch(work, (taken.append(n) or n for n in range(100)), 4, 3)
+    for number in range(50):
+        assert next(results) == number * number
+        assert number < len(taken) <= number + 5
+    results.close()
+    assert (len(taken) <= 55, len(threads) > 1) == (True, True)
+
+
+def test_prefetch_raises_errors_in_their_place():
+    results = prefetch(lambda number: 1 // number, [1, 0, 1], 2, 1)
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+    def items():
+        yield from (1, 2)
+        raise KeyError("after the second")
+
+    found = []
+    with pytest.raises(KeyError):
+        found.extend(prefetch(abs, items(), 9, 2))
+        pytest.fail("the error was lost")
+    results = prefetch(abs, items(), 9, 2)
+    assert [next(results), next(results)] == [1, 2]
+
+
+def test_a_slow_disk_holds_the_reading_back(explain, tmp_path, monkeypatch):
+    for seed in range(60):
+        paint(tmp_path / "album" / f"{seed:02}.jpg", seed)
+    lock, held, most, replace = threading.Lock(), [0], [], os.replace
+
+    def reading(path):
+        with lock:
+            held[0] += 1
+            most.append(held[0])
+        return read_photo(path)
+
+    def writing(*paths):
+        time.sleep(0.02)
+        replace(*paths)
+        with lock:
+            held[0] -= 1
+
+    monkeypatch.setattr(program_file, "read_photo", reading)
+    monkeypatch.setattr(os, "replace", writing)
+    assert explain("--batch-size", "2", "--outputs", "cam", tmp_path / "album").status == 0
+    assert held == [0]
+    assert max(most) <= 30
+
+
+@pytest.mark.slow
+def test_ten_thousand_paths_are_each_one_line(explain, photo, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", (f"{tmp_path}/{n // 100}/{n}.jpg\n" for n in range(10_000)))
+    result = explain("--outputs", "cam", photo, "-")
+    assert (result.status, tally(result), result.stdout.count("\n")) == (1, (1, 0, 10_000), 1)
+    assert len(last_records(tmp_path / "out")) == 10_001
+
+
+GROWTH = """
+import resource, sys
+import cnn_visualizations as program
+ckpt, photos, output = sys.argv[1:]
+def peak_after(count):
+    names = [f"{photos}/{number}.jpg" for number in range(count)]
+    args = program.parse_args(["--ckpt", ckpt, "--device", "cpu", "--outputs", "cam", "--output", output, *names])
+    args.photos = program.find_photos(args.images)
+    args.output.mkdir(exist_ok=True)
+    assert program.main(args) == 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+first = peak_after(60)
+print("GROWTH", peak_after(360) - first)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts in kilobytes there")
+def test_three_hundred_photos_take_the_memory_of_sixty(tiny, tmp_path):
+    content = paint(tmp_path / "album" / "0.jpg", 5, (640, 480)).read_bytes()  # 0.7 MB decoded
+    for number in range(1, 360):
+        (tmp_path / "album" / f"{number}.jpg").write_bytes(content)
+    words = [sys.executable, "-c", GROWTH, tiny[0], tmp_path / "album", tmp_path / "out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [str(word) for word in words]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", env=environment)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout.rsplit(maxsplit=1)[1]) < 60_000  # kilobytes; 300 decoded photos are 200,000
+
+
+# The README
+
+
+def test_the_readme_has_the_two_commands_and_every_option(capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall("^pip install -r .*$", readme, re.MULTILINE)
+    assert [command.split()[3] for command in commands] == ["requirements.txt", "tests/requirements.txt"]
+    assert all((ROOT / command.split()[3]).is_file() for command in commands)
+    with pytest.raises(SystemExit):
+        program_file.parse_args(["--help"])
+    options = set(re.findall(r"^ +(?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)) - {"--help"}
+    assert len(options) > 20
+    table = "\n".join(line for line in readme.splitlines() if line.startswith("|"))
+    assert [option for option in sorted(options) if not re.search(rf"{option}\b(?!-)", table)] == []

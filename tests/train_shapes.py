@@ -38,7 +38,7 @@ in_place = 1.0  # weight of the loss's second term: no evidence where the shape 
 
 
 def make_background(rng, hard=1.0):
-    """Noise from coarse to fine, lines and soft blobs, float32 (SIDE, SIDE, 3); with hard=0 it is plain and dark."""
+    """Return noise from coarse to fine, lines and soft blobs, float32 (SIDE, SIDE, 3); with hard=0 plain and dark."""
     picture = np.full((SIDE, SIDE, 3), hard * rng.uniform(0.2, 0.8, 3) + (1 - hard) * 0.2, np.float32)
     for cells in (2, 5, 12, 40, SIDE):
         noise = rng.standard_normal((cells, cells, 3), np.float32) * np.float32(hard * rng.uniform(0.02, 0.06))
@@ -54,19 +54,18 @@ def make_background(rng, hard=1.0):
     return picture
 
 
-def outline(shape, turn):
-    """The corners of a shape in the unit circle, (corners, 2)."""
-    radii = {"square": [1] * 4, "triangle": [1] * 3, "star": [1, 0.45] * 5, "cross": [1, 1, 0.4] * 4}.get(
-        shape, [1] * 48
-    )
+def outline(shape, angle):
+    """Return the corners of a shape in the unit circle, (corners, 2)."""
+    radii = {"square": [1] * 4, "triangle": [1] * 3, "star": [1, 0.45] * 5, "cross": [1, 1, 0.4] * 4}
+    radii = np.array(radii.get(shape, [1] * 48))
     angles = 2 * np.pi * np.arange(len(radii)) / len(radii)
     if shape == "cross":  # two corners at the end of each arm, one between the arms
         angles = np.concatenate([quarter + np.array([-0.3, 0.3, np.pi / 4]) for quarter in np.arange(4) * np.pi / 2])
-    return np.stack([np.cos(angles + turn), np.sin(angles + turn)], 1) * np.array(radii)[:, None]
+    return np.stack([np.cos(angles + angle), np.sin(angles + angle)], 1) * radii[:, None]
 
 
 def draw_shape(picture, rng, shape, centre, radius, hard=1.0):
-    """Draws into the picture. Returns the mask of the shape's convex hull: a peak in the hole of a ring is right."""
+    """Draw into the picture. Return the mask of the shape's convex hull: a peak in the hole of a ring is right."""
     corners = np.int32(16 * (centre + radius * outline(shape, rng.uniform(0, 2 * np.pi))))  # in sixteenths of a pixel
     inside, alpha = np.zeros((2, SIDE, SIDE), np.uint8)
     cv2.fillConvexPoly(inside, cv2.convexHull(corners), 255, cv2.LINE_AA, 4)
@@ -74,7 +73,7 @@ def draw_shape(picture, rng, shape, centre, radius, hard=1.0):
     if shape == "ring":
         cv2.fillPoly(alpha, [np.int32(16 * (centre + 0.6 * radius * outline(shape, 0)))], 0, cv2.LINE_AA, 4)
     mask, colour = inside > 127, rng.uniform(0, 1, 3)
-    while np.abs(colour - picture[mask].mean(0)).max() < 0.5:  # it must be seen
+    while np.abs(colour - picture[mask].mean(0)).max() < 0.5:  # too little contrast
         colour = rng.uniform(0, 1, 3)
     colour = np.float32(hard * colour + (1 - hard) * 0.9)
     picture += np.float32(alpha / 255 * rng.uniform(0.8, 1))[..., None] * (colour - picture)
@@ -82,7 +81,7 @@ def draw_shape(picture, rng, shape, centre, radius, hard=1.0):
 
 
 def make_shapes(rng, count, hard=1.0):
-    """A scene with shapes of different classes: pixels uint8 (SIDE, SIDE, 3), labels (count,), masks (count, ...)."""
+    """Return a scene with shapes of different classes: pixels uint8 (SIDE, SIDE, 3), labels (count,), masks."""
     picture = make_background(rng, hard)
     labels = rng.permutation(len(CLASSES))[:count]
     masks, places = [], []
@@ -96,26 +95,20 @@ def make_shapes(rng, count, hard=1.0):
 
 
 def make_scene(rng, hard=1.0):
-    """One shape, 1/4 to 2/5 of the side wide: pixels uint8 (SIDE, SIDE, 3), its label, mask bool (SIDE, SIDE)."""
+    """Return a scene with one shape: pixels uint8 (SIDE, SIDE, 3), its label, its mask bool (SIDE, SIDE)."""
     pixels, labels, masks = make_shapes(rng, 1, hard)
     return pixels, int(labels[0]), masks[0]
 
 
-def make_pair(rng):
-    """Two shapes of different classes, as two scenes in the form of `make_scene` with the same pixels."""
-    pixels, labels, masks = make_shapes(rng, 2)
-    return [(pixels, int(label), mask) for label, mask in zip(labels, masks, strict=True)]
-
-
 def held_out(count):
-    """Scenes that are not trained on, and as many questions about pairs."""
+    """Return scenes of one shape that are not trained on, and as many of two shapes, asked for one after the other."""
     scenes = [make_scene(np.random.default_rng((seed, 0, number))) for number in range(count)]
-    pairs = [make_pair(np.random.default_rng((seed, 1, number))) for number in range(count // 2)]
-    return scenes, [scene for pair in pairs for scene in pair]
+    pairs = [make_shapes(np.random.default_rng((seed, 1, number)), 2) for number in range(count // 2)]
+    return scenes, [(pixels, int(labels[i]), masks[i]) for pixels, labels, masks in pairs for i in (0, 1)]
 
 
 def as_inputs(pixels):
-    """uint8 (N, H, W, 3), also as a list of pictures, as float32 (N, 3, H, W), normalised."""
+    """Return pictures, uint8 (N, H, W, 3), as the network's input: float32 (N, 3, H, W), normalised."""
     pixels = torch.from_numpy(np.asarray(pixels)).permute(0, 3, 1, 2) / 255
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
@@ -124,7 +117,7 @@ def as_inputs(pixels):
 
 
 def peak(cam):
-    """Row and column of a map's peak, or None in a map that is zero everywhere.
+    """Return row and column of a map's peak, or None for a map of zeros.
 
     It is the middle of all pixels that share the maximum: at the border, enlarging makes a plateau of half a cell.
     """
@@ -133,7 +126,7 @@ def peak(cam):
 
 
 def find_peaks(explainer, scenes):
-    """For each method of the explainer the peaks of its maps, for the classes that the scenes ask for."""
+    """Return for each method of the explainer the peaks of its maps, for the classes of the scenes."""
     peaks = {method: [] for method in explainer.methods}
     for start in range(0, len(scenes), 20):
         pixels, labels, _ = zip(*scenes[start : start + 20], strict=True)
@@ -143,12 +136,12 @@ def find_peaks(explainer, scenes):
 
 
 def share_on(masks, peaks):
-    """The share of the peaks that lie on their masks; a map that is zero everywhere has no peak and is a miss."""
-    return float(np.mean([place is not None and mask[place] for mask, place in zip(masks, peaks, strict=True)]))
+    """Return the share of the peaks that are on their masks; a map of zeros has no peak and is a miss."""
+    return float(np.mean([at is not None and mask[at] for mask, at in zip(masks, peaks, strict=True)]))
 
 
 def pointing_game(explainer, scenes):
-    """For each method of the explainer, the share of the scenes in which the map's peak lies on the shape asked for."""
+    """Return for each method of the explainer the share of scenes in which the map's peak is on the shape."""
     masks = [mask for _, _, mask in scenes]
     return {method: share_on(masks, peaks) for method, peaks in find_peaks(explainer, scenes).items()}
 
