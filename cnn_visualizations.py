@@ -318,13 +318,17 @@ def walk(top: str, common: str) -> Iterator[tuple[str, str]]:
     """Yield the photos below a folder, each with its folder relative to `common`.
 
     Hidden files and the pictures that a log lists are left out. Links to folders are followed, as torchvision's
-    ImageFolder does, but no folder is read twice.
+    ImageFolder does, but not upwards, and no folder is read twice.
     """
     visited, unread = set(), 0
     written: dict[str, frozenset[str]] = {}  # folder -> names of our own pictures in it and below it
     for folder, inner, files in os.walk(top, True, lambda e: warn(f"{e.filename}: cannot be listed"), True):
         absolute, real = os.path.abspath(folder), os.path.realpath(folder)
-        inner[:] = sorted(name for name in inner if not name.startswith(".") and real not in visited)
+        targets = {name: os.path.realpath(os.path.join(folder, name)) for name in inner if not name.startswith(".")}
+        upwards = [
+            name for name, target in targets.items() if os.path.join(real, "").startswith(os.path.join(target, ""))
+        ]
+        inner[:] = sorted(targets.keys() - set(upwards) if real not in visited else ())
         written[folder] = written.get(os.path.dirname(folder), frozenset()) | logged_names(folder)
         mirrored = os.path.relpath(absolute, common) if common else os.path.splitdrive(absolute)[1].lstrip("\\/")
         for name in sorted(name for name in files if not name.startswith(".") and real not in visited):
@@ -381,6 +385,8 @@ def start() -> argparse.Namespace:
         faults = [f"{path}: {fault}" for path, _ in args.photos if (fault := photo_fault(path))]
         if len(faults) < len(args.photos):
             args.output.mkdir(parents=True, exist_ok=True)
+            log = args.output / LOG_NAME
+            args.log_size = log.stat().st_size if log.is_file() else 0  # now, before torch's seconds
             return args
     except CallError as error:
         faults = [str(error)]
@@ -414,7 +420,7 @@ import warnings
 from collections import Counter, deque, namedtuple
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import date, datetime, timedelta, timezone
 from functools import partial
 from pathlib import PurePath
 
@@ -684,7 +690,8 @@ def load_safely(path: Path) -> Any:
     builders = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
     plain = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in builders for core in ("core", "_core")]
     plain += [(PurePath, f"pathlib.{pure}{system}Path") for pure in ("", "Pure") for system in ("Posix", "Windows")]
-    plain += [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}, argparse.Namespace, datetime]
+    plain += [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}, argparse.Namespace]
+    plain += [date, datetime, timedelta, timezone]
     existing_file(str(path))
     try:
         if path.suffix == ".safetensors":
@@ -793,7 +800,8 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, str]:
             nearest = max(nearest, (found / len(wanted), arch))
             inside = (key.removeprefix(prefix) for key in checkpoint.states[name] if key.startswith(prefix))
             others = (key for key in inside if key not in wanted and not key.startswith(root))
-            if found == len(wanted) and all(key.endswith(COMPUTED) for key in others):
+            state = checkpoint.states[name]  # where a number without dimensions is no layer
+            if found == len(wanted) and all(k.endswith(COMPUTED) or not state[prefix + k].ndim for k in others):
                 return arch, "recognised"
     names = " ".join(key for state in states for key in state)
     tasks = r"rpn\.|classification_head\.|aux_classifier\.|classifier\.4\.|decode_head\."
@@ -879,7 +887,7 @@ def load_state(arch: str, model: nn.Module, state: State, checkpoint: Checkpoint
     differ = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     faults = {
         "missing": [key for key in wanted if key not in state],
-        "unexpected": [key for key in state if key not in wanted],
+        "unexpected": [key for key in state if key not in wanted and state[key].ndim],
         "of another shape": [f"{k}: {shape_of(state[k])} in the file, {shape_of(wanted[k])} in {arch}" for k in differ],
     }
     parts = [f"{len(ks)} {kind} ({'; '.join(ks[:3])}{'; ...' * (len(ks) > 3)})" for kind, ks in faults.items() if ks]
@@ -889,7 +897,7 @@ def load_state(arch: str, model: nn.Module, state: State, checkpoint: Checkpoint
             other = recognise(checkpoint)[0]
             hint = f"it fits {other}: pass --arch {other}" if other != arch else hint
         raise CallError(f"{checkpoint.name} does not fit {arch}: {', '.join(parts)}; {hint}")
-    for key, tensor in state.items():
+    for key, tensor in ((key, state[key]) for key in wanted):
         if wanted[key].is_floating_point() and not re.match(r"torch\.b?float(8|16|32|64)", str(tensor.dtype)):
             kind = f"quantised or complex ({tensor.dtype})"
             raise CallError(f"{checkpoint.name}: {key} is {kind}; save the weights from before that")
@@ -1664,7 +1672,7 @@ def impute(photo: Floats, kept: NDArray[np.bool_]) -> Floats:
 DEFAULT_LONG_SIDE = 1024  # pixels
 CELL = 320  # pixels: side of a picture on a sheet
 MOST_COLUMNS = 6  # of a sheet
-MOST_CLASSES = 10  # on a sheet; more would be taller than WebP takes
+MOST_BANDS = 20  # of two pictures one above the other; more would be taller than WebP takes
 TEXT = 22  # height of the text on a sheet, in pixels
 
 
@@ -1718,18 +1726,21 @@ def draw_sheet(title: str, blocks: Sequence[tuple[str, Sequence[Any]]], font: An
         font: of Pillow.
         colormap: of the scale.
     """
-    if len(blocks) > MOST_CLASSES:
-        warn(f"a sheet has room for {MOST_CLASSES} classes; the others are left out")
     bands: list[tuple[str, Sequence[Any]]] = []
-    for heading, columns in blocks[:MOST_CLASSES]:
+    for heading, columns in blocks:
         at_once = math.ceil(len(columns) / math.ceil(len(columns) / MOST_COLUMNS))
         for start in range(0, len(columns), at_once):
             bands.append((heading if not start else "", columns[start : start + at_once]))
+    if len(bands) > MOST_BANDS:
+        warn(f"a sheet has room for {MOST_BANDS * MOST_COLUMNS} columns; the others are left out")
+        bands = bands[:MOST_BANDS]
     gap, line = 8, TEXT + 12
     rows = sum(max(map(len, columns)) for _, columns in bands)
     height, width = resized(bands[0][1][0][0][1], CELL).shape[:2]
     across = max(984, max(len(columns) for _, columns in bands) * (width + gap) + gap)
-    sheet = Image.new("RGB", (across, line * (len(blocks[:MOST_CLASSES]) + 1) + rows * (height + line) + gap), "white")
+    sheet = Image.new(
+        "RGB", (across, line * (sum(bool(heading) for heading, _ in bands) + 1) + rows * (height + line) + gap), "white"
+    )
     pen = ImageDraw.Draw(sheet)
 
     def write(left: int, top: int, text: str, room: int, colour: str = "dimgray") -> None:
@@ -1814,16 +1825,18 @@ class Log:
     writes: so none writes over another's files. Raises CallError: the log cannot be opened.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start_size: int = -1) -> None:
+        """Read the log; records beyond `start_size` bytes are of processes that run at the same time (-1: none are)."""
         self.folder, self.path = folder, folder / LOG_NAME
         self._lock = FileLock(folder / ".results.lock", poll_interval=0.01)
         self._position = 0  # up to which the log was read
+        self._at_start, self._start_size = None, start_size  # what was in the log before this process began
         self._last: dict[tuple[str, str], tuple[str, list[Path]]] = {}  # (image, method) -> options, files
         self._owners: dict[int, tuple[str, str]] = {}  # file -> (image, options) of the last record that lists it
         self._stems: dict[int, str] = {}  # the beginning of files' names -> the image that they are of
         try:
             with self._locked():
-                self._at_start = dict(self._last)
+                self._at_start = dict(self._last) if self._at_start is None else self._at_start
         except OSError as error:
             raise CallError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
@@ -1839,6 +1852,8 @@ class Log:
             file.seek(self._position)
             for line in io.BufferedReader(io.FileIO(file.fileno(), closefd=False)):
                 if line.endswith(b"\n"):
+                    if self._at_start is None and 0 <= self._start_size <= self._position:
+                        self._at_start = dict(self._last)
                     self._position += len(line)
                     self._remember(parse_record(line))
             yield file
@@ -2009,7 +2024,7 @@ def options_text(args: argparse.Namespace) -> str:
 
     The methods are among them only where all share a file; else they are in the files' names and in the record.
     """
-    ignored = {"images", "photos", "ckpt", "device", "batch_size", "output", "skip_existing"}
+    ignored = {"images", "photos", "ckpt", "device", "batch_size", "output", "skip_existing", "log_size"}
     ignored |= set() if args.sheet or args.save_arrays else {"methods"}
     options = [(name, str(value)) for name, value in sorted(vars(args).items()) if name not in ignored]
     ckpt, own_network = os.path.realpath(args.ckpt or ""), (args.arch or "").rpartition(":")[0]
@@ -2233,7 +2248,7 @@ def run(args: argparse.Namespace) -> int:
     began, interrupted = time.monotonic(), False
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None
-    log, options, methods = Log(args.output), options_text(args), ",".join(args.methods)
+    log, options, methods = Log(args.output, getattr(args, "log_size", -1)), options_text(args), ",".join(args.methods)
     mine = args.photos[rank::world_size]
     todo = [e for e in mine if not args.skip_existing or not log.is_done(e[0], methods, options_hash(options, e[0]))]
     tally = Counter(skipped=len(mine) - len(todo))

@@ -13,6 +13,7 @@ CKPT = ROOT / "tests" / "data" / "dogs_mobilenet_v2.pth"
 DOG = ROOT / "pics" / "dog.jpg"
 
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported; else its threads spin beside other work
 
 
 @pytest.fixture

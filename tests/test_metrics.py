@@ -54,9 +54,6 @@ CORNER = np.zeros((8, 8), np.float32)
 CORNER[:4, :4] = 1
 
 
-# By hand
-
-
 @pytest.mark.parametrize("model", [Corner(), Sigmoid()])
 def test_a_map_of_all_the_evidence_and_nothing_else(model):
     values = faithfulness(Explainer(model, guided=False), ONES, CORNER, 0)
@@ -69,8 +66,7 @@ def test_a_map_of_all_the_evidence_and_nothing_else(model):
 
 def test_a_map_of_none_of_the_evidence():
     values = faithfulness(Explainer(Corner(), guided=False), ONES, 1 - CORNER, 0)
-    assert values["average_drop"] == pytest.approx((p(16) - 0.5) / p(16), abs=1e-5)
-    assert values["increase"] == 0
+    assert (values["average_drop"], values["increase"]) == (pytest.approx((p(16) - 0.5) / p(16), abs=1e-5), 0)
     assert values["deletion"] == pytest.approx(area([p(min(64 - 4 * step, 16)) for step in range(17)]), abs=1e-5)
 
 
@@ -118,11 +114,6 @@ def test_probabilities_are_softmax_or_sigmoid():
     np.testing.assert_allclose(probabilities(logits[:, :1]), [[1 / (1 + math.exp(-1))]], rtol=1e-6)
 
 
-# Against grad-cam, on the demo
-
-CASES = [("gradcam", 0), ("gradcam", 1), ("layercam", 0)]  # the method, and which of the two likeliest classes
-
-
 @cache
 def explained():
     classifier = load_classifier(ckpt=CKPT, device="cpu", input_size=129)
@@ -131,7 +122,7 @@ def explained():
     return SimpleNamespace(model=classifier.model, inputs=inputs, explainer=explainer, found=explainer(inputs, top=2))
 
 
-@pytest.mark.parametrize(("method", "column"), CASES)
+@pytest.mark.parametrize(("method", "column"), [("gradcam", 0), ("gradcam", 1), ("layercam", 0)])  # of the top 2
 def test_road_equals_grad_cam(method, column):
     demo = explained()
     cam, target = demo.found.cams[method][:, column], int(demo.found.targets[0, column])

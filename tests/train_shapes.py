@@ -1,11 +1,16 @@
-"""Trains a small network on scenes whose answer is known: a shape on a cluttered ground. tests/test_truth.py asks the
-program where the shape is, and counts how often the peak of the map lies on it.
+"""Train a small network on scenes whose answer is known: one of six shapes on a cluttered background.
 
-    python tests/train_shapes.py            # trains, writes tests/data/shapes_shufflenet_v2_x0_5.pth (minutes)
-    python tests/train_shapes.py --table    # plays the pointing game with all methods, prints a table (minutes)
-    python tests/train_shapes.py --scenes FOLDER    # writes scenes as pictures, such as for benchmark.py --metrics
+    python tests/train_shapes.py                    # train, write tests/data/shapes_shufflenet_v2_x0_5.pth (minutes)
+    python tests/train_shapes.py --table            # play the pointing game with all methods (minutes)
+    python tests/train_shapes.py --scenes FOLDER    # write scenes as pictures, such as for benchmark.py --metrics
 
-The pointing game is that of Zhang et al., "Top-down Neural Attention by Excitation Backprop", arXiv:1608.00507.
+The pointing game (Zhang et al., "Top-down Neural Attention by Excitation Backprop", arXiv:1608.00507) counts how often
+the peak of a map lies on the shape. tests/test_truth.py holds the program to it. In percent of 300 scenes with one
+shape, and of 300 questions about scenes with two, of which one is asked for:
+
+TABLE
+The network was trained to have its evidence where the shape is. So the first column tells that a map is put in the
+right place, and only the second one what a method knows of the class: one that does not ask for it comes to half.
 """
 
 import argparse
@@ -147,7 +152,7 @@ def pointing_game(explainer, scenes):
 
 
 def print_table(count=300):
-    """All methods on `count` scenes and on as many questions about pairs, as a Markdown table."""
+    """Print the shares of all methods as a Markdown table, with those of a peak at random in the last line."""
     torch.set_num_threads(1)  # so small a network gains nothing from a second one
     scenes, pairs = held_out(count)
     methods = [*METHODS, *(method for method in MORE_METHODS if method != "fullgrad")]  # which takes a second each
@@ -161,20 +166,14 @@ def print_table(count=300):
         sides = (masks, of_scenes), (asked, of_pairs), (other, of_pairs)
         shares = [share_on(wanted, peaks[method]) for wanted, peaks in sides]
         print(f"| {method} | {' | '.join(f'{100 * share:.0f} %' for share in shares)} |")
-    print(f"| (anywhere) | {' | '.join(f'{100 * np.mean(wanted):.0f} %' for wanted in (masks, asked, other))} |")
+    print(f"| (at random) | {' | '.join(f'{100 * np.mean(wanted):.0f} %' for wanted in (masks, asked, other))} |")
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def save(model):
-    """Writes the checkpoint, its weights in float16."""
-    state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
-    torch.save({"arch": ARCH, "classes": list(CLASSES), "input_size": SIDE, "state_dict": state}, CKPT)
-
-
 def train():
-    """Trains from scratch, from plain scenes to cluttered ones: on the cluttered ones alone it learns nothing.
+    """Train from scratch, from plain scenes to cluttered ones: on the cluttered ones alone it learns nothing.
 
     A cell of the last layer reads nearly the whole picture, and without the loss's second term it is often the cell
     beside the shape that tells its class: Grad-CAM's peak then lay on the shape in a third of the scenes, though what
@@ -188,9 +187,8 @@ def train():
     model.conv5.register_forward_hook(lambda module, args, output: activations.append(output[:, :channels]))
     rounds = train_scenes // 512
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, rounds * 2 * 512 // batch_size, pct_start=0.1
-    )
+    steps = rounds * 2 * 512 // batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
     hard = 0.0
     for number in range(rounds):
         scenes = [make_scene(np.random.default_rng((seed, 2 + number, index)), hard) for index in range(512)]
@@ -212,19 +210,20 @@ def train():
         print(f"round {number + 1} of {rounds}: hardness {hard:.1f}, {right / 1024:.3f} right", flush=True)
         if right / 1024 > 0.7:
             hard = min(1.0, hard + 0.1)
-        save(model)
+        state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+        torch.save({"arch": ARCH, "classes": list(CLASSES), "input_size": SIDE, "state_dict": state}, CKPT)
 
 
 @torch.inference_mode()
 def accuracy(model, scenes):
-    """The share of scenes whose class is found."""
+    """Return the share of scenes whose class is predicted."""
     answers = torch.cat([model(as_inputs([pixels])).argmax(1) for pixels, _, _ in scenes])
     return (answers == torch.tensor([label for _, label, _ in scenes])).float().mean().item()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="play the pointing game with the weights that are there")
+    parser.add_argument("--table", action="store_true", help="play the pointing game with the trained network")
     parser.add_argument("--scenes", type=Path, metavar="FOLDER", help="write 60 scenes as pictures")
     args = parser.parse_args()
     if args.table:
