@@ -262,7 +262,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 NOT_READ = (".heic", ".heif", ".avif")  # Pillow needs further packages for these
-MAX_PIXELS = 100_000_000  # decoded to RGB, copied and resized they take 1.1 GB
+MAX_PIXELS = 70_000_000  # decoded to RGB, copied and resized they take 0.9 GB
 MAX_DEEP_PIXELS = 30_000_000  # of photos with 16 or 32 bits a value
 MIN_SIDE = 8  # pixels
 LONGEST_STRIP = 100  # times as long as wide; the short side is enlarged to the network's input, the long one with it
@@ -894,7 +894,7 @@ def load_state(arch: str, model: nn.Module, state: State, checkpoint: Checkpoint
     if parts:
         hint = OWN_NETWORK
         with contextlib.suppress(CallError):
-            other = recognise(checkpoint)[0]
+            other = recognise(checkpoint._replace(entries={}))[0]
             hint = f"it fits {other}: pass --arch {other}" if other != arch else hint
         raise CallError(f"{checkpoint.name} does not fit {arch}: {', '.join(parts)}; {hint}")
     for key, tensor in ((key, state[key]) for key in wanted):

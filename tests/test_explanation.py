@@ -760,7 +760,6 @@ def test_logits_inside_of_another_result(kind):
         (lambda y: y[:, :, None, None].expand(-1, -1, 2, 2), "returns a tensor of 1 x 5 x 2 x 2;"),
         (lambda y: y.sum(), "returns a tensor of one number;"),
         (lambda y: {"scores": y}, "returns a dict"),
-        (lambda y: None, "returns a NoneType"),
         (lambda y: (y[:, :2], y), "1 x 2 and .*1 x 5;"),  # an embedding and the logits, say
     ],
 )

@@ -1,38 +1,46 @@
-"""What needs a CUDA GPU. Without one these tests are skipped."""
+# ruff: noqa: F401  (fixtures of test_output.py)
+"""Section 7 on a CUDA GPU; tests/test_explanation.py compares the methods. Skipped where there is none."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import CKPT, DOG
+from test_output import explain, files_in, last_records, paint, pixels, tiny
 
-from cnn_visualizations import METHODS, Explainer, load_classifier, read_photo
+from cnn_visualizations import Explainer, load_classifier
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
-@pytest.fixture(scope="module")
-def inputs():
-    return load_classifier(ckpt=CKPT, device="cpu").preprocess(read_photo(DOG))[None]
+@pytest.mark.parametrize("device", [None, "cuda", "cuda:0"])
+def test_a_checkpoint_is_loaded_onto_the_gpu(tiny, device):
+    classifier = load_classifier(ckpt=tiny[0], device=device)
+    tensors = {tensor.device.type for tensor in classifier.model.state_dict().values()}
+    assert (classifier.device.type, tensors) == ("cuda", {"cuda"})
+    explanation = Explainer(classifier.model)(torch.zeros(1, 3, 64, 64))  # inputs on the CPU
+    assert type(explanation.cams["gradcam"]) is type(explanation.guided) is np.ndarray
 
 
-def test_the_checkpoint_goes_onto_the_gpu_by_default():
-    classifier = load_classifier(ckpt=CKPT)
-    assert {tensor.device.type for tensor in classifier.model.state_dict().values()} == {"cuda"}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_maps_are_those_of_the_cpu(method, inputs):
-    found = {}
+def test_the_program_writes_the_cpus_pictures_and_records(explain, tmp_path):
+    for seed in range(5):
+        paint(tmp_path / "album" / f"{seed}.png", seed)
+    options = ["--format", "png", "--method", "gradcam,scorecam", "--metrics", "--target-class", "owl"]
     for device in ("cpu", "cuda"):
-        found[device] = Explainer(load_classifier(ckpt=CKPT, device=device).model, method)(inputs, [13])
-    np.testing.assert_allclose(found["cuda"].cams[method], found["cpu"].cams[method], rtol=0, atol=1e-3)
-    np.testing.assert_allclose(found["cuda"].logits, found["cpu"].logits, rtol=0, atol=1e-3)
-    scale = np.abs(found["cpu"].guided).max()
-    np.testing.assert_allclose(found["cuda"].guided / scale, found["cpu"].guided / scale, rtol=0, atol=1e-3)
+        result = explain(*options, "--device", device, tmp_path / "album", output=tmp_path / device)
+        assert (result.status, result.stderr.splitlines()[0].endswith(device)) == (0, True)
+    assert files_in(tmp_path / "cuda") == files_in(tmp_path / "cpu")
+    for name in files_in(tmp_path / "cpu"):
+        difference = np.abs(pixels(tmp_path / "cuda" / name) - pixels(tmp_path / "cpu" / name))
+        assert difference.mean() < 1, name
+    of_cpu, of_gpu = (last_records(tmp_path / device) for device in ("cpu", "cuda"))
+    for key, record in of_cpu.items():
+        assert of_gpu[key]["prediction"]["probability"] == pytest.approx(record["prediction"]["probability"], abs=1e-3)
+        for found, expected in zip(of_gpu[key]["metrics"], record["metrics"], strict=True):
+            assert found == pytest.approx(expected, abs=0.02)
 
 
-def test_the_settings_of_torch_are_left_as_they_were(inputs):
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    Explainer(load_classifier(ckpt=CKPT, device="cuda").model)(inputs)
-    assert (cudnn.deterministic, cudnn.benchmark) == before
+def test_a_run_on_the_gpu_gives_the_same_files_again(explain, tmp_path):
+    photo = paint(tmp_path / "1.png", 1)
+    for folder in ("first", "second"):
+        explain("--device", "cuda", "--format", "png", photo, output=tmp_path / folder)
+    for name in files_in(tmp_path / "first"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
