@@ -474,7 +474,7 @@ HOSTILE = [
     b"[" * 200_000 + b"\n",
     b'{"image": "caf\xe9", "method": "gradcam"}\n\x00\x00\x00\n\xef\xbb\xbf{}\n',
     b'{"image": 7, "method": "gradcam"}\n{"image": "1.png", "method": ["gradcam"]}\n' + b"9" * 5000 + b"\nnull\n",
-    b'{"image": "1.png", "method": "gradcam", "files": null, "options": {}}\n{"image": "1.png", "method": "", "source": 7}\n',
+    b'{"image": "1.png", "method": "gradcam", "files": null, "options": {}}\n{"image": "1.png", "method": "", "a": 7}\n',
     b'{"image": "a\\u0000b", "method": "gradcam", "files": ["a\\u0000b", "\\ud800"], "output_stem": "../../\\u0000"}\n',
     b'{"image": "',
     b'{"image": "1.png", "method": "gradcam"}',
