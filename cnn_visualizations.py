@@ -410,8 +410,8 @@ import io
 import itertools
 import logging
 import math
-import secrets
 import stat
+import tempfile
 import threading
 import time
 import types
@@ -467,10 +467,8 @@ def read_photo(path: str | Path) -> Photo:
                 raise PhotoError(f"{path}: {width} x {height} pixels, too thin (at least {MIN_SIDE}, up to 100 : 1)")
             with DECODING if width * height > limit / 5 else contextlib.nullcontext():
                 image.load()
-                (
-                    image.getexif(),
-                    image.info.pop("exif", None),
-                )  # or exif_transpose writes it anew, odd entries fail there
+                image.getexif()
+                image.info.pop("exif", None)  # or exif_transpose writes it anew, where odd entries fail
                 ImageOps.exif_transpose(image, in_place=True)
                 return Photo(Path(path), np.asarray(to_rgb(image)))
     except PhotoError:
@@ -484,9 +482,12 @@ def read_photo(path: str | Path) -> Photo:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any Pillow mode to 8-bit RGB; 16 bits are scaled down, where Pillow's own convert clips them to white."""
     if image.mode[0] in "IF":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        white = 65535.0 if image.mode != "F" else 1.0 if values.max(initial=0) <= 1 else 255.0
-        image = Image.fromarray(np.clip(values * (255 / white) + 0.5, 0, 255).astype(np.uint8))
+        values = np.array(image, dtype=np.float32)
+        np.nan_to_num(values, copy=False)
+        white = 65535.0 if image.mode != "F" else 1.0 if values.max() <= 1 else 255.0
+        values *= 255 / white
+        values += 0.5
+        image = Image.fromarray(np.clip(values, 0, 255, out=values).astype(np.uint8))
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # a palette may hold transparency, which only this conversion reads
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -601,15 +602,13 @@ def load_classifier(
     own, origins = ".py:" in (arch or ""), {"device": why, "arch": "" if arch else "default"}
     arch = arch.lower() if arch and not own else arch
     if arch and not own and arch not in ARCHITECTURES:
-        hint = closest(arch, ARCHITECTURES) or " (your own network: --arch net.py:build; torchvision's: alexnet ...)"
-        raise CallError(f"unknown architecture '{arch}'{hint}")
-    if ckpt is not None:
-        checkpoint = read_checkpoint(Path(ckpt))
-        arch, origins["arch"] = (arch, "") if arch else recognise(checkpoint)
-    else:
-        arch = arch or "resnet50"
-        checkpoint = Checkpoint("the network", {}) if own else download_weights(arch)
-    model, beside = build_model(arch, checkpoint, num_classes, input_size)
+        raise CallError(f"unknown architecture '{arch}'{closest(arch, ARCHITECTURES)} (your own network: net.py:build)")
+    arch = arch or (None if ckpt else "resnet50")
+    empty = Checkpoint("the network", {})
+    checkpoint = read_checkpoint(Path(ckpt)) if ckpt else empty if own else download_weights(arch)
+    if arch is None:
+        arch, origins["arch"] = recognise(checkpoint)
+    model, beside = build_model(arch, checkpoint, num_classes)
     given = {"input_size": input_size, "mean": mean, "std": std}
     preset = make_preset(arch, model, checkpoint, beside, given, origins)
     if resize == "squash":
@@ -625,11 +624,9 @@ def load_classifier(
 def find_device(name: str | torch.device | None, local_rank: int | None = None) -> tuple[torch.device, str]:
     """Return the device of that name, by default the CUDA GPU or else the CPU, and why there is no GPU, or "".
 
-    Under torchrun each process of a machine takes the GPU with the number `local_rank`, unless one is named. Raises
-    CallError: the device cannot be used.
+    Under torchrun each process takes the GPU number `local_rank`, unless one is named. Raises CallError: it has failed.
     """
-    wanted = str(name or "cuda")
-    wanted += f":{local_rank}" if wanted == "cuda" and local_rank is not None else ""
+    wanted = f"cuda:{local_rank}" if name in (None, "cuda") and local_rank is not None else str(name or "cuda")
     try:
         torch.zeros(1, device=wanted).add_(1).item()  # whether this torch has code for this GPU shows only now
         return torch.device(wanted), ""
@@ -644,14 +641,13 @@ def find_device(name: str | torch.device | None, local_rank: int | None = None) 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory was missing, the GPU's or the CPU's."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "OUT_OF_DEVICE_MEMORY")
-    words += ("could not create a primitive",)  # oneDNN
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+    """Return whether memory was missing, the GPU's or the CPU's; oneDNN's word for it is the last one."""
+    words = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED|OUT_OF_DEVICE_MEMORY|create a primitive"
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(re.search(words, str(error)))
 
 
-# The content of a checkpoint: its name for messages; each dict in it, by its name ("", "model."), with the tensors by
-# their names there; and the other entries of the outermost dict, as `arch` and `classes`.
+# The content of a checkpoint: its name for messages; the name of each dict in it, as "" or "model.", with that dict's
+# tensors; and the other entries of the outermost dict, as `arch` and `classes`.
 Checkpoint = namedtuple("Checkpoint", ("name", "states", "entries"), defaults=({},))
 
 
@@ -666,7 +662,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             # before 2018 torchvision's DenseNet called its layers norm.1 and conv.2 instead of norm1 and conv2
             name = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", str(key).replace("_orig_mod.", ""))
             if isinstance(value, Tensor):
-                if value.is_meta or value.is_nested or value.layout is not torch.strided:
+                usable = not (value.is_meta or value.is_nested) and value.layout is torch.strided
+                if not usable and name not in ("mean", "std", "input_size"):
                     raise CallError(f"{path}: {name} has no values or is sparse; save ordinary tensors")
                 if not re.search(r"(^|\.)(aux1|aux2|AuxLogits)\.", name):  # heads for the training of two architectures
                     states.setdefault(prefix, {})[name] = value.detach()
@@ -739,26 +736,20 @@ class MetaParameters(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def skeleton(arch: str, checkpoint: Checkpoint, input_size: int | None = None) -> nn.Module:
+def skeleton(arch: str, checkpoint: Checkpoint) -> nn.Module:
     """Return the architecture with two classes and no weights, with the options that the file implies."""
     options: dict[str, Any] = {}
     ends = ("running_mean", "conv_proj.weight", "encoder.pos_embedding")
-    tensors = [item for state in checkpoint.states.values() for item in state.items()]
+    tensors = [item for state in checkpoint.states.values() for item in state.items() if item[1].ndim]
     mean, patches, position = (next((t for k, t in tensors if k.endswith(end)), torch.zeros(1)) for end in ends)
-    patch = patches.shape[-1]
     if arch in ("googlenet", "inception_v3"):
         # torchvision's own weights for these two expect (p - 0.5) / 0.5, and its builders add that transform when they
         # load them. A trained checkpoint is nearly always fine-tuned from those; the weights themselves don't tell.
         options = {"aux_logits": False, "init_weights": False, "transform_input": bool(mean.any())}
-    elif arch.startswith("vit_") and arch.endswith(f"_{patch}") and position.ndim == 3:
-        options["image_size"] = math.isqrt(max(position.shape[1] - 1, 1)) * patch
-    elif arch == "maxvit_t" and input_size:
-        options["input_size"] = (input_size, input_size)
-    try:
-        with MetaParameters():
-            return torchvision.models.get_model(arch, weights=None, num_classes=2, **options)
-    except ValueError as error:
-        raise CallError(f"{arch} takes no inputs of {input_size} x {input_size} pixels: {first_line(error)}") from error
+    elif arch.startswith("vit_") and arch.endswith(f"_{patches.shape[-1]}") and position.ndim == 3:
+        options["image_size"] = math.isqrt(max(position.shape[1] - 1, 1)) * patches.shape[-1]
+    with MetaParameters():
+        return torchvision.models.get_model(arch, weights=None, num_classes=2, **options)
 
 
 def find_head(model: nn.Module) -> tuple[str, nn.Module]:
@@ -769,8 +760,8 @@ def find_head(model: nn.Module) -> tuple[str, nn.Module]:
 def backbone(model: nn.Module) -> tuple[State, str]:
     """Return a torchvision network's tensors but for its head, with the prefix of the head's, as "fc."."""
     root = find_head(model)[0].partition(".")[0] + "."
-    ours = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith(COMPUTED)}
-    return {key: tensor for key, tensor in ours.items() if not key.startswith(root)}, root
+    state = model.state_dict().items()
+    return {k: v for k, v in state if not k.startswith(root) and not k.endswith(COMPUTED)}, root
 
 
 def find_network(wanted: State, checkpoint: Checkpoint) -> list[tuple[tuple[str, str], int]]:
@@ -778,7 +769,7 @@ def find_network(wanted: State, checkpoint: Checkpoint) -> list[tuple[tuple[str,
     found: Counter[tuple[str, str]] = Counter()
     for name, state in checkpoint.states.items():
         for key, tensor in state.items():
-            for start in (0, *(dot.end() for dot in re.finditer(r"\.", key[:200]))):
+            for start in (0, *(dot.end() for dot in re.finditer(r"\.", key[:200]))):  # no prefix is longer
                 if key[start:] in wanted:
                     found[name, key[:start]] += wanted[key[start:]].shape == tensor.shape
     return found.most_common()
@@ -798,32 +789,29 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, str]:
         wanted, root = backbone(skeleton(arch, checkpoint))
         for (name, prefix), found in find_network(wanted, checkpoint):
             nearest = max(nearest, (found / len(wanted), arch))
-            inside = (key.removeprefix(prefix) for key in checkpoint.states[name] if key.startswith(prefix))
-            others = (key for key in inside if key not in wanted and not key.startswith(root))
-            state = checkpoint.states[name]  # where a number without dimensions is no layer
-            if found == len(wanted) and all(k.endswith(COMPUTED) or not state[prefix + k].ndim for k in others):
+            items = ((k.removeprefix(prefix), t) for k, t in checkpoint.states[name].items() if k.startswith(prefix))
+            layers = (key for key, tensor in items if tensor.ndim and not key.endswith(COMPUTED))
+            if found == len(wanted) and all(key in wanted or key.startswith(root) for key in layers):
                 return arch, "recognised"
-    names = " ".join(key for state in states for key in state)
-    tasks = r"rpn\.|classification_head\.|aux_classifier\.|classifier\.4\.|decode_head\."
-    kind = ", it looks like a detector or segmentation network" if re.search(tasks, names) else ""
     near = f"{nearest[0]:.0%} of {nearest[1]}'s tensors are there: --arch {nearest[1]} tells which are not; "
-    why = f"fits no torchvision classifier ({count / 1e6:.1f} million parameters{kind})"
-    raise CallError(f"{checkpoint.name} {why}; {near if nearest[1] else ''}{OWN_NETWORK}")
+    why = f"fits no torchvision classifier ({count / 1e6:.1f} million parameters)"
+    raise CallError(f"{checkpoint.name} {why}; {near if nearest[1] else ''}{advice(checkpoint)}")
 
 
-def build_model(
-    arch: str, checkpoint: Checkpoint, num_classes: int | None, input_size: int | None
-) -> tuple[nn.Module, State]:
-    """Return the network with the checkpoint's weights, and the tensors beside it in its dict. Raises CallError."""
+def advice(checkpoint: Checkpoint) -> str:
+    """Return what to do with a checkpoint that fits no torchvision classifier."""
+    tensors = " ".join(f"{key} {tensor.ndim}d" for state in checkpoint.states.values() for key, tensor in state.items())
+    tasks = r"rpn\.|classification_head\.|(aux|low)_classifier\.|classifier\.4\.weight 4d|decode_head\."
+    return "it looks like a detector or segmentation network; " * bool(re.search(tasks, tensors)) + OWN_NETWORK
+
+
+def build_model(arch: str, checkpoint: Checkpoint, num_classes: int | None) -> tuple[nn.Module, State]:
+    """Return the network with the checkpoint's weights, and the tensors beside it in the file. Raises CallError."""
     states, own = checkpoint.states, ".py:" in arch
-    if own:
-        matrices = [(k, v) for state in states.values() for k, v in state.items() if v.ndim == 2]
-        heads = [v.shape[0] for k, v in matrices if re.search(r"(^|\.)(fc|classifier|head|heads)\.", k)]
-        model = run_own_file(arch, num_classes or next(reversed(heads), None))
-        wanted = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith(COMPUTED)}
-    else:
-        model = skeleton(arch, checkpoint, input_size or side_of(checkpoint))
-        wanted, _ = backbone(model)
+    matrices = [(k, v) for state in states.values() for k, v in state.items() if v.ndim == 2]
+    heads = [v.shape[0] for k, v in matrices if re.search(r"(^|\.)(fc|classifier|head|heads)\.", k)]
+    model = run_own_file(arch, num_classes or next(reversed(heads), None)) if own else skeleton(arch, checkpoint)
+    wanted = {k: v for k, v in model.state_dict().items() if not k.endswith(COMPUTED)} if own else backbone(model)[0]
     if not states:
         return model.eval(), {}
     found = find_network(wanted, checkpoint)
@@ -853,13 +841,10 @@ def build_model(
 
 
 def fit_head(model: nn.Module, state: State, beside: State) -> None:
-    """Give the network the checkpoint's head, if that is one layer, and rename its tensors in `state`.
-
-    It may be in another place: `model.fc = nn.Sequential(nn.Dropout(), nn.Linear(...))`, one Linear layer instead of a
-    whole classifier, or beside the backbone.
-    """
+    """Give the network the checkpoint's head, if that is one layer, and rename its tensors in `state`."""
     name, layer = find_head(model)
     root = name.partition(".")[0]
+    # as it was, as in `model.fc = nn.Sequential(nn.Dropout(), nn.Linear(...))`, or beside the backbone
     for source, place in ((state, f"{name}."), (state, f"{root}."), (beside, "")):
         keys = [key for key in source if key.startswith(place) and key.endswith("weight")]
         weights = [key for key in keys if source[key].ndim in (2, 4) and source[key].numel()]
@@ -882,8 +867,7 @@ def fit_head(model: nn.Module, state: State, beside: State) -> None:
 def load_state(arch: str, model: nn.Module, state: State, checkpoint: Checkpoint) -> None:
     """Put the tensors into the network, the floating-point ones as float32. Raises CallError where one does not fit."""
     wanted = model.state_dict()  # it has the version marks that MNASNet insists on
-    for key in [key for key in wanted if key.endswith(COMPUTED) and key not in state]:
-        del wanted[key]
+    state = {key: tensor for key, tensor in wanted.items() if key.endswith(COMPUTED)} | state
     differ = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     faults = {
         "missing": [key for key in wanted if key not in state],
@@ -892,16 +876,16 @@ def load_state(arch: str, model: nn.Module, state: State, checkpoint: Checkpoint
     }
     parts = [f"{len(ks)} {kind} ({'; '.join(ks[:3])}{'; ...' * (len(ks) > 3)})" for kind, ks in faults.items() if ks]
     if parts:
-        hint = OWN_NETWORK
+        hint = advice(checkpoint)
         with contextlib.suppress(CallError):
             other = recognise(checkpoint._replace(entries={}))[0]
             hint = f"it fits {other}: pass --arch {other}" if other != arch else hint
         raise CallError(f"{checkpoint.name} does not fit {arch}: {', '.join(parts)}; {hint}")
-    for key, tensor in ((key, state[key]) for key in wanted):
-        if wanted[key].is_floating_point() and not re.match(r"torch\.b?float(8|16|32|64)", str(tensor.dtype)):
-            kind = f"quantised or complex ({tensor.dtype})"
-            raise CallError(f"{checkpoint.name}: {key} is {kind}; save the weights from before that")
-        wanted[key] = (tensor.float() if wanted[key].is_floating_point() else tensor).contiguous()
+    for key, value in wanted.items():
+        if value.is_floating_point() and not re.match(r"torch\.b?float(8|16|32|64)", str(state[key].dtype)):
+            why = f"{key} is quantised or complex ({state[key].dtype}); save the weights from before that"
+            raise CallError(f"{checkpoint.name}: {why}")
+        wanted[key] = (state[key].float() if value.is_floating_point() else state[key]).contiguous()
     model.load_state_dict(wanted, strict=False, assign=True)
 
 
@@ -918,12 +902,12 @@ def run_own_file(arch: str, classes: int | None) -> nn.Module:
         spec.loader.exec_module(module)
         build = getattr(module, function, None)
         if not callable(build):
-            raise CallError(f"{file} has no function '{function}'{closest(function, vars(module))}")
-        parameters = inspect.signature(build).parameters.values()
-        takes_number = any(each.name == "num_classes" or each.kind is each.VAR_KEYWORD for each in parameters)
+            raise AttributeError(f"{file} has no function '{function}'{closest(function, vars(module))}")
+        takes_number = re.search(r"\bnum_classes\b|\*\*", str(inspect.signature(build)))
         model = build(num_classes=classes) if takes_number and classes else build()
-    except CallError:
-        raise
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"it returned a {type(model).__name__}, not a torch.nn.Module")
+        return model
     except (Exception, SystemExit) as error:
         hint = "; does it need --num-classes?" if "num_classes" in str(error) and not classes else ""
         hint = "; put what parses arguments under if __name__ == '__main__':" if isinstance(error, SystemExit) else hint
@@ -931,23 +915,16 @@ def run_own_file(arch: str, classes: int | None) -> nn.Module:
     finally:
         sys.argv = arguments
         del sys.path[0]
-    if not isinstance(model, nn.Module):
-        raise CallError(f"--arch {arch} returned a {type(model).__name__}, not a torch.nn.Module")
-    return model
 
 
 def as_logits(answer: Any, outputs: int | None = None) -> Tensor:
     """Return a network's answer, or the one of several with `outputs` columns, as (N, classes). Raises CallError."""
-
-    def is_row(tensor: Any) -> bool:  # (N, C), (N, C, 1, 1) or (N,)
-        has_rows = isinstance(tensor, Tensor) and tensor.ndim > 0
-        return has_rows and math.prod(tensor.shape[1:]) == max(tensor.shape[1:], default=1)
-
     if isinstance(answer, Mapping):  # as transformers' networks give it
         answer = answer.get("logits", answer.get("out", answer))
     answer = getattr(answer, "logits", answer)
     answers = answer if isinstance(answer, (tuple, list)) else [answer]
-    rows = [each for each in answers if is_row(each)]
+    tensors = [each for each in answers if isinstance(each, Tensor) and each.ndim]
+    rows = [t for t in tensors if math.prod(t.shape[1:]) == max(t.shape[1:], default=1)]  # (N, C), (N, C, 1, 1), (N,)
     rows = [row for row in rows if outputs == row.shape[-1]] or rows
     if len(rows) != 1:
         kinds = [f"a tensor of {shape_of(a)}" if isinstance(a, Tensor) else f"a {type(a).__name__}" for a in answers]
@@ -969,7 +946,7 @@ def count_outputs(model: nn.Module, side: int, num_classes: int | None) -> int:
             answer = model(torch.zeros(1, 3, side, side, requires_grad=True))
     except Exception as error:
         grey = "let it begin with x.mean(1, keepdim=True) if it is for grey photos"
-        hint = grey if "channels" in str(error) else "pass another --input-size if it is the size"
+        hint = grey if re.search(r"\b1 channels", str(error)) else "pass another --input-size if it is the size"
         why = f"({type(error).__name__}: {first_line(error)})" + f"; {hint}" * isinstance(error, RuntimeError)
         raise CallError(f"the network fails at an input of 3 x {side} x {side} {why}") from error
     logits = as_logits(answer, num_classes)
@@ -980,39 +957,33 @@ def count_outputs(model: nn.Module, side: int, num_classes: int | None) -> int:
 
 
 def shape_of(tensor: Tensor) -> str:
-    """Return a shape for messages, such as "64 x 3 x 7 x 7"."""
     return " x ".join(map(str, tensor.shape)) or "one number"
-
-
-def side_of(checkpoint: Checkpoint) -> int | None:
-    """Return a checkpoint's input_size, 225, (225, 225) or (3, 225, 225), as one number. Raises CallError."""
-    entry = checkpoint.entries.get("input_size")
-    sides = [*entry][-2:] if isinstance(entry, (list, tuple)) else [entry]
-    if all(isinstance(side, (int, np.integer)) and 8 <= side <= 4096 for side in sides) and len({*sides}) == 1:
-        return int(sides[0])
-    if entry is not None:
-        raise CallError(f"{checkpoint.name}: its input_size is not the side of a usable square; pass --input-size")
-    return None
 
 
 def make_preset(
     arch: str, model: nn.Module, checkpoint: Checkpoint, beside: State, given: dict[str, Any], origins: dict[str, str]
 ) -> Any:
     """Return torchvision's preprocessing with the known input size, mean and std; fill `origins`. Raises CallError."""
-    name = os.path.basename(checkpoint.name)
-    all_weights = torchvision.models.get_model_weights("resnet50" if ".py:" in arch else arch)
+    name, own = os.path.basename(checkpoint.name), ".py:" in arch
+    all_weights = torchvision.models.get_model_weights("resnet50" if own else arch)
     preset = all_weights.DEFAULT.transforms()
-    fixed = getattr(model, "image_size", None) if arch.startswith("vit_") else None  # its position embedding's
-    size = given["input_size"] or fixed or side_of(checkpoint)
+    entry = given["input_size"] or checkpoint.entries.get("input_size")  # 225, (225, 225) or (3, 225, 225)
+    sides = [*entry][-2:] if isinstance(entry, (list, tuple)) else [entry]
+    square = all(isinstance(side, (int, np.integer)) and 8 <= side <= 4096 for side in sides) and len({*sides}) == 1
+    if entry is not None and not square:
+        raise CallError(f"{checkpoint.name}: its input_size is not the side of a usable square; pass --input-size")
+    fixed = 224 if arch == "maxvit_t" else None if own else getattr(model, "image_size", None)  # of a ViT
+    size = int(sides[-1]) if entry is not None else fixed
     if fixed and size != fixed:
-        raise CallError(f"this {arch} takes inputs of {fixed} x {fixed} pixels only; leave --input-size {size} out")
-    if not given["input_size"] and not name.startswith("torchvision's "):
+        asked = f"{'--input-size' if given['input_size'] else 'its input_size'} {size}; pass --input-size {fixed}"
+        raise CallError(f"{checkpoint.name}: {arch} takes inputs of {fixed} x {fixed} pixels only, not {asked}")
+    if not given["input_size"] and not fixed and not name.startswith("torchvision's "):
         origins["input"] = f"from {name}" if size else f"not in {name}; pass --input-size if you trained at another"
     if size:  # at another than the preset's, the margin around the crop is in proportion
-        presets = [preset, *(weights.transforms() for weights in all_weights)]  # some have several sizes
-        same = [each.resize_size[0] for each in presets if each.crop_size[0] == size]
+        presets = (*(weights.transforms() for weights in all_weights), preset)  # some have several sizes
+        sizes = {each.crop_size[0]: each.resize_size[0] for each in presets}
         margin = preset.resize_size[0] / preset.crop_size[0]
-        preset.crop_size, preset.resize_size = [size], [same[0] if same else round(size * margin)]
+        preset.crop_size, preset.resize_size = [size], [sizes.get(size, round(size * margin))]
     # a layer in front of the network may have normalised its inputs
     known = {key.rpartition(".")[2]: tensor for key, tensor in beside.items() if tensor.numel() == 3}
     known |= checkpoint.entries | {key: value for key, value in given.items() if value is not None}
@@ -1243,8 +1214,7 @@ def choose_targets(logits: Tensor, targets: Targets, top: int | None = None) -> 
     chosen = torch.as_tensor(targets)
     fits = chosen.dtype != torch.bool and not chosen.is_floating_point() and chosen.shape[:1] in ((), (1,), (count,))
     if not fits or chosen.ndim > 2 or ((chosen < 0) | (chosen >= classes)).any():
-        what = f"{count} inputs and {classes} classes"
-        raise CallError(f"target classes {chosen.tolist()} do not go with {what}: give an index for each input")
+        raise CallError(f"targets {chosen.tolist()} do not fit {count} inputs and {classes} classes; give one each")
     return chosen.long().expand(count, *chosen.shape[1:]).to(logits.device, non_blocking=True)
 
 
@@ -1255,8 +1225,7 @@ def capture_outputs(network: nn.Module, layers: Sequence[str], differentiable: b
 
     def collect(name: str, module: nn.Module, args: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
-            kind = type(output).__name__
-            raise CallError(f"layer '{name}' returns a {kind}, not one tensor; choose a layer inside it")
+            raise CallError(f"layer '{name}' returns a {type(output).__name__}, not a tensor; choose a layer inside it")
         if differentiable and not output.requires_grad:  # because nothing before this layer needs a gradient
             output = output.detach().requires_grad_()
         outputs[name] = output
@@ -1304,16 +1273,13 @@ def fold_batch_norms(network: nn.Module, calls: Sequence[Call], logits: Tensor, 
     Together they cost one pass over memory instead of two. `keep` names the layers whose own output is wanted. The
     autograd graph of the recorded pass tells which output goes where.
     """
-    times_called = Counter(call.name for call in calls)
     readers = Counter(parent for node in graph_nodes(logits.grad_fn) for parent, _ in node.next_functions)
     kept = {call.node for call in calls if call.name in keep}
-    convolutions = {call.node: call for call in calls if type(call.module) is nn.Conv2d and call.node not in kept}
-    for call in calls:
+    plain = [call for call in calls if not (call.module._forward_hooks or call.module._forward_pre_hooks)]
+    convolutions = {call.node: call for call in plain if type(call.module) is nn.Conv2d and call.node not in kept}
+    for call in plain:
         source, norm = convolutions.get(call.came_from), call.module
-        if type(norm) is not nn.BatchNorm2d or not norm.track_running_stats or source is None:
-            continue
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (source.module, norm))
-        if not hooked and times_called[call.name] == times_called[source.name] == readers[source.node] == 1:
+        if source and type(norm) is nn.BatchNorm2d and norm.track_running_stats and readers[source.node] == 1:
             fused = nn.utils.fusion.fuse_conv_bn_eval(source.module, norm).requires_grad_(False)
             network.set_submodule(source.name, fused)
             network.set_submodule(call.name, nn.Identity())
@@ -1420,9 +1386,8 @@ class Explainer:
             self.target_layers = self.target_layers or (find_target_layer(calls, logits, inputs.shape[2:]),)
             if "fullgrad" not in self.methods:  # which counts the biases of both, convolution and batch norm
                 fold_batch_norms(self.network, calls, logits, keep=self.target_layers)
-                if not torch.allclose(
-                    self.logits(inputs), logits, 1e-3, 1e-3
-                ):  # a folded weight is read elsewhere, too
+                folded = self.logits(inputs)
+                if not torch.allclose(folded, logits, 1e-3, 1e-3):  # a weight is read elsewhere as well
                     for call in calls[:-1]:
                         self.network.set_submodule(call.name, call.module)
         self._prepared = True
@@ -1462,9 +1427,7 @@ class Explainer:
         """Return a copy of the inputs as the network wants them."""
         return inputs.detach().to(self.device, torch.float32).clone()
 
-    def _explain(
-        self, inputs: Tensor, targets: Targets, top: int | None, methods: Sequence[str], guided: bool
-    ) -> Explanation:
+    def _explain(self, inputs: Tensor, targets: Targets, top: int | None, methods: Any, guided: bool) -> Explanation:
         inputs, size = self._own(inputs).requires_grad_(guided), inputs.shape[2:]
         with_gradients = any(CAM_METHODS[method].gradients for method in methods if method in CAM_METHODS)
         with capture_outputs(self.network, self.target_layers, with_gradients) as outputs:
@@ -1669,10 +1632,8 @@ def impute(photo: Floats, kept: NDArray[np.bool_]) -> Floats:
 # 6  Output. Arrays become pictures and files, each of them whole or not there, and the log says which are done.
 # ---------------------------------------------------------------------------------------------------------------------
 
-DEFAULT_LONG_SIDE = 1024  # pixels
+COLORMAPS = {name[9:].lower(): number for name, number in vars(cv2).items() if name.startswith("COLORMAP_")}
 CELL = 320  # pixels: side of a picture on a sheet
-MOST_COLUMNS = 6  # of a sheet
-MOST_BANDS = 20  # of two pictures one above the other; more would be taller than WebP takes
 TEXT = 22  # height of the text on a sheet, in pixels
 
 
@@ -1683,28 +1644,13 @@ def resized(picture: Picture, long_side: int) -> Picture:
     return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
 
 
-def seen_picture(photo: Photo, box: tuple[float, float, float, float], long_side: int | None = None) -> Picture:
-    """Return the part of a photo in a box: left, top, right, bottom in its pixels.
-
-    It has the photo's own resolution, at most 1024 pixels, or the given long side.
-    """
-    left, top = min(round(box[0]), photo.pixels.shape[1] - 1), min(round(box[1]), photo.pixels.shape[0] - 1)
-    width, height = max(1, round(box[2] - box[0])), max(1, round(box[3] - box[1]))
-    part = photo.pixels[top : top + height, left : left + width]
-    return resized(part, long_side or min(max(part.shape[:2]), DEFAULT_LONG_SIDE))
-
-
-def colour_map(values: NDArray[np.uint8], colormap: str) -> Picture:
-    """Return values (H, W) as the colours of one of OpenCV's colormaps, RGB."""
-    return cv2.cvtColor(cv2.applyColorMap(values, getattr(cv2, f"COLORMAP_{colormap.upper()}")), cv2.COLOR_BGR2RGB)
-
-
 def draw_cam(picture: Picture, cam: Floats, colormap: str = "jet", alpha: float = 0.5) -> Picture:
     """Return the map (H, W) in [0, 1] as colours over the picture; a map that is 0 everywhere leaves it as it is."""
     if not cam.any():
         return picture
     enlarged = cv2.resize(cam, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    return cv2.addWeighted(picture, 1 - alpha, colour_map(cv2.convertScaleAbs(enlarged, alpha=255), colormap), alpha, 0)
+    colours = cv2.applyColorMap(cv2.convertScaleAbs(enlarged, alpha=255), COLORMAPS[colormap])
+    return cv2.addWeighted(picture, 1 - alpha, cv2.cvtColor(colours, cv2.COLOR_BGR2RGB), alpha, 0)
 
 
 def draw_gradients(gradients: Floats, width: int, height: int) -> Picture:
@@ -1718,80 +1664,55 @@ def draw_gradients(gradients: Floats, width: int, height: int) -> Picture:
 
 
 def draw_sheet(title: str, blocks: Sequence[tuple[str, Sequence[Any]]], font: Any, colormap: str) -> Picture:
-    """Return a table as one picture.
-
-    Args:
-        title: its first line; beside it stands the colour scale.
-        blocks: one for each class: a heading and columns of (caption, picture, note over it). Columns are wrapped.
-        font: of Pillow.
-        colormap: of the scale.
-    """
-    bands: list[tuple[str, Sequence[Any]]] = []
-    for heading, columns in blocks:
-        at_once = math.ceil(len(columns) / math.ceil(len(columns) / MOST_COLUMNS))
-        for start in range(0, len(columns), at_once):
-            bands.append((heading if not start else "", columns[start : start + at_once]))
-    if len(bands) > MOST_BANDS:
-        warn(f"a sheet has room for {MOST_BANDS * MOST_COLUMNS} columns; the others are left out")
-        bands = bands[:MOST_BANDS]
-    gap, line = 8, TEXT + 12
-    rows = sum(max(map(len, columns)) for _, columns in bands)
-    height, width = resized(bands[0][1][0][0][1], CELL).shape[:2]
-    across = max(984, max(len(columns) for _, columns in bands) * (width + gap) + gap)
-    sheet = Image.new(
-        "RGB", (across, line * (sum(bool(heading) for heading, _ in bands) + 1) + rows * (height + line) + gap), "white"
-    )
+    """Return a table with a colour scale: for each class a heading, and columns of (caption, picture, note over it)."""
+    columns, gap, line = blocks[0][1], 8, TEXT + 12
+    bands, deepest = math.ceil(len(columns) / 6), max(map(len, columns))  # columns are wrapped
+    across = math.ceil(len(columns) / bands)
+    room = 40 // (bands * deepest)  # more rows of pictures would be taller than WebP takes
+    if len(blocks) > room:
+        warn(f"a sheet has room for {room} classes; the others are left out")
+    cell = line + len(resized(columns[0][0][1], CELL))  # a picture and the caption above it
+    block = line + bands * deepest * cell
+    right, bottom = max(984, across * (CELL + gap) + gap), line + len(blocks[:room]) * block + gap
+    sheet = Image.new("RGB", (right, bottom), "white")
     pen = ImageDraw.Draw(sheet)
-
-    def write(left: int, top: int, text: str, room: int, colour: str = "dimgray") -> None:
-        cut = text
-        while len(cut) > 1 and font.getlength(cut) > room:
-            cut = cut[: len(cut) - 4] + "..."
-        pen.text((left, top), cut, colour, font, stroke_width=3 * (colour == "red"), stroke_fill="white")
-
-    write(gap, 6, title, across - 300, "black")
-    write(across - 280, 6, "evidence 0", 120)
-    write(across - 22, 6, "1", 20)
-    scale = colour_map(np.linspace(0, 255, 128, dtype=np.uint8)[None].repeat(TEXT, 0), colormap)
-    sheet.paste(Image.fromarray(scale), (across - 156, 8))
-    top = line
-    for heading, columns in bands:
-        write(gap, top + 4, heading, across - gap, "black")
-        top += line if heading else 0
+    pen.text((gap, 6), title, "black", font)
+    pen.rectangle((right - 290, 0, right, line), "white")  # here a long title ends
+    pen.text((right - 280, 6), "evidence 0", "dimgray", font)
+    pen.text((right - 22, 6), "1", "dimgray", font)
+    scale = draw_cam(np.zeros((TEXT, 128, 3), np.uint8), np.linspace(0, 1, 128, dtype=np.float32)[None], colormap, 1)
+    sheet.paste(Image.fromarray(scale), (right - 156, 8))
+    for top, (heading, columns) in zip(range(line, bottom, block), blocks, strict=False):
+        pen.text((gap, top + 4), heading, "black", font)
         for number, column in enumerate(columns):
-            left = gap + number * (width + gap)
-            for row, (caption, picture, note) in enumerate(column):
-                upper = top + row * (height + line)
-                write(left, upper + 4, caption, width)
+            left, upper = gap + number % across * (CELL + gap), top + line + number // across * deepest * cell
+            for caption, picture, note in column:
+                pen.text((left, upper + 4), caption, "dimgray", font)
                 sheet.paste(Image.fromarray(resized(picture, CELL)), (left, upper + line))
-                write(left + gap, upper + line + height // 2, note, width - gap, "red")
-        top += max(map(len, columns)) * (height + line)
+                middle = upper + (line + cell) // 2
+                pen.text((left + gap, middle), note, "red", font, stroke_width=3, stroke_fill="white")
+                upper += cell
     return np.asarray(sheet)
 
 
-def find_font(characters: str) -> tuple[Any, bool]:
-    """Return a font, and whether it has all the characters: Pillow's own for ASCII, else an installed one."""
-    if not characters.isascii():
+def find_font(names: Sequence[str]) -> tuple[Any, set[str]]:
+    """Return the font that has most of the characters of the names, and all that it has: Pillow's own has ASCII."""
+    font, has = ImageFont.load_default(TEXT), set(map(chr, range(32, 127)))
+    wanted = has.union(*names)
+    if not wanted <= has:
         from matplotlib import font_manager, ft2font
 
         for path in sorted(font_manager.findSystemFonts(), key=lambda path: ("Sans" not in path, path)):
             with contextlib.suppress(OSError, RuntimeError, ValueError):
-                if {ord(c) for c in characters} <= ft2font.FT2Font(path).get_charmap().keys():
-                    return ImageFont.truetype(path, TEXT), True
-    return ImageFont.load_default(TEXT), characters.isascii()
-
-
-def encode(picture: Picture, form: str, quality: int) -> bytes:
-    """Return the content of a picture file: jpg, png or webp."""
-    flags = {"jpg": [cv2.IMWRITE_JPEG_QUALITY, quality], "webp": [cv2.IMWRITE_WEBP_QUALITY, quality]}
-    return cv2.imencode(f".{form}", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), flags.get(form, []))[1].tobytes()
+                found = set(map(chr, ft2font.FT2Font(path).get_charmap()))
+                if len(found & wanted) > len(has & wanted):
+                    font, has = ImageFont.truetype(path, TEXT), found
+    return font, has
 
 
 def file_labels(class_names: Sequence[str]) -> list[str]:
-    """Return what stands for each class in file names: its name, or where that is not enough its index and its name.
-
-    There is no underscore in a label, so that no two photos' names with labels behind them can be equal.
-    """
+    """Return what stands for each class in file names: its name, or where that is not enough its index and its name."""
+    # without underscores, so that no two photos' names with labels behind them can be equal
     labels = [re.sub(r"[^\w.+]+|_", "-", name).strip("-.")[:40] for name in class_names]
     if all(labels) and len({label.casefold() for label in labels}) == len(labels):
         return labels
@@ -1803,133 +1724,103 @@ def file_key(path: str | Path) -> int:
     return hash(unicodedata.normalize("NFC", os.path.abspath(path)).casefold())
 
 
-def image_key(folder: Path, record: Mapping[str, Any]) -> str:
-    """Return the absolute path of a record's photo; `source` leads there from the log's folder wherever that is."""
-    path = os.path.join(folder, record["source"]) if "source" in record else record["image"]
-    return os.path.normcase(os.path.abspath(path))
-
-
-def file_signature(path: str | Path) -> tuple[int, int]:
-    """Return size and time of a file, by which a changed one is known; zeros where there is none."""
-    try:
-        return os.stat(path).st_size, os.stat(path).st_mtime_ns
-    except (OSError, ValueError):
-        return 0, 0
-
-
 class Log:
-    """`results.jsonl` in the output folder, and the files that it lists.
+    """`results.jsonl` in the output folder, and the files that it lists. Raises CallError: it cannot be opened.
 
-    One JSON object a line for each photo and choice of methods; the last line of the two counts. Nothing is ever
-    rewritten. Several processes append to it under a lock, and each reads what the others have appended before it
-    writes: so none writes over another's files. Raises CallError: the log cannot be opened.
+    A line is a JSON object for a photo and a choice of methods; the last one of the two counts. Nothing is ever
+    rewritten. Several processes append under a lock, and each reads what the others have appended before it writes: so
+    none writes over another's files.
     """
 
-    def __init__(self, folder: Path, start_size: int = -1) -> None:
-        """Read the log; records beyond `start_size` bytes are of processes that run at the same time (-1: none are)."""
+    def __init__(self, folder: Path, start_size: int | None = None) -> None:
+        """Read the log. From `start_size` bytes on, by default from now on, it is of processes that run meanwhile."""
         self.folder, self.path = folder, folder / LOG_NAME
         self._lock = FileLock(folder / ".results.lock", poll_interval=0.01)
         self._position = 0  # up to which the log was read
-        self._at_start, self._start_size = None, start_size  # what was in the log before this process began
-        self._last: dict[tuple[str, str], tuple[str, list[Path]]] = {}  # (image, method) -> options, files
+        self._last: dict[tuple[str, str], tuple[str, list[Path], int]] = {}  # (image, method) -> options, files, place
         self._owners: dict[int, tuple[str, str]] = {}  # file -> (image, options) of the last record that lists it
         self._stems: dict[int, str] = {}  # the beginning of files' names -> the image that they are of
         try:
             with self._locked():
-                self._at_start = dict(self._last) if self._at_start is None else self._at_start
+                self._start_size = self._position if start_size is None else start_size
         except OSError as error:
             raise CallError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[Any]:
         """Yield the open file, when all that other processes have appended has been read."""
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-        for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # no link is followed, no FIFO waited for
-            flags |= getattr(os, name, 0)
+        names = ("O_RDWR", "O_APPEND", "O_CREAT", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK")
+        flags = sum(getattr(os, name, 0) for name in names)  # no link is followed, no FIFO waited for
         with self._lock, open(os.open(self.path, flags, 0o666), "r+b", buffering=0) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise FileExistsError(errno.EEXIST, "it is not a regular file; remove it")
             file.seek(self._position)
             for line in io.BufferedReader(io.FileIO(file.fileno(), closefd=False)):
-                if line.endswith(b"\n"):
-                    if self._at_start is None and 0 <= self._start_size <= self._position:
-                        self._at_start = dict(self._last)
-                    self._position += len(line)
-                    self._remember(parse_record(line))
+                record = parse_record(line) if line.endswith(b"\n") else {}
+                if record:
+                    image, stem, options = self._image_key(record), record.get("output_stem"), record.get("options", "")
+                    below = self.folder / os.path.dirname(stem or "")
+                    files = [below / os.path.basename(name) for name in record["files"]]
+                    self._last[image, record["method"]] = options, files, self._position
+                    self._owners.update((file_key(file), (image, options)) for file in files)
+                    if stem:  # not of an error
+                        self._stems[file_key(self.folder / stem)] = image
+                self._position += len(line) if line.endswith(b"\n") else 0
             yield file
 
-    def _remember(self, record: Mapping[str, Any]) -> None:
-        if not record:
-            return
-        image, stem, options = image_key(self.folder, record), record.get("output_stem"), record.get("options", "")
-        folder = None if stem is None else self.folder / os.path.dirname(stem)  # a log of older versions has no stem
-        files = [Path(file) if folder is None else folder / os.path.basename(file) for file in record["files"]]
-        self._last[image, record["method"]] = options, files
-        self._owners.update((file_key(file), (image, options)) for file in files)
-        if stem:
-            self._stems[file_key(self.folder / stem)] = image
+    def _image_key(self, record: Mapping[str, Any]) -> str:
+        """Return the absolute path of a photo; `source` leads there from the log's folder wherever that is."""
+        path = os.path.join(self.folder, record["source"]) if "source" in record else record["image"]
+        return os.path.normcase(os.path.abspath(path))
 
     def is_done(self, image: str, method: str, options: str) -> bool:
         """Return whether a photo's files are all there as a run with the same options has written them."""
-        mine = image_key(self.folder, {"image": image}), options
-        done, files = self._last.get((mine[0], method), (None, []))
-        return done == options and all(self._owners[file_key(f)] == mine and os.path.isfile(f) for f in files)
+        key = self._image_key({"image": image})
+        done, files, _ = self._last.get((key, method), (None, [], 0))
+        owned = (self._owners[file_key(file)] == (key, options) for file in files)
+        return done == options and all(owned) and all(map(os.path.isfile, files))
 
-    def write(
-        self, record: dict[str, Any], base: str, names: Callable[[str], Iterable[str]], contents: Sequence[bytes]
-    ) -> bool:
+    def write(self, record: dict[str, Any], base: str, contents: Mapping[str, bytes]) -> bool:
         """Write the files of a photo and append its record. Return False where another process has done so meanwhile.
 
-        Args:
-            record: `files`, `output_stem` and `source`, the photo's path from the output folder, are added to it.
-            base: the beginning of the files' names, below the output folder, such as cats/33; where that is another
-                photo's, or a file is in the way, it becomes cats/33_2. It is the same in later runs.
-            names: the stem, such as 33 -> the names of the files.
-            contents: of the files.
-
-        Raises:
-            OSError: the disk is full, a name is too long ...
+        `contents` maps the names of the files to their contents; {} in a name stands for the last part of `base`, such
+        as cats/33. Where that is another photo's, or a file is in the way, it becomes cats/33_2, in later runs as well.
+        `record` gets `files`, `output_stem` and `source`. Raises OSError: the disk is full, a name is too long ...
         """
-        folder, image, parts = self.folder / os.path.dirname(base), image_key(self.folder, record), list[Path]()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for content in contents:
-                parts.append(folder / f".{secrets.token_hex(8)}.part")  # cannot be foretold; "x" follows no link
-                with open(parts[-1], "xb") as file:
-                    file.write(content)
+        folder, image = self.folder / os.path.dirname(base), self._image_key(record)
+        folder.mkdir(parents=True, exist_ok=True)
+        # a name that cannot be foretold, so that no link is followed
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder, ignore_cleanup_errors=True) as parts:
+            for number, content in enumerate(contents.values()):
+                Path(parts, str(number)).write_bytes(content)
             with self._locked() as log:
-                key = image, record["method"]
-                if self._last.get(key) != self._at_start.get(key) and self._last[key][0] == record["options"]:
+                done, _, place = self._last.get((image, record["method"]), (None, [], 0))
+                if done == record["options"] and place >= self._start_size:
                     return False
-                for number in itertools.count(1):
-                    stem = base if number == 1 else f"{base}_{number}"
-                    files = [folder / name for name in names(os.path.basename(stem))]
+                for stem in itertools.chain([base], (f"{base}_{number}" for number in itertools.count(2))):
+                    files = [folder / name.format(os.path.basename(stem)) for name in contents]
                     owner = self._stems.get(file_key(self.folder / stem), image)
                     if owner == image and all(self._is_free(file, image) for file in files):
                         break
                 for file in files:  # a run that is killed from here on leaves no file of the run before it
                     file.unlink(missing_ok=True)
-                self._append(log, {**record, "files": [str(file) for file in files], "output_stem": stem})
-                for part, file in zip(parts, files, strict=True):
-                    move(part, file)
-        finally:
-            for part in parts:
-                part.unlink(missing_ok=True)
-        record["files"] = [str(file) for file in files]
+                record |= {"files": [str(file) for file in files], "output_stem": stem}
+                self._append(log, record)
+                for number, file in enumerate(files):
+                    move(Path(parts, str(number)), file)
         return True
 
     def _is_free(self, file: Path, image: str) -> bool:
         """Return whether a file does not exist, or is one of this image. Raises OSError: the name is too long."""
         owner = self._owners.get(file_key(file), (None,))[0]
-        try:
+        with contextlib.suppress(FileNotFoundError):
             return stat.S_ISREG(os.lstat(file).st_mode) and owner == image
-        except FileNotFoundError:
-            return owner in (None, image)
+        return owner in (None, image)
 
-    def _append(self, log: Any, record: Mapping[str, Any]) -> None:
-        """Append a line, all of it or none. Raises OSError."""
+    def _append(self, log: Any, record: dict[str, Any]) -> None:
+        """Append a line, all of it or none; it is read when the log is locked next. Raises OSError."""
         with contextlib.suppress(ValueError):  # another drive of Windows
-            record = {**record, "source": os.path.relpath(record["image"], self.folder)}
+            record["source"] = os.path.relpath(record["image"], self.folder)
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         end = log.seek(0, os.SEEK_END)
         if end > self._position:  # half a line, of a process that was killed
@@ -1937,8 +1828,6 @@ class Log:
         if log.write(line) < len(line):
             log.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._position = end + len(line)
-        self._remember(record)
 
     def write_error(self, image: str, method: str, error: str) -> None:
         """Append the record of a photo without files; where there is no room, the next run will do so."""
@@ -1948,13 +1837,11 @@ class Log:
 
 def move(part: Path, file: Path) -> None:
     """Move a file to its place. On Windows that is tried again while another program has the old one open."""
-    for pause in (0.1, 0.5, None):
-        try:
+    for pause in (0.1, 0.5):
+        with contextlib.suppress(PermissionError):
             return os.replace(part, file)
-        except PermissionError:
-            if pause is None:
-                raise
-            time.sleep(pause)
+        time.sleep(pause)
+    return os.replace(part, file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1962,7 +1849,6 @@ def move(part: Path, file: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 THREADS = min(4, os.cpu_count() or 1)  # that read, and as many that draw
-FileKey = tuple[str, str, str]  # output, method ("" for gb, the sheet and the arrays), label of the class ("" for none)
 
 
 @dataclass
@@ -1971,13 +1857,13 @@ class Item:
 
     path: str
     folder: str  # of its files, below the output folder
-    options: str = ""  # a hash of the options and of the file, by which a later run knows what was done
+    options: str  # a hash of the options and of the file, by which a later run knows what was done
     box: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # the part that the network sees, in its pixels
     picture: Picture | None = None  # that part, to draw on
     inputs: Tensor | None = None  # that part as the network gets it, (3, H, W)
     explanation: Explanation | None = None  # (1, K, ...)
     record: dict[str, Any] = field(default_factory=dict)  # its line in the log
-    contents: dict[FileKey, bytes] = field(default_factory=dict)  # of its files
+    contents: dict[str, bytes] = field(default_factory=dict)  # of its files, see Log.write
     error: str = ""  # one line
 
 
@@ -1986,22 +1872,18 @@ class Job:
     """What is done with every photo: the command line, the network, and the classes to explain."""
 
     args: argparse.Namespace
-    options: str  # those that decide what is in the files, see options_text
     classifier: Classifier
     explainer: Explainer
     targets: Tensor | None  # (1, K); None: the prediction, or the `top_k` classes of highest probability
     labels: Sequence[str] | None  # of all classes, for file names; None: no class stands in them
     font: Any  # for the sheet
-    font_has_names: bool
+    glyphs: set[str]  # characters that the font has
+    shown: Sequence[str]  # class names, or their indices where the font lacks a character
 
 
 def prefetch(function: Callable[[Any], Any], items: Iterable[Any], depth: int, threads: int) -> Iterator[Any]:
-    """Map `function` over `items`, in order, in threads, up to `depth` items ahead.
-
-    Where `items` raises an error, what was begun before it is yielded first.
-    """
-    pool, pending, error = ThreadPoolExecutor(threads), deque[Future[Any]](), None
-    items = iter(items)
+    """Map `function` over `items` in threads, `depth` ahead, in order; what was begun before an error is yielded."""
+    pool, pending, error, items = ThreadPoolExecutor(threads), deque[Future[Any]](), None, iter(items)
     try:
         while pending or not error:
             try:
@@ -2009,9 +1891,8 @@ def prefetch(function: Callable[[Any], Any], items: Iterable[Any], depth: int, t
                     pending.append(pool.submit(function, next(items)))
             except (Exception, KeyboardInterrupt) as raised:
                 error = raised
-            while pending and not pending[0].done():
-                wait([pending[0]], timeout=0.2)  # on Windows, Ctrl-C ends only such waits as have a limit
-            if pending:
+            # on Windows, Ctrl-C ends only such waits as have a limit
+            if pending and wait([pending[0]], timeout=0.2).done:
                 yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -2019,37 +1900,34 @@ def prefetch(function: Callable[[Any], Any], items: Iterable[Any], depth: int, t
         raise error
 
 
-def options_text(args: argparse.Namespace) -> str:
-    """Return the options that decide what is in the files, with the checkpoint's size and time.
+def with_options(args: argparse.Namespace, photos: Iterable[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """Return the photos, each with a hash of the options and of the size and time of all files that are read for it."""
 
-    The methods are among them only where all share a file; else they are in the files' names and in the record.
-    """
+    def signature(path: str) -> tuple[int, int]:
+        with contextlib.suppress(OSError, ValueError):
+            return os.stat(path).st_size, os.stat(path).st_mtime_ns
+        return 0, 0
+
     ignored = {"images", "photos", "ckpt", "device", "batch_size", "output", "skip_existing", "log_size"}
-    ignored |= set() if args.sheet or args.save_arrays else {"methods"}
+    ignored |= set() if args.sheet or args.save_arrays else {"methods"}  # which only these files share
     options = [(name, str(value)) for name, value in sorted(vars(args).items()) if name not in ignored]
     ckpt, own_network = os.path.realpath(args.ckpt or ""), (args.arch or "").rpartition(":")[0]
-    return repr((options, ckpt, file_signature(ckpt), file_signature(own_network)))
+    options = repr((options, ckpt, signature(ckpt), signature(own_network)))
+    texts = [f"{options} {signature(path)}".encode("utf-8", "backslashreplace") for path, _ in photos]
+    return [(*photo, hashlib.sha256(text).hexdigest()[:16]) for photo, text in zip(photos, texts, strict=True)]
 
 
-def options_hash(options: str, path: str) -> str:
-    """Return a hash of the options and of a photo's size and time."""
-    return hashlib.sha256(f"{options} {file_signature(path)}".encode("utf-8", "backslashreplace")).hexdigest()[:16]
-
-
-def load_job(args: argparse.Namespace, options: str, local_rank: int | None) -> Job:
+def load_job(args: argparse.Namespace, local_rank: int | None) -> Job:
     """Load the network that the command line asks for, and print what is assumed about it. Raises CallError."""
+    if args.colormap not in COLORMAPS:
+        raise CallError(
+            f"unknown colormap '{args.colormap}'{closest(args.colormap, COLORMAPS)} ({', '.join(COLORMAPS)})"
+        )
     device, why = find_device(args.device, local_rank)
     given = {name: getattr(args, name) for name in ("class_names", "input_size", "resize", "mean", "std")}
     classifier = load_classifier(args.arch, args.ckpt, args.num_classes, device, **given)
     names, side = classifier.class_names, classifier.input_size
-    colormaps = [name[9:].lower() for name in dir(cv2) if name.startswith("COLORMAP_")]
-    if args.colormap not in colormaps:
-        raise CallError(
-            f"unknown colormap '{args.colormap}'{closest(args.colormap, colormaps)} ({', '.join(colormaps)})"
-        )
     targets = list(dict.fromkeys(find_class(wanted, names) for wanted in args.target_classes or ()))
-    if (args.top_k or 1) > len(names):
-        warn(f"--top-k {args.top_k}, but the network has {len(names)} classes; all of them are explained")
     given = {name: getattr(args, name) for name in ("methods", "target_layers", "aug_smooth", "eigen_smooth")}
     bar = partial(tqdm, desc=",".join(args.methods), unit="pass", leave=False, disable=None)
     explainer = Explainer(classifier.model, guided=args.outputs != ["cam"], progress=bar, **given)
@@ -2064,21 +1942,23 @@ def load_job(args: argparse.Namespace, options: str, local_rank: int | None) -> 
         told = replace(classifier, origins={**classifier.origins, "device": why})
         print_line(told.describe(explainer.target_layers), sys.stderr)
     labels = file_labels(names) if targets or (args.top_k or 1) > 1 else None
-    font = find_font("".join(names)) if args.sheet else (None, True)
-    return Job(args, options, classifier, explainer, torch.tensor([targets]) if targets else None, labels, *font)
+    font, glyphs = find_font(names) if args.sheet else (None, set())
+    shown = [name if glyphs.issuperset(name) else str(index) for index, name in enumerate(names)]
+    return Job(args, classifier, explainer, torch.tensor([targets]) if targets else None, labels, font, glyphs, shown)
 
 
-def read_item(entry: tuple[str, str], job: Job) -> Item:
+def read_item(entry: tuple[str, str, str], job: Job) -> Item:
     """Read a photo, and keep only what is needed further on, so that large photos do not pile up in memory."""
-    item, method = Item(*entry), ",".join(job.args.methods)
+    item = Item(*entry)
     try:
-        item.options = options_hash(job.options, item.path)
         photo = read_photo(item.path)
         height, width = photo.pixels.shape[:2]
-        item.box = job.classifier.seen_box(height, width)
-        item.picture = seen_picture(photo, item.box, job.args.output_size)
+        left, top, right, bottom = item.box = job.classifier.seen_box(height, width)
+        x, y = min(round(left), width - 1), min(round(top), height - 1)
+        part = photo.pixels[y : y + max(1, round(bottom - top)), x : x + max(1, round(right - left))]
+        item.picture = resized(part, job.args.output_size or min(max(part.shape[:2]), 1024))
         item.inputs = job.classifier.preprocess(photo)
-        item.record = {"image": item.path, "width": width, "height": height, "method": method}
+        item.record = {"image": item.path, "width": width, "height": height, "method": ",".join(job.args.methods)}
     except PhotoError as error:
         item.error = str(error)
     return item
@@ -2087,141 +1967,95 @@ def read_item(entry: tuple[str, str], job: Job) -> Item:
 def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Iterator[Item]:
     """Yield the items with their explanations, or what went wrong, in order."""
 
-    def explain(part: list[Item]) -> list[Item]:
+    def explain(part: list[Item]) -> None:
         try:
-            inputs = torch.stack([item.inputs for item in part])
-            explanation = job.explainer(inputs, job.targets, top=job.args.top_k or 1)
+            explanation = job.explainer(
+                torch.stack([item.inputs for item in part]), job.targets, top=job.args.top_k or 1
+            )
             for index, item in enumerate(part):
                 item.explanation = explanation.only(index)
                 describe_item(item, job)
-            return part
-        except CallError:
-            raise
+            return
         except (RuntimeError, ValueError, MemoryError) as error:
+            if isinstance(error, CallError) or (is_out_of_memory(error) and len(part) > 1):
+                raise
             if re.search("(CUDA|HIP) error", str(error)) and not is_out_of_memory(error):  # the GPU answers no more
                 raise CallError(f"the GPU has failed: {first_line(error)}; go on with --skip-existing") from error
-            if len(part) > 1 and is_out_of_memory(error):
-                raise
             if len(part) == 1:
                 part[0].error = f"{part[0].path}: the network failed: {first_line(error)}"
-                return part
-        return [explain([item])[0] for item in part]  # it may be one of them only
+                return
+        for item in part:  # it may be one of them only
+            explain([item])
 
     while batch := list(itertools.islice(items, batch_size.size)):
-        for _ in batch_size.run(explain, [item for item in batch if not item.error]):
-            pass
+        deque(batch_size.run(explain, [item for item in batch if not item.error]), maxlen=0)
         yield from batch
 
 
 def describe_item(item: Item, job: Job) -> None:
     """Complete the record of a photo that was explained, with the metrics if they are asked for."""
     explanation, classifier = item.explanation, job.classifier
-    p = probabilities(torch.from_numpy(explanation.logits))[0].tolist()
-
-    def named(index: int) -> dict[str, Any]:
-        return {"index": index, "name": classifier.class_names[index], "probability": round(p[index], 6)}
-
-    classes = [named(index) for index in explanation.targets[0].tolist()]
-    top5 = [named(index) for index in sorted(range(len(p)), key=lambda index: -p[index])[:5]]
+    p, names = probabilities(torch.from_numpy(explanation.logits))[0].numpy(), classifier.class_names
+    indices, count = [*explanation.targets[0], *np.argsort(-p, kind="stable")[:5]], len(explanation.targets[0])
+    found = [{"index": int(i), "name": names[i], "probability": round(float(p[i]), 6)} for i in indices]
+    classes, top5 = found[:count], found[count:]
     item.record |= {"prediction": top5[0], "class": classes[0], **({"classes": classes} if job.labels else {})}
-    item.record |= {"top5": top5, "target_layer": ",".join(job.explainer.target_layers)}
-    item.record |= {"input_size": classifier.input_size, "resize": job.args.resize, "options": item.options}
-    for key in ("mean", "std"):
-        item.record[key] = [round(value, 6) for value in getattr(classifier.preset, key)]
-    maps = [(k, method, cams[0, k]) for k in range(len(classes)) for method, cams in explanation.cams.items()]
-    if job.args.metrics:
-        item.record["metrics"] = [
-            {
-                "class": classes[k]["name"],
-                "method": method,
-                **faithfulness(job.explainer, item.inputs[None], cam, classes[k]["index"]),
-            }
-            for k, method, cam in maps
-        ]
+    item.record |= {"top5": top5, "target_layer": ",".join(job.explainer.target_layers), "options": item.options}
+    item.record |= {"input_size": classifier.input_size, "resize": job.args.resize}
+    item.record |= {key: [round(x, 6) for x in getattr(classifier.preset, key)] for key in ("mean", "std")}
+    item.record |= {"metrics": []} if job.args.metrics else {}
+    for index, each in enumerate(classes if job.args.metrics else ()):
+        for method, cams in explanation.cams.items():
+            metrics = faithfulness(job.explainer, item.inputs[None], cams[0, index], each["index"])
+            item.record["metrics"].append({"class": each["name"], "method": method, **metrics})
 
 
-def draw_item(item: Item, job: Job) -> dict[FileKey, Picture]:
-    """Return the pictures of a photo.
-
-    On the sheet, each class has the source above gb, then for each method cam above cam_gb.
-    """
-
-    def name(found: Mapping[str, Any]) -> str:
-        return f"{found['name'] if job.font_has_names else found['index']} {found['probability']:.3f}"
-
+def draw_item(item: Item, job: Job) -> Item:
+    """Fill in the contents of a photo's files; README.md has the shapes of the arrays."""
+    if item.error:
+        return item
     pictures, blocks, args, explanation = {}, [], job.args, item.explanation
-    height, width = item.picture.shape[:2]
     for index, found in enumerate(item.record.get("classes", [item.record["class"]])):
         label = job.labels[found["index"]] if job.labels else ""
         cams = {method: maps[0, index] for method, maps in explanation.cams.items()}
-        guided = None if explanation.guided is None else explanation.guided[0, index]
+        columns = {"": [("source", item.picture, "")]}  # of the sheet: gb under the source, cam_gb under cam
         for output in args.outputs:
             for method in [""] if output == "gb" else cams:
+                cam = cams.get(method, np.float32(1))
                 if output == "cam":
-                    picture = draw_cam(item.picture, cams[method], args.colormap, args.alpha)
+                    picture = draw_cam(item.picture, cam, args.colormap, args.alpha)
                 else:
-                    picture = draw_gradients(guided * cams.get(method, 1), width, height)
-                pictures[output, method, label] = picture
-        columns = [
-            [("source", item.picture, ""), *(("gb", p, "") for k, p in pictures.items() if k == ("gb", "", label))]
-        ]
-        for method, cam in cams.items():
-            keys = [(output, method, label) for output in args.outputs if output != "gb"]
-            note = "" if cam.any() else "no positive evidence"
-            columns.append([(f"{method} {key[0]}", pictures[key], note) for key in keys])
-        blocks.append((f"explained: {name(found)}", [column for column in columns if column]))
+                    picture = draw_gradients(explanation.guided[0, index] * cam, *item.picture.shape[1::-1])
+                pictures["_".join(filter(None, (method, output, "{}", label)))] = picture
+                note = "" if cam.any() else "no positive evidence"
+                columns.setdefault(method, []).append((f"{method} {output}".strip(), picture, note))
+        blocks.append((f"explained: {job.shown[found['index']]} {found['probability']:.3f}", list(columns.values())))
     if args.sheet:
-        wide = job.font_has_names and not "".join(job.classifier.class_names).isascii()
-        photo = "".join(c if wide or c.isascii() else "?" for c in os.path.basename(item.path))
-        title = f"{photo}   prediction: {name(item.record['prediction'])}   layer: {item.record['target_layer']}"
-        pictures["sheet", "", ""] = draw_sheet(title, blocks, job.font, args.colormap)
-    return pictures
-
-
-def encode_item(item: Item, job: Job) -> Item:
-    """Fill in the contents of a photo's files.
-
-    The compressed .npz of --save-arrays has, for M methods, K explained classes and inputs of H x W: methods (M,);
-    classes int64 (K,); cams float32 (M, K, H, W) in [0, 1]; guided float32 (K, 3, H, W), if asked for; logits float32
-    and class_names for all classes; target_layers; box float64 (4,): left, top, right and bottom of what the network
-    saw, in the photo's pixels.
-    """
-    args, explanation, buffer = job.args, item.explanation, io.BytesIO()
-    if not item.error:
-        for key, picture in draw_item(item, job).items():
-            item.contents[key] = encode(picture, args.format, args.quality)
-    if not item.error and args.save_arrays:
-        np.savez_compressed(
-            buffer,
-            methods=np.array(args.methods),
-            classes=explanation.targets[0],
-            cams=np.stack([explanation.cams[method][0] for method in args.methods]),
-            logits=explanation.logits[0],
-            class_names=np.array(job.classifier.class_names),
-            target_layers=np.array(job.explainer.target_layers),
-            box=np.array(item.box),
-            **({} if explanation.guided is None else {"guided": explanation.guided[0]}),
-        )
-        item.contents["arrays", "", ""] = buffer.getvalue()
+        photo = "".join(c if c in job.glyphs else "?" for c in os.path.basename(item.path))
+        best, layer = item.record["prediction"], item.record["target_layer"]
+        title = f"{photo}   prediction: {job.shown[best['index']]} {best['probability']:.3f}   layer: {layer}"
+        pictures["{}_sheet"] = draw_sheet(title, blocks, job.font, args.colormap)
+    quality = {"jpg": [cv2.IMWRITE_JPEG_QUALITY, args.quality], "webp": [cv2.IMWRITE_WEBP_QUALITY, args.quality]}
+    for name, picture in pictures.items():
+        bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+        encoded = cv2.imencode(f".{args.format}", bgr, quality.get(args.format, []))[1]
+        item.contents[f"{name}.{args.format}"] = encoded.tobytes()
+    if args.save_arrays:
+        arrays, buffer = {} if explanation.guided is None else {"guided": explanation.guided[0]}, io.BytesIO()
+        arrays |= {"methods": args.methods, "classes": explanation.targets[0], "logits": explanation.logits[0]}
+        arrays |= {"cams": [explanation.cams[method][0] for method in args.methods], "box": item.box}
+        arrays |= {"class_names": job.classifier.class_names, "target_layers": job.explainer.target_layers}
+        np.savez_compressed(buffer, **arrays)
+        item.contents["{}.npz"] = buffer.getvalue()
     item.picture = item.inputs = None
     return item
-
-
-def file_names(keys: Iterable[FileKey], form: str, stem: str) -> list[str]:
-    """Return the names of a photo's files."""
-    special = {"sheet": f"{stem}_sheet.{form}", "arrays": f"{stem}.npz"}
-    parts = ((output, (method, output, stem, label)) for output, method, label in keys)
-    return [special.get(output) or "_".join(filter(None, words)) + f".{form}" for output, words in parts]
 
 
 def save_item(item: Item, args: argparse.Namespace, log: Log) -> str:
     """Write the files and the record of a photo, and print its line. Return "done", "skipped" or "failed"."""
     try:
-        base, names = (
-            "/".join([*Path(item.folder).parts, Path(item.path).stem]),
-            partial(file_names, item.contents, args.format),
-        )
-        if not item.error and not log.write(item.record, base, names, list(item.contents.values())):
+        base = "/".join([*Path(item.folder).parts, Path(item.path).stem])
+        if not item.error and not log.write(item.record, base, item.contents):
             return "skipped"
     except OSError as error:
         item.error = f"{item.path}: its results cannot be written: {error.strerror or error}"
@@ -2237,32 +2071,29 @@ def save_item(item: Item, args: argparse.Namespace, log: Log) -> str:
         of = f" for {found['class']}" if len(classes) > 1 else ""
         parts.append(f"{found['method']}{of}: " + ", ".join(f"{name} {found[name]:.3g}" for name in METRICS))
     print_line(f"{item.path}: {'; '.join(parts)} -> {', '.join(item.record['files'])}")
+    empty = f"map is all zeros: no positive evidence at {item.record['target_layer']}"
     for method in (method for method, cams in item.explanation.cams.items() if not cams[0].any((1, 2)).all()):
-        where = f"no positive evidence at {item.record['target_layer']}"
-        print_line(f"warning: {item.path}: the {method} map is all zeros: {where}", sys.stderr)
+        print_line(f"warning: {item.path}: the {method} {empty}", sys.stderr)
     return "done"
 
 
 def run(args: argparse.Namespace) -> int:
     """Explain the photos that the command line names. Returns the exit status; raises CallError."""
-    began, interrupted = time.monotonic(), False
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None
-    log, options, methods = Log(args.output, getattr(args, "log_size", -1)), options_text(args), ",".join(args.methods)
-    mine = args.photos[rank::world_size]
-    todo = [e for e in mine if not args.skip_existing or not log.is_done(e[0], methods, options_hash(options, e[0]))]
+    began, interrupted, log = time.monotonic(), False, Log(args.output, getattr(args, "log_size", None))
+    of_torchrun = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    rank, local_rank, world_size = (int(os.environ.get(name, value)) for name, value in of_torchrun.items())
+    mine, methods = with_options(args, args.photos[rank::world_size]), ",".join(args.methods)
+    todo = [entry for entry in mine if not args.skip_existing or not log.is_done(entry[0], methods, entry[2])]
     tally = Counter(skipped=len(mine) - len(todo))
     try:
-        job = load_job(args, options, local_rank) if todo else None
+        job = load_job(args, local_rank if world_size > 1 else None) if todo else None
         batch_size = BatchSize(args.batch_size or (2 if job is None or job.explainer.device.type == "cpu" else 32))
         depth = 2 * batch_size.size + THREADS
         items = prefetch(partial(read_item, job=job), todo, depth, THREADS)
-        items = prefetch(partial(encode_item, job=job), explain_items(items, job, batch_size), depth, THREADS)
-        with tqdm(total=len(todo), unit="photo", disable=None) as bar:
-            for item in items:
-                with bar.external_write_mode():
-                    tally[save_item(item, args, log)] += 1
-                bar.update()
+        items = prefetch(partial(draw_item, job=job), explain_items(items, job, batch_size), depth, THREADS)
+        for item in tqdm(items, total=len(todo), unit="photo", disable=None):
+            with tqdm.external_write_mode():
+                tally[save_item(item, args, log)] += 1
     except KeyboardInterrupt:
         interrupted = True
     if interrupted or len(mine) > len(todo) or len(todo) > 1:
@@ -2281,13 +2112,11 @@ def main(args: argparse.Namespace) -> int:
     Image.MAX_IMAGE_PIXELS = None  # read_photo has a limit of its own
     try:
         return run(args)
-    except CallError as error:
-        print_line(f"error: {error}", sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except (CallError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, CallError) and not is_out_of_memory(error):
             raise
-        print_line(f"error: the network needs more memory than there is: {first_line(error)}", sys.stderr)
+        why = "" if isinstance(error, CallError) else "the network needs more memory than there is: "
+        print_line(f"error: {why}{first_line(error)}", sys.stderr)
         return 2
     except OSError as error:  # stdout: `| head` has read enough, or the disk that it goes to is full
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (its last flush would fail as well)

@@ -51,7 +51,7 @@ def break_off(path):
 
 def assert_same_outcome(folder, expected):
     """The same files and last records; a last bit may be a step of the colormap."""
-    assert [name for name in files_in(folder) if not name.endswith(".part")] == files_in(expected)
+    assert [name for name in files_in(folder) if ".part-" not in name] == files_in(expected)
     for name in files_in(expected):
         assert np.abs(pixels(folder / name) - pixels(expected / name)).max() <= 14, name
     found, wanted = last_records(folder), last_records(expected)
@@ -300,7 +300,7 @@ def test_a_killed_run_is_gone_on_with_and_ends_like_one_that_was_not_killed(expl
         wait_for_lines(process, output / LOG_NAME, count * (number + random.random()) / (kills + 1) + 1)
         process.kill()
         process.communicate()
-        whole = [name for name in files_in(output) if not name.endswith(".part")]
+        whole = [name for name in files_in(output) if ".part-" not in name]
         assert all(pixels(output / name).shape[2] == 3 for name in whole)  # each can be decoded
         hits += process.returncode == -signal.SIGKILL and 0 < len(whole) < (count - 3) * 3
     assert hits > 0
@@ -324,7 +324,7 @@ def test_control_c_ends_with_130_and_what_was_printed_is_whole(explain, tiny, tm
     assert 0 < int(counts.group(1)) == len(printed) < 57
     logged = last_records(output)
     assert all(pixels(file).std() > 0 for image in printed for file in logged[image, "gradcam"]["files"])
-    assert not any(name.endswith(".part") for name in files_in(output))
+    assert not any(".part-" in name for name in files_in(output))
     done, skipped, failed = tally(explain("--skip-existing", "--batch-size", "1", folder))
     assert (done + skipped, skipped >= len(printed), failed) == (57, True, 3)
 
