@@ -40,9 +40,6 @@ MORE_METHODS = (
 )
 OUTPUTS = ("cam", "gb", "cam_gb")
 SYNONYMS = {"--model": "--arch", "--cuda": "--device cuda", "--weights": "--ckpt", "--checkpoint": "--ckpt"}
-ABOUT = """\
-Show what in a photo made a network answer as it did. For each photo the program writes the heatmap (CAM)
-over the photo, guided backpropagation (gb), and the product of the two (cam_gb)."""
 EXAMPLES = """\
 examples:
   python cnn_visualizations.py --ckpt best.pth --class-names cat,dog 33.jpg
@@ -229,7 +226,7 @@ def add_other_options(parser: Parser) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line as a namespace. Raises SystemExit: 0 after --help, 2 where an option is wrong."""
-    parser = Parser("cnn_visualizations.py", description=ABOUT, epilog=EXAMPLES, allow_abbrev=False)
+    parser = Parser("cnn_visualizations.py", description=__doc__.splitlines()[0], epilog=EXAMPLES, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     text = "Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders, patterns, or - to read paths from standard input."
     parser.add_argument("images", nargs="*", metavar="IMAGE", help=text)
@@ -284,15 +281,12 @@ def photo_fault(path: str | Path) -> str:
 def find_photos(inputs: Sequence[str]) -> list[tuple[str, str]]:
     """Return the photos that files, folders, patterns and `-` stand for, each with its folder below --output.
 
-    A folder is walked in sorted order and its tree is mirrored; of several folders, the part of their paths in which
-    they differ is kept. A path that does not exist stays in the list, so that it gets its error line. Raises CallError:
-    there are no photos.
+    A folder is walked in sorted order and its tree mirrored; of several folders, the part of their paths in which they
+    differ is kept. A path that does not exist stays in the list, for its error line. Raises CallError: no photos.
     """
-    folders = [os.path.abspath(name) for name in inputs if os.path.isdir(name)]
-    try:
-        common = os.path.commonpath(folders) if folders else ""
-    except ValueError:  # two drives of Windows
-        common = ""
+    common = ""
+    with contextlib.suppress(ValueError):  # no folder, or two drives of Windows
+        common = os.path.commonpath([os.path.abspath(name) for name in inputs if os.path.isdir(name)])
     found: dict[str, tuple[str, str]] = {}
     for name in inputs:
         if name == "-":
@@ -302,9 +296,8 @@ def find_photos(inputs: Sequence[str]) -> list[tuple[str, str]]:
             if not photos:
                 warn(f"{name}: no photos in it (looked for {' '.join(SUFFIXES)})")
         elif glob.has_magic(name) and not os.path.lexists(name):  # a shell that leaves patterns to the program
-            files = sorted(file for file in glob.glob(name, recursive=True) if os.path.isfile(file))
+            files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True))) or [name]
             photos = [(f, "") for f in files if os.path.basename(f) not in logged_names(os.path.dirname(f))]
-            photos = photos or [(name, "")]
         else:
             photos = [(name, "")]
         for path, folder in photos:
@@ -318,17 +311,13 @@ def walk(top: str, common: str) -> Iterator[tuple[str, str]]:
     """Yield the photos below a folder, each with its folder relative to `common`.
 
     Hidden files and the pictures that a log lists are left out. Links to folders are followed, as torchvision's
-    ImageFolder does, but not upwards, and no folder is read twice.
+    ImageFolder does, but no folder is read twice.
     """
     visited, unread = set(), 0
     written: dict[str, frozenset[str]] = {}  # folder -> names of our own pictures in it and below it
     for folder, inner, files in os.walk(top, True, lambda e: warn(f"{e.filename}: cannot be listed"), True):
         absolute, real = os.path.abspath(folder), os.path.realpath(folder)
-        targets = {name: os.path.realpath(os.path.join(folder, name)) for name in inner if not name.startswith(".")}
-        upwards = [
-            name for name, target in targets.items() if os.path.join(real, "").startswith(os.path.join(target, ""))
-        ]
-        inner[:] = sorted(targets.keys() - set(upwards) if real not in visited else ())
+        inner[:] = sorted(name for name in inner if not name.startswith(".") and real not in visited)
         written[folder] = written.get(os.path.dirname(folder), frozenset()) | logged_names(folder)
         mirrored = os.path.relpath(absolute, common) if common else os.path.splitdrive(absolute)[1].lstrip("\\/")
         for name in sorted(name for name in files if not name.startswith(".") and real not in visited):
@@ -420,7 +409,6 @@ import warnings
 from collections import Counter, deque, namedtuple
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from datetime import date, datetime, timedelta, timezone
 from functools import partial
 from pathlib import PurePath
 
@@ -439,21 +427,11 @@ Floats = NDArray[np.float32]
 DECODING = threading.Lock()  # held for a large photo
 
 
-@dataclass(frozen=True)
-class Photo:
-    """A decoded photo."""
-
-    path: Path  # where it came from
-    pixels: Picture  # upright: an EXIF orientation is already applied
-
-
-def read_photo(path: str | Path) -> Photo:
-    """Decode a photo: the first frame or page, as 8-bit RGB, turned upright.
+def read_photo(path: str | Path) -> Picture:
+    """Return the first frame or page of a photo, uint8 RGB (H, W, 3), turned upright as its EXIF orientation says.
 
     Transparency is dropped, as it is by the loaders that networks are trained with (torchvision's ImageFolder, OpenCV).
-
-    Raises:
-        PhotoError: the file is missing, not a picture, broken, too large or too small.
+    Raises PhotoError: the file is missing, not a picture, broken, too large or too small.
     """
     if photo_fault(path):
         raise PhotoError(f"{path}: {photo_fault(path)}")
@@ -470,13 +448,11 @@ def read_photo(path: str | Path) -> Photo:
                 image.getexif()
                 image.info.pop("exif", None)  # or exif_transpose writes it anew, where odd entries fail
                 ImageOps.exif_transpose(image, in_place=True)
-                return Photo(Path(path), np.asarray(to_rgb(image)))
+                return np.asarray(to_rgb(image))
     except PhotoError:
         raise
-    except Image.UnidentifiedImageError as error:
-        raise PhotoError(f"{path}: not a picture that can be read; convert it to JPEG or PNG") from error
     except Exception as error:  # decoders raise nearly anything on a hostile file, from struct.error to MemoryError
-        raise PhotoError(f"{path}: cannot be decoded: {first_line(error)}") from error
+        raise PhotoError(f"{path}: cannot be read: {first_line(error)}; convert it to JPEG or PNG") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -488,8 +464,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values *= 255 / white
         values += 0.5
         image = Image.fromarray(np.clip(values, 0, 255, out=values).astype(np.uint8))
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # a palette may hold transparency, which only this conversion reads
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -554,9 +528,9 @@ class Classifier:
         """Side of the network's square input in pixels."""
         return self.preset.crop_size[0]
 
-    def preprocess(self, photo: Photo) -> Tensor:
-        """Return the photo as the network sees it: float32 (3, S, S), normalised."""
-        return self.preset(Image.fromarray(photo.pixels))
+    def preprocess(self, photo: Picture) -> Tensor:
+        """Return a photo, uint8 RGB (H, W, 3), as the network sees it: float32 (3, S, S), normalised."""
+        return self.preset(Image.fromarray(np.asarray(photo)))
 
     def seen_box(self, height: int, width: int) -> tuple[float, float, float, float]:
         """Return the part of a photo that the network sees: left, top, right, bottom, in the photo's pixels."""
@@ -604,8 +578,10 @@ def load_classifier(
     if arch and not own and arch not in ARCHITECTURES:
         raise CallError(f"unknown architecture '{arch}'{closest(arch, ARCHITECTURES)} (your own network: net.py:build)")
     arch = arch or (None if ckpt else "resnet50")
-    empty = Checkpoint("the network", {})
-    checkpoint = read_checkpoint(Path(ckpt)) if ckpt else empty if own else download_weights(arch)
+    if ckpt:
+        checkpoint = read_checkpoint(load_safely(Path(ckpt)), str(ckpt))
+    else:
+        checkpoint = Checkpoint("the network", {}) if own else download_weights(arch)
     if arch is None:
         arch, origins["arch"] = recognise(checkpoint)
     model, beside = build_model(arch, checkpoint, num_classes)
@@ -621,12 +597,9 @@ def load_classifier(
     return Classifier(model.to(target), arch, names, preset, target, resize == "squash", origins)
 
 
-def find_device(name: str | torch.device | None, local_rank: int | None = None) -> tuple[torch.device, str]:
-    """Return the device of that name, by default the CUDA GPU or else the CPU, and why there is no GPU, or "".
-
-    Under torchrun each process takes the GPU number `local_rank`, unless one is named. Raises CallError: it has failed.
-    """
-    wanted = f"cuda:{local_rank}" if name in (None, "cuda") and local_rank is not None else str(name or "cuda")
+def find_device(name: str | torch.device | None) -> tuple[torch.device, str]:
+    """Return a device, by default the CUDA GPU or else the CPU, and why there is no GPU, or "". Raises CallError."""
+    wanted = str(name or "cuda")
     try:
         torch.zeros(1, device=wanted).add_(1).item()  # whether this torch has code for this GPU shows only now
         return torch.device(wanted), ""
@@ -651,9 +624,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 Checkpoint = namedtuple("Checkpoint", ("name", "states", "entries"), defaults=({},))
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read the tensors and the entries beside them without running code from the file. Raises CallError."""
-    content = load_safely(path)
+def read_checkpoint(content: Any, file: str) -> Checkpoint:
+    """Return the tensors in the content of a file, and the entries beside them. Raises CallError."""
     states: dict[str, State] = {}
     waiting, visited = deque([("", content)]), {id(content)}
     while waiting:  # breadth first, each dict once: a file may nest them in themselves
@@ -664,7 +636,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             if isinstance(value, Tensor):
                 usable = not (value.is_meta or value.is_nested) and value.layout is torch.strided
                 if not usable and name not in ("mean", "std", "input_size"):
-                    raise CallError(f"{path}: {name} has no values or is sparse; save ordinary tensors")
+                    raise CallError(f"{file}: {name} has no values or is sparse; save ordinary tensors")
                 if not re.search(r"(^|\.)(aux1|aux2|AuxLogits)\.", name):  # heads for the training of two architectures
                     states.setdefault(prefix, {})[name] = value.detach()
             elif isinstance(value, Mapping) and id(value) not in visited and "optim" not in name:
@@ -672,23 +644,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 waiting.append((f"{prefix}{name}.", value))
     if not any(tensor.ndim > 1 for state in states.values() for tensor in state.values()):
         held = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
-        raise CallError(f"{path}: no weights in it (found: {held}); save them with torch.save(model.state_dict(), ...)")
+        raise CallError(f"{file}: no weights in it (found: {held}); save them with torch.save(model.state_dict(), ...)")
     bare = max(states, key=lambda name: len(states[name])) == ""  # then a tensor called mean is a buffer of the network
     entries = {str(key): value for key, value in content.items() if not (bare and isinstance(value, Tensor))}
-    return Checkpoint(str(path), states, entries)
+    return Checkpoint(file, states, entries)
 
 
 def load_safely(path: Path) -> Any:
     """Return what torch.load gives with `weights_only`; CallError says what to do about a file that it refuses."""
     advice = "save the weights alone with torch.save(model.state_dict(), 'weights.pth')"
-    # Beside the weights many hold options of training scripts and NumPy's values. Pickles name NumPy's two builders
-    # after its module, which has another name since NumPy 2. Its dtypes are not those of strings: a pickle may change
-    # the size of their items while an array has memory for others.
+    # Beside the weights many hold options of training scripts and NumPy's values, whose module has another name since
+    # NumPy 2. No dtypes of strings: a pickle may change the size of their items while an array has memory for others.
     builders = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
     plain = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in builders for core in ("core", "_core")]
     plain += [(PurePath, f"pathlib.{pure}{system}Path") for pure in ("", "Pure") for system in ("Posix", "Windows")]
     plain += [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}, argparse.Namespace]
-    plain += [date, datetime, timedelta, timezone]
     existing_file(str(path))
     try:
         if path.suffix == ".safetensors":
@@ -711,17 +681,13 @@ def load_safely(path: Path) -> Any:
 
 def download_weights(arch: str) -> Checkpoint:
     """Return torchvision's ImageNet weights, from its cache or the network. Raises CallError."""
-    weights = torchvision.models.get_model_weights(arch).DEFAULT
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name  # resnet50-11ad3fa6.pth, with its hash
-    if not file.is_file():
-        warn(f"downloading torchvision's weights for {arch} ({weights.meta['_file_size']:.0f} MB)")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(weights.url, str(file), file.stem.rpartition("-")[2], progress=False)
-        except Exception as error:
-            why = f"cannot be downloaded ({first_line(error)}); pass your own with --ckpt FILE"
-            raise CallError(f"torchvision's weights for {arch} {why}") from error
-    return read_checkpoint(file)._replace(name=f"torchvision's {arch} weights")
+    weights, name = torchvision.models.get_model_weights(arch).DEFAULT, f"torchvision's {arch} weights"
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return read_checkpoint(weights.get_state_dict(check_hash=True, weights_only=True), name)
+    except Exception as error:
+        why = f"cannot be downloaded ({first_line(error)}); pass your own with --ckpt FILE"
+        raise CallError(f"{name} {why}") from error
 
 
 class MetaParameters(TorchFunctionMode):
@@ -1185,8 +1151,7 @@ def graph_nodes(*roots: Any) -> set[Any]:
 def guided_gradients(scores: Sequence[Tensor], inputs: Tensor) -> Tensor:
     """Guided backpropagation (Springenberg et al., ICLR 2015 workshop, arXiv:1412.6806) of K scores: (N, K, 3, H, W).
 
-    A backward pass in which every activation function, module or not, lets only positive gradients in. The graph is
-    used up.
+    A backward pass, which uses up the graph; each activation function, module or not, lets only positive gradients in.
     """
     for node in graph_nodes(*(score.grad_fn for score in scores)):
         if ACTIVATION_NODES.fullmatch(node.name()):
@@ -1247,9 +1212,8 @@ Call = namedtuple("Call", ("name", "module", "input", "came_from", "output", "no
 def find_target_layer(calls: Sequence[Call], logits: Tensor, size: Sequence[int]) -> str:
     """Return the last layer with a spatial map on which the logits depend, for inputs of `size` (H, W).
 
-    Adaptive pooling and dropout count only where nothing else does. Of a ViT's last tokens only the class token reaches
-    the head; the last layer whose other tokens do is the norm before the last attention, which grad-cam's examples use
-    too. Raises CallError: there is none.
+    Adaptive pooling and dropout count only where nothing else does. Of a ViT, whose class token alone reaches the head,
+    that is the norm before the last attention, which grad-cam's examples use too. Raises CallError: there is none.
     """
     heads = (call.input for call in reversed(calls) if isinstance(call.module, (nn.Linear, nn.Conv2d)))
     # the input of the head, not the score: the weights of a head that was just initialised may all be zero
@@ -1270,8 +1234,7 @@ def find_target_layer(calls: Sequence[Call], logits: Tensor, size: Sequence[int]
 def fold_batch_norms(network: nn.Module, calls: Sequence[Call], logits: Tensor, keep: Sequence[str]) -> None:
     """Fold each batch norm into the convolution before it, where nothing else reads that convolution's output.
 
-    Together they cost one pass over memory instead of two. `keep` names the layers whose own output is wanted. The
-    autograd graph of the recorded pass tells which output goes where.
+    `keep` names the layers whose own output is wanted. The graph of the recorded pass tells which output goes where.
     """
     readers = Counter(parent for node in graph_nodes(logits.grad_fn) for parent, _ in node.next_functions)
     kept = {call.node for call in calls if call.name in keep}
@@ -1321,7 +1284,7 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
 
 
 class Explainer:
-    """Explains the predictions of any `nn.Module` classifier, in one thread.
+    """Explains the predictions of any `nn.Module` classifier.
 
     The model is not changed: everything runs on a frozen float32 copy, whose batch norms are folded into the
     convolutions. After training on, make a new explainer. Raises CallError: no such method or layer.
@@ -1396,9 +1359,8 @@ class Explainer:
         """Explain inputs (N, 3, H, W), normalised as the model expects them; they are converted to float32.
 
         Without `targets`, the class with the highest logit is explained, or the `top` classes with the highest. Targets
-        are one class for all inputs, or (N,) for each input; or K classes, (1, K) or (N, K). Raises CallError: a target
-        layer has no spatial map, or the score does not depend on it; no such class; no batch. Raises ValueError: the
-        logits are not finite.
+        are one class for all inputs, or (N,) for each input; or K classes, (1, K) or (N, K). Raises CallError: inputs,
+        targets or target layers that cannot be explained. Raises ValueError: the logits are not finite.
         """
         if not isinstance(inputs, Tensor):
             raise CallError(f"inputs are a tensor, not {type(inputs).__name__}; use classifier.preprocess(photo)[None]")
@@ -1423,27 +1385,24 @@ class Explainer:
         with exact_arithmetic(self.device):
             return self._in_batches(lambda network, part: as_logits(network(self._own(part))), inputs)
 
-    def _in_batches(
-        self, function: Callable[[nn.Module, Any], Tensor], items: Any, progress: Callable[[Any], Any] = iter
-    ) -> Tensor:
-        """Return `function` of the network and of all items, of which it gets a few at once, in inference mode.
-
-        On a CPU several threads with a part of the cores each are faster than all cores together.
-        """
+    def _in_batches(self, function: Callable[..., Tensor], items: Any, progress: Any = iter) -> Tensor:
+        """Return `function` of the network and all items, a few at once; on a CPU by threads that share the cores."""
         cores = torch.get_num_threads()
-        workers = min(4, cores) if self.device.type == "cpu" else 1
-        shared = {id(tensor): tensor for tensor in (*self.network.parameters(), *self.network.buffers())}
-        # modules of their own, since they may keep something during a pass, with the same weights
-        networks = [copy.deepcopy(self.network, dict(shared)) for _ in range(workers)]
+        networks = [self.network]
+        with contextlib.suppress(RuntimeError):  # a module has kept tensors of a pass, which cannot be copied
+            while self.device.type == "cpu" and len(networks) < min(4, cores):
+                # each thread has its own modules, which may keep something during a pass, but the same weights
+                shared = {id(each): each for each in (*self.network.parameters(), *self.network.buffers())}
+                networks.append(copy.deepcopy(self.network, shared))
 
         @torch.inference_mode()
         def run(network: nn.Module, part: Any) -> Tensor:
             return torch.cat([*self.batch_size.run(partial(function, network), part)])
 
+        workers = len(networks)
         with ThreadPoolExecutor(workers, None, torch.set_num_threads, (cores // workers,)) as pool:
-            found = [
-                each for part in progress(items.split(64)) for each in pool.map(run, networks, part.chunk(workers))
-            ]
+            parts = progress(items.split(64))
+            found = [each for part in parts for each in pool.map(run, networks, part.chunk(workers))]
         torch.set_num_threads(cores)  # a thread that is started later follows the last call
         return torch.cat(found)
 
@@ -1512,10 +1471,9 @@ class Explainer:
     def _ablation_weights(self, layer: str, activations: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Ablation-CAM (Desai and Ramaswamy, WACV 2020): how much of the score is lost without a channel.
 
-        For one input (1, 3, H, W) and the classes (K,); returns (K, C). The paper divides by the score, which turns the
-        map upside down where the score is negative. Only what follows the layer runs again: at its last call the layer
-        returns many ablated copies of its output. Before it runs a small stand-in for the input, or where that does not
-        fit the input, once or for each copy.
+        For one input (1, 3, H, W) and the classes (K,); returns (K, C). The paper divides by the score, which may be
+        negative. Only what follows the layer runs again: its last call returns many ablated copies of its output. What
+        precedes it gets a small stand-in for the input, or where that does not fit the input, once or for each copy.
         """
         module, outputs = self.network.get_submodule(layer), list[Tensor]()
         with module.register_forward_hook(lambda module, args, output: outputs.append(output.clone())):
@@ -1619,8 +1577,7 @@ def faithfulness(explainer: Explainer, inputs: Tensor, cam: Floats, target: int)
     counts = np.array([*range(0, pixels, -(-pixels // 20)), pixels])
     ranks = np.argsort(np.argsort(-cam.flatten(), kind="stable"))
     hottest = (ranks.reshape(cam.shape) < counts[:, None, None])[:, None]
-    imputed = [impute(photo, each) for each in kept]
-    changed = [photo[None], photo[None] * cam, photo * ~hottest, photo * hottest, imputed]
+    changed = [photo[None], photo[None] * cam, photo * ~hottest, photo * hottest, [impute(photo, k) for k in kept]]
     asked = torch.from_numpy(np.concatenate(changed).astype(np.float32))
     p = probabilities(explainer.logits(asked))[:, target].double().cpu().numpy()
     before, masked, *curves, road = np.split(p, np.cumsum([len(part) for part in changed[:-1]]))
@@ -1831,7 +1788,7 @@ class Log:
                 record |= {"files": [str(file) for file in files], "output_stem": stem}
                 self._append(log, record)
                 for number, file in enumerate(files):
-                    move(Path(parts, str(number)), file)
+                    os.replace(Path(parts, str(number)), file)
         return True
 
     def _is_free(self, file: Path, image: str) -> bool:
@@ -1857,15 +1814,6 @@ class Log:
         """Append the record of a photo without files; where there is no room, the next run will do so."""
         with contextlib.suppress(OSError), self._locked() as log:
             self._append(log, {"image": image, "method": method, "error": error, "files": []})
-
-
-def move(part: Path, file: Path) -> None:
-    """Move a file to its place. On Windows that is tried again while another program has the old one open."""
-    for pause in (0.1, 0.5):
-        with contextlib.suppress(PermissionError):
-            return os.replace(part, file)
-        time.sleep(pause)
-    return os.replace(part, file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1944,10 +1892,10 @@ def with_options(args: argparse.Namespace, photos: Iterable[tuple[str, str]]) ->
 def load_job(args: argparse.Namespace, local_rank: int | None) -> Job:
     """Load the network that the command line asks for, and print what is assumed about it. Raises CallError."""
     if args.colormap not in COLORMAPS:
-        raise CallError(
-            f"unknown colormap '{args.colormap}'{closest(args.colormap, COLORMAPS)} ({', '.join(COLORMAPS)})"
-        )
-    device, why = find_device(args.device, local_rank)
+        hint = closest(args.colormap, COLORMAPS) or f" (known: {', '.join(COLORMAPS)})"
+        raise CallError(f"unknown colormap '{args.colormap}'{hint}")
+    own_gpu = local_rank is not None and args.device in (None, "cuda") and torch.cuda.is_available()
+    device = f"cuda:{local_rank}" if own_gpu else args.device  # torchrun starts a process for each GPU
     given = {name: getattr(args, name) for name in ("class_names", "input_size", "resize", "mean", "std")}
     classifier = load_classifier(args.arch, args.ckpt, args.num_classes, device, **given)
     names, side = classifier.class_names, classifier.input_size
@@ -1963,8 +1911,7 @@ def load_job(args: argparse.Namespace, local_rank: int | None) -> Job:
         why = f"fails at inputs of {side} x {side}: {first_line(error)}; pass another --input-size"
         raise CallError(f"{classifier.arch} {why}") from error
     if not local_rank:
-        told = replace(classifier, origins={**classifier.origins, "device": why})
-        print_line(told.describe(explainer.target_layers), sys.stderr)
+        print_line(classifier.describe(explainer.target_layers), sys.stderr)
     labels = file_labels(names) if targets or (args.top_k or 1) > 1 else None
     font, glyphs = find_font(names) if args.sheet else (None, set())
     shown = [name if glyphs.issuperset(name) else str(index) for index, name in enumerate(names)]
@@ -1976,10 +1923,10 @@ def read_item(entry: tuple[str, str, str], job: Job) -> Item:
     item = Item(*entry)
     try:
         photo = read_photo(item.path)
-        height, width = photo.pixels.shape[:2]
+        height, width = photo.shape[:2]
         left, top, right, bottom = item.box = job.classifier.seen_box(height, width)
         x, y = min(round(left), width - 1), min(round(top), height - 1)
-        part = photo.pixels[y : y + max(1, round(bottom - top)), x : x + max(1, round(right - left))]
+        part = photo[y : y + max(1, round(bottom - top)), x : x + max(1, round(right - left))]
         item.picture = resized(part, job.args.output_size or min(max(part.shape[:2]), 1024))
         item.inputs = job.classifier.preprocess(photo)
         item.record = {"image": item.path, "width": width, "height": height, "method": ",".join(job.args.methods)}
@@ -1993,13 +1940,11 @@ def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Ite
 
     def explain(part: list[Item]) -> None:
         try:
-            explanation = job.explainer(
-                torch.stack([item.inputs for item in part]), job.targets, top=job.args.top_k or 1
-            )
+            inputs = torch.stack([item.inputs for item in part])
+            explanation = job.explainer(inputs, job.targets, top=job.args.top_k or 1)
             for index, item in enumerate(part):
                 item.explanation = explanation.only(index)
                 describe_item(item, job)
-            return
         except (RuntimeError, ValueError, MemoryError) as error:
             if isinstance(error, CallError) or (is_out_of_memory(error) and len(part) > 1):
                 raise
@@ -2007,9 +1952,8 @@ def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Ite
                 raise CallError(f"the GPU has failed: {first_line(error)}; go on with --skip-existing") from error
             if len(part) == 1:
                 part[0].error = f"{part[0].path}: the network failed: {first_line(error)}"
-                return
-        for item in part:  # it may be one of them only
-            explain([item])
+            for item in part if len(part) > 1 else ():  # it may be one of them only
+                explain([item])
 
     while batch := list(itertools.islice(items, batch_size.size)):
         deque(batch_size.run(explain, [item for item in batch if not item.error]), maxlen=0)

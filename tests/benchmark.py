@@ -415,7 +415,7 @@ def photo_folder(count: int, side: int | None = None) -> Path:
     """Return a folder with photos like the demo's, each shifted; with `side`, one small square one many times."""
     folder = Path(WORKSHOP.name) / f"{count} photos of {side}"
     folder.mkdir()
-    pixels = read_photo(DOG).pixels
+    pixels = read_photo(DOG)
     small = folder.parent / "small.jpg"
     Image.fromarray(pixels).resize((side or 8, side or 8)).save(small)
     for number in range(count):

@@ -12,7 +12,6 @@ import shutil
 import urllib.error
 import warnings
 from collections import OrderedDict
-from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,6 @@ from cnn_visualizations import (
     BatchSize,
     CallError,
     Explainer,
-    Photo,
     find_class,
     find_device,
     load_classifier,
@@ -43,7 +41,7 @@ HUGE = ("regnet_y_128gf", "vit_h_14")  # more than 600 million parameters: 8 GB 
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 NAMES = ["ant", "Bee", "cat", "dog", "Elk"]
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-PHOTO = Photo(Path("noise.png"), np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8))
+PHOTO = np.random.default_rng(0).integers(0, 256, (97, 131, 3), dtype=np.uint8)
 
 
 class ParametersOnMeta(TorchFunctionMode):
@@ -259,7 +257,6 @@ def test_plain_values_that_are_not_built_in_ones_may_stand_in_the_file(zipped, s
         Path("runs") / "best.pth",
         argparse.Namespace(out=Path("a")),
     ]
-    values += [datetime.now(timezone.utc), timedelta(seconds=1), date(2026, 11, 23)]
     content = {"state_dict": state18(), "best": values, "history": {"accuracy": values}}
     before = set(torch.serialization.get_safe_globals())
     assert load(saved(content, _use_new_zipfile_serialization=zipped)).arch == "resnet18"
@@ -445,7 +442,7 @@ def test_mean_and_std_of_the_checkpoint_are_used_and_given_ones_win(of, saved):
         ({"mean": [0, 0, 0], "std": [1, 1, 1]}, [0, 0, 0], [1, 1, 1]),
     ):
         transforms = get_model_weights("resnet18").DEFAULT.transforms(mean=mean, std=std)
-        expected = transforms(Image.fromarray(PHOTO.pixels))
+        expected = transforms(Image.fromarray(PHOTO))
         torch.testing.assert_close(load(path, **options).preprocess(PHOTO), expected, rtol=0, atol=1e-5)
 
 
@@ -456,7 +453,7 @@ def test_mean_and_std_of_the_checkpoint_are_used_and_given_ones_win(of, saved):
 def test_mean_and_std_of_colours_up_to_255_are_understood(mean, std, saved):
     colours = get_model_weights("resnet18").DEFAULT.transforms(mean=[0, 0, 0], std=[1, 1, 1])
     subtracted, divided = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    expected = (colours(Image.fromarray(PHOTO.pixels)) * 255 - subtracted) / divided
+    expected = (colours(Image.fromarray(PHOTO)) * 255 - subtracted) / divided
     in_the_file = load(saved({"state_dict": state18(), "mean": mean, "std": std}))
     for classifier in (in_the_file, load(saved(state18()), mean=mean, std=std)):
         torch.testing.assert_close(classifier.preprocess(PHOTO), expected)
@@ -686,7 +683,7 @@ def test_an_architecture_is_recognised_loaded_prepared_for_and_explained(arch, s
     assert capfd.readouterr() == ("", "")
     inputs = classifier.preprocess(PHOTO)
     assert inputs.dtype == torch.float32
-    torch.testing.assert_close(inputs, transforms(Image.fromarray(PHOTO.pixels)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(inputs, transforms(Image.fromarray(PHOTO)), rtol=0, atol=1e-6)
     if arch in HUGE:
         return
     assert_same_logits(classifier, model, side)
@@ -725,7 +722,7 @@ def test_at_another_size_the_margin_around_the_crop_is_in_proportion(saved):
 
 def test_squashing_shows_the_whole_photo(saved):
     classifier = load(saved(state18()), resize="squash")
-    small = functional.pil_to_tensor(functional.resize(Image.fromarray(PHOTO.pixels), [224, 224], antialias=True))
+    small = functional.pil_to_tensor(functional.resize(Image.fromarray(PHOTO), [224, 224], antialias=True))
     expected = functional.normalize(small / 255, *IMAGENET)
     torch.testing.assert_close(classifier.preprocess(PHOTO), expected, rtol=0, atol=1e-6)
     assert classifier.seen_box(97, 131) == (0, 0, 131, 97)
@@ -740,7 +737,7 @@ def test_the_seen_box_is_the_part_that_the_preset_crops(height, width, side, sav
     ramp[..., 0] = np.linspace(0, 255, width)[None]
     ramp[..., 1] = np.linspace(0, 255, height)[:, None]
     classifier = load(saved(state18()), mean=[0, 0, 0], std=[1, 1, 1], input_size=side)
-    seen = classifier.preprocess(Photo(Path("ramp.png"), ramp))
+    seen = classifier.preprocess(ramp)
     left, top, right, bottom = classifier.seen_box(height, width)
     middle = seen.shape[1] // 2
     shown = (seen[0, middle, [0, -1]] * width).tolist() + (seen[1, [0, -1], middle] * height).tolist()
@@ -874,8 +871,7 @@ def fake_download(monkeypatch, tmp_path):
 
 def test_weights_that_cannot_be_downloaded_are_one_line(fake_download, capfd):
     assert re.search("resnet18.*download.*--ckpt", refusal(arch="resnet18"))
-    out, err = capfd.readouterr()
-    assert out == "" and all(line.startswith("warning: ") for line in err.splitlines())
+    assert capfd.readouterr().out == ""
 
 
 @pytest.mark.parametrize("arch", [None, "squeezenet1_1", "mnasnet0_5", "googlenet", "inception_v3"])
