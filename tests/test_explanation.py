@@ -281,7 +281,15 @@ LAYERS = {  # a late layer; one with few channels and a minimum of 0, where grad
 }
 
 
-def with_layer(column, by_default=("resnet18", "mobilenet_v2", "small vit", "small swin")):
+BY_DEFAULT = ("resnet18", "mobilenet_v2", "small vit", "small swin")
+
+
+def tolerance_of(arch):
+    """1e-4; of the slow ones, whose weights are random as well but not chosen for it, half a step of 8 bits."""
+    return 1e-4 if arch in BY_DEFAULT else 2e-3
+
+
+def with_layer(column, by_default=BY_DEFAULT):
     """The rows (architecture, layer) of LAYERS, of which all but a few are slow."""
     rows = [(arch, layers[column]) for arch, layers in LAYERS.items() if layers[column]]
     return [pytest.param(*row, marks=[] if row[0] in by_default else slow) for row in rows]
@@ -297,7 +305,7 @@ def test_methods_of_one_pass_equal_grad_cam(arch, layer):
         for method in ONE_PASS:
             theirs = grad_cams(method, model, [layer], inputs, [target], reshape)
             assert theirs.any() or method == "xgradcam"
-            np.testing.assert_allclose(ours.cams[method], theirs, rtol=0, atol=1e-4, err_msg=method)
+            np.testing.assert_allclose(ours.cams[method], theirs, rtol=0, atol=tolerance_of(arch), err_msg=method)
 
 
 @pytest.mark.parametrize("method", [*ONE_PASS, *(pytest.param(method, marks=slow) for method in MANY_PASSES)])
@@ -316,7 +324,8 @@ def test_methods_of_many_passes_equal_grad_cam(arch, layer, method):
     target = non_empty_target(model, layer, inputs, method)
     assert output_and_gradient(model, layer, inputs, target)[0].min() == 0
     ours = Explainer(model, method, layer, guided=False)(inputs, target)
-    assert_same_maps(ours.cams[method], grad_cams(method, lifted(model, inputs, target), [layer], inputs, [target]))
+    theirs = grad_cams(method, lifted(model, inputs, target), [layer], inputs, [target])
+    assert_same_maps(ours.cams[method], theirs, tolerance_of(arch))
 
 
 @pytest.mark.parametrize(("arch", "layer"), [("densenet121", "features"), ("resnet18", "layer4.1.bn1")])
@@ -336,14 +345,14 @@ OTHER_ROWS = [row if row[0] in ("resnet18", "small vit") else pytest.param(*row,
 
 @pytest.mark.parametrize(("arch", "method"), OTHER_ROWS)
 def test_the_other_methods_equal_grad_cam(arch, method):
-    model, inputs, layer, reshape = network(arch), photos(2), LAYERS[arch][0], reshape_of(arch)
-    if method == "fem":  # which needs more than four positions to find one that stands out
-        layer = LAYERS[arch][2] or layer
+    model, inputs, layer, reshape = network(arch), inputs_of(arch, 2), LAYERS[arch][0], reshape_of(arch)
+    if method == "fem" and "vit" not in arch:  # which needs more than four positions to find one that stands out
+        inputs = photos(2, 160)
     targets = [non_empty_target(model, layer, inputs[:1], reshape=reshape), 2]
     ours = Explainer(model, method, layer, guided=False)(inputs, targets).cams[method]
-    # FullGrad stretches every channel by itself, also those that hold nothing but rounding errors.
+    # FullGrad stretches every channel by itself, also those that hold nothing but rounding errors; FEM has a threshold.
     theirs = grad_cams(method, model, [layer], inputs, targets, reshape)
-    assert_same_maps(ours, theirs, 2e-2 if method == "fullgrad" else 1e-4)
+    assert_same_maps(ours, theirs, 2e-2 if method in ("fullgrad", "fem") else tolerance_of(arch))
 
 
 @pytest.mark.parametrize("target", [None, 2])
@@ -417,10 +426,13 @@ def test_scorecam_and_ablationcam_where_activations_may_be_negative(arch, layer)
     ours = Explainer(model, MANY_PASSES if layer == LAYERS[arch][2] else "ablationcam", layer, guided=False)(
         inputs, target
     )
-    assert_same_maps(ours.cams["ablationcam"][0], right)
+    assert_same_maps(ours.cams["ablationcam"][0], right, tolerance_of(arch))
     if "scorecam" in ours.cams:
-        theirs = grad_cams("scorecam", model, [layer], inputs, [target], reshape_of(arch))
-        assert_same_maps(ours.cams["scorecam"], theirs)
+        not_in_place = copy.deepcopy(model)  # or grad-cam reads the activations after the ReLU
+        for module in not_in_place.modules():
+            module.inplace = False
+        theirs = grad_cams("scorecam", not_in_place, [layer], inputs, [target], reshape_of(arch))
+        assert_same_maps(ours.cams["scorecam"], theirs, tolerance_of(arch))
     if layer in ("layer1.0.conv2", "features.2"):
         theirs = grad_cams("ablationcam", model, [layer], inputs, [target])
         assert np.abs(np.nan_to_num(theirs[0]) - right).max() > 0.1
