@@ -10,7 +10,7 @@ From Python:
     explainer = Explainer(classifier.model, methods=["gradcam"])
     explanation = explainer(inputs)  # inputs: float32 (N, 3, H, W), normalised
 
-A section uses only those above it: 1 Command line, 2 Images, 3 Model, 4 Explanation, 5 Metrics, 6 Output, 7 Run.
+Sections, each using only those above it: command line, images, model, explanation, metrics, output, gallery, run.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def add_other_options(parser: Parser) -> None:
     add("--method", type=parse, action="extend", metavar="LIST", dest="methods", help=text)
     text = "Layer to explain, such as layer4; repeat it to average several. Default: the last with a spatial map."
     add("--target-layer", type=some_text, action="append", metavar="NAME", dest="target_layers", help=text)
-    text = "Class to explain, name or index; repeat it for several. Default: the prediction of each photo."
+    text = "Class to explain: name, index, truth or predicted; repeat it for several. Default: each photo's prediction."
     add("--target-class", type=some_text, action="append", metavar="CLASS", dest="target_classes", help=text)
     add("--top-k", type=number(int, 1, 10**6), metavar="N", help="Explain the N classes of highest probability.")
     add("--aug-smooth", action="store_true", help="Average over six variants of the photo: smoother, six times slower.")
@@ -222,6 +222,10 @@ def add_other_options(parser: Parser) -> None:
     add("--quality", type=number(int, 1, 100), default=98, metavar="Q", help="Of jpg and webp. Default: 98.")
     text = "Skip photos that an earlier run with the same options has finished."
     add("--skip-existing", action="store_true", help=text)
+    text = "Only of photos whose prediction is not the class that their folder is named after; the log has all."
+    add("--only-wrong", action="store_true", help=text)
+    add("--no-gallery", action="store_false", dest="gallery", help="No index.html, the page of all results.")
+    add("--list-layers", action="store_true", help="Print the layers with the size of their maps, and end.")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -245,7 +249,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.output = Path(args.output)
     if args.top_k and args.target_classes:
         parser.error("--top-k and --target-class exclude each other: pass one of the two")
-    if not args.images or not all(name.strip() for name in args.images):
+    if not (args.images or args.list_layers) or not all(name.strip() for name in args.images):
         parser.error("no photo given, or an empty name; pass photos or folders (see --help)")
     for name in args.images:
         if name.lower().endswith((".pth", ".pt", ".ckpt", ".safetensors")):
@@ -369,6 +373,9 @@ def start() -> argparse.Namespace:
         # a name that the terminal cannot show, or that is not UTF-8, does not end the run
         getattr(sys, name).reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
     args, status = parse_args(), 2
+    args.photos = []
+    if args.list_layers:
+        return args
     try:
         args.photos, status = find_photos(args.images), 1
         faults = [f"{path}: {fault}" for path, _ in args.photos if (fault := photo_fault(path))]
@@ -411,6 +418,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import PurePath
+from urllib.parse import quote
 
 import cv2
 import numpy as np
@@ -493,6 +501,7 @@ torchvision = import_torchvision()
 ARCHITECTURES = tuple(torchvision.models.list_models(module=torchvision.models))
 COMPUTED = ("num_batches_tracked", "relative_position_index", "relative_coords_table")  # the network comes with these
 OWN_NETWORK = "give a network of your own by --arch net.py:build"
+PREDICTED, TRUTH = -1, -2  # classes to explain that differ from photo to photo
 
 State = dict[str, Tensor]
 
@@ -531,6 +540,13 @@ class Classifier:
     def preprocess(self, photo: Picture) -> Tensor:
         """Return a photo, uint8 RGB (H, W, 3), as the network sees it: float32 (3, S, S), normalised."""
         return self.preset(Image.fromarray(np.asarray(photo)))
+
+    def seen(self, photo: Picture) -> Picture:
+        """Return the part of a photo that the network sees, in the photo's own resolution: uint8 RGB (h, w, 3)."""
+        height, width = photo.shape[:2]
+        left, top, right, bottom = self.seen_box(height, width)
+        x, y = min(round(left), width - 1), min(round(top), height - 1)
+        return photo[y : y + max(1, round(bottom - top)), x : x + max(1, round(right - left))]
 
     def seen_box(self, height: int, width: int) -> tuple[float, float, float, float]:
         """Return the part of a photo that the network sees: left, top, right, bottom, in the photo's pixels."""
@@ -992,13 +1008,26 @@ def name_classes(given: Sequence[str] | None, checkpoint: Checkpoint, count: int
     return [f"class {index}" for index in range(count)]
 
 
-def find_class(wanted: str, class_names: Sequence[str]) -> int:
-    """Return the index of a class from its name, upper or lower case, or its index; a name wins. Raises CallError."""
+def class_index(wanted: str, class_names: Sequence[str]) -> int | None:
+    """Return the index of a class from its name, case aside, or its index; a name wins. None: no class is called so."""
     lowered = [name.casefold() for name in class_names]
     if wanted.casefold() in lowered:
         return lowered.index(wanted.casefold())
-    if re.fullmatch(r"\d+", wanted) and int(wanted) < len(class_names):
-        return int(wanted)
+    return int(wanted) if re.fullmatch(r"\d{1,6}", wanted) and int(wanted) < len(class_names) else None
+
+
+def true_class(path: str | Path, class_names: Sequence[str]) -> int | None:
+    """Return the class whose name or index the folder of a photo has, as in torchvision's ImageFolder, or None."""
+    return class_index(os.path.basename(os.path.dirname(os.path.abspath(path))), class_names)
+
+
+def find_class(wanted: str, class_names: Sequence[str]) -> int:
+    """Return the index of a class, or PREDICTED or TRUTH unless a class is really called so. Raises CallError."""
+    index = class_index(wanted, class_names)
+    if index is None:
+        index = {"predicted": PREDICTED, "truth": TRUTH}.get(wanted.casefold())
+    if index is not None:
+        return index
     some = ", ".join(class_names[:20]) + ", ..." * (len(class_names) > 20)
     hint = "; repeat the option for each class" if "," in wanted else closest(wanted, class_names)
     raise CallError(f"--target-class: no class '{wanted}'{hint} (classes 0 to {len(class_names) - 1}: {some})")
@@ -1039,10 +1068,13 @@ class Explanation:
         return f"Explanation(cams={shapes}, targets={self.targets.tolist()})"
 
     def only(self, index: int) -> Explanation:
-        """Return the explanation of one input, as a batch of one."""
-        i = slice(index, index + 1)
+        """Return the explanation of one input, as a batch of one; a class that was asked for twice is there once."""
+        i, classes = slice(index, index + 1), np.atleast_1d(self.targets[index]).tolist()
+        if self.targets.ndim == 2:
+            i = np.ix_([index], [classes.index(target) for target in dict.fromkeys(classes)])
         cams = {method: maps[i] for method, maps in self.cams.items()}
-        return Explanation(cams, None if self.guided is None else self.guided[i], self.logits[i], self.targets[i])
+        guided = None if self.guided is None else self.guided[i]
+        return Explanation(cams, guided, self.logits[index : index + 1], self.targets[i])
 
 
 def gradcam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -1166,9 +1198,8 @@ def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
     name = names.get(layer, type(layer).__name__) if isinstance(layer, nn.Module) else layer.removeprefix("module.")
     if name in names.values():
         return name
-    outermost = ", ".join(name for name, _ in model.named_children())
     hint = "; repeat the option for each layer" if "," in name else closest(name, [*names.values()])
-    raise CallError(f"the network has no layer '{name}'{hint} (outermost: {outermost})")
+    raise CallError(f"the network has no layer '{name}'{hint}; --list-layers shows them all")
 
 
 def choose_targets(logits: Tensor, targets: Targets, top: int | None = None) -> Tensor:
@@ -1178,9 +1209,11 @@ def choose_targets(logits: Tensor, targets: Targets, top: int | None = None) -> 
         return logits.detach().argmax(1) if top is None else logits.detach().topk(min(top, classes)).indices
     chosen = torch.as_tensor(targets)
     fits = chosen.dtype != torch.bool and not chosen.is_floating_point() and chosen.shape[:1] in ((), (1,), (count,))
-    if not fits or chosen.ndim > 2 or ((chosen < 0) | (chosen >= classes)).any():
+    if not fits or chosen.ndim > 2 or ((chosen < PREDICTED) | (chosen >= classes)).any():
         raise CallError(f"targets {chosen.tolist()} do not fit {count} inputs and {classes} classes; give one each")
-    return chosen.long().expand(count, *chosen.shape[1:]).to(logits.device, non_blocking=True)
+    chosen = chosen.long().expand(count, *chosen.shape[1:]).to(logits.device, non_blocking=True)
+    predicted = logits.detach().argmax(1).view(count, *[1] * (chosen.ndim - 1))
+    return torch.where(chosen == PREDICTED, predicted, chosen)
 
 
 @contextlib.contextmanager
@@ -1331,10 +1364,13 @@ class Explainer:
             network.to(memory_format=torch.channels_last if fast else torch.contiguous_format)
             self.network = network.eval().requires_grad_(False).float()
         self.batch_size = BatchSize(batch_size or (2 if self.device.type == "cpu" else 32))
-        self._prepared = False
+        self.layers: dict[str, tuple[str, tuple[int, ...]]] = {}
 
     def prepare(self, inputs: Tensor) -> None:
-        """Run one input (1, 3, H, W): find the target layer where none was named, and fold the batch norms."""
+        """Run one input (1, 3, H, W): find the target layer where none was named, and fold the batch norms.
+
+        `layers` is then a dict of the layers with a spatial map: their name, type, and the shape of the map (C, h, w).
+        """
         calls: list[Call] = []
 
         def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -1346,6 +1382,8 @@ class Explainer:
                 for name, module in self.network.named_modules():
                     hooks.enter_context(module.register_forward_hook(partial(record, name)))
                 logits = as_logits(self.network(self._own(inputs).requires_grad_()))
+            maps = ((call, as_map(call.output, inputs.shape[2:])) for call in calls if call.name)
+            self.layers = {c.name: (type(c.module).__name__, (*m.shape[1:],)) for c, m in maps if m is not None}
             self.target_layers = self.target_layers or (find_target_layer(calls, logits, inputs.shape[2:]),)
             if "fullgrad" not in self.methods:  # which counts the biases of both, convolution and batch norm
                 fold_batch_norms(self.network, calls, logits, keep=self.target_layers)
@@ -1353,20 +1391,19 @@ class Explainer:
                 if not torch.allclose(folded, logits, 1e-3, 1e-3):  # a weight is read elsewhere as well
                     for call in calls[:-1]:
                         self.network.set_submodule(call.name, call.module)
-        self._prepared = True
 
     def __call__(self, inputs: Tensor, targets: Targets = None, *, top: int | None = None) -> Explanation:
         """Explain inputs (N, 3, H, W), normalised as the model expects them; they are converted to float32.
 
-        Without `targets`, the class with the highest logit is explained, or the `top` classes with the highest. Targets
-        are one class for all inputs, or (N,) for each input; or K classes, (1, K) or (N, K). Raises CallError: inputs,
-        targets or target layers that cannot be explained. Raises ValueError: the logits are not finite.
+        Without `targets`, the class with the highest logit is explained (-1 stands for it too), or the `top` classes
+        with the highest. Targets are one class for all inputs, or (N,) for each; or K classes, (1, K) or (N, K). Raises
+        CallError: they, the inputs or the layers cannot be explained. Raises ValueError: the logits are not finite.
         """
         if not isinstance(inputs, Tensor):
             raise CallError(f"inputs are a tensor, not {type(inputs).__name__}; use classifier.preprocess(photo)[None]")
         if inputs.ndim != 4 or not len(inputs):
             raise CallError(f"inputs are a batch (N, 3, H, W), not {shape_of(inputs)}; of one photo: inputs[None]")
-        if not self._prepared:
+        if not self.layers:
             self.prepare(inputs[:1])
         # Whatever mode the caller is in, this needs a graph, and leaves the caller's settings alone.
         with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
@@ -1644,6 +1681,22 @@ def draw_gradients(gradients: Floats, width: int, height: int) -> Picture:
     return cv2.addWeighted(enlarged, 127.5 / strongest, enlarged, 0, 127.5, dtype=cv2.CV_8U)
 
 
+def draw(
+    output: str, explanation: Explanation, seen: Picture, method: str = "", index: int = 0, **look: Any
+) -> Picture:
+    """Return one of OUTPUTS as a picture, uint8 RGB, as large as `seen`, what the network saw (Classifier.seen).
+
+    `method` is by default the first one; `index` counts the inputs, or where there are K classes for each, all N * K;
+    `look` is the colormap and alpha of `draw_cam`.
+    """
+    maps = explanation.cams[method or next(iter(explanation.cams))]
+    cam = maps.reshape(-1, *maps.shape[-2:])[index]
+    if output == "cam":
+        return draw_cam(seen, cam, **look)
+    guided = explanation.guided.reshape(-1, 3, *maps.shape[-2:])[index]
+    return draw_gradients(guided * cam if output == "cam_gb" else guided, *seen.shape[1::-1])
+
+
 def draw_sheet(title: str, blocks: Sequence[tuple[str, Sequence[Any]]], font: Any, colormap: str) -> Picture:
     """Return a table with a colour scale: for each class a heading, and columns of (caption, picture, note over it)."""
     columns, gap, line = blocks[0][1], 8, TEXT + 12
@@ -1718,17 +1771,18 @@ class Log:
         self.folder, self.path = folder, folder / LOG_NAME
         self._lock = FileLock(folder / ".results.lock", poll_interval=0.01)
         self._position = 0  # up to which the log was read
-        self._last: dict[tuple[str, str], tuple[str, list[Path], int]] = {}  # (image, method) -> options, files, place
+        # (image, method) -> options, files, place in the log, whether the prediction is right
+        self._last: dict[tuple[str, str], tuple[str, list[Path], int, bool | None]] = {}
         self._owners: dict[int, tuple[str, str]] = {}  # file -> (image, options) of the last record that lists it
         self._stems: dict[int, str] = {}  # the beginning of files' names -> the image that they are of
         try:
-            with self._locked():
+            with self.locked():
                 self._start_size = self._position if start_size is None else start_size
         except OSError as error:
             raise CallError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[Any]:
+    def locked(self) -> Iterator[Any]:
         """Yield the open file, when all that other processes have appended has been read."""
         names = ("O_RDWR", "O_APPEND", "O_CREAT", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK")
         flags = sum(getattr(os, name, 0) for name in names)  # no link is followed, no FIFO waited for
@@ -1742,7 +1796,7 @@ class Log:
                     image, stem, options = self._image_key(record), record.get("output_stem"), record.get("options", "")
                     below = self.folder / os.path.dirname(stem or "")
                     files = [below / os.path.basename(name) for name in record["files"]]
-                    self._last[image, record["method"]] = options, files, self._position
+                    self._last[image, record["method"]] = options, files, self._position, record.get("right")
                     self._owners.update((file_key(file), (image, options)) for file in files)
                     if stem:  # not of an error
                         self._stems[file_key(self.folder / stem)] = image
@@ -1757,9 +1811,15 @@ class Log:
     def is_done(self, image: str, method: str, options: str) -> bool:
         """Return whether a photo's files are all there as a run with the same options has written them."""
         key = self._image_key({"image": image})
-        done, files, _ = self._last.get((key, method), (None, [], 0))
+        done, files, *_ = self._last.get((key, method), (None, []))
         owned = (self._owners[file_key(file)] == (key, options) for file in files)
         return done == options and all(owned) and all(map(os.path.isfile, files))
+
+    def verdicts(self, images: Iterable[str], method: str) -> list[bool]:
+        """Return whether the prediction is right for each of the photos whose true class is known. Raises OSError."""
+        with self.locked():
+            found = (self._last.get((self._image_key({"image": image}), method)) for image in images)
+            return [entry[3] for entry in found if entry and isinstance(entry[3], bool)]
 
     def write(self, record: dict[str, Any], base: str, contents: Mapping[str, bytes]) -> bool:
         """Write the files of a photo and append its record. Return False where another process has done so meanwhile.
@@ -1774,8 +1834,8 @@ class Log:
         with tempfile.TemporaryDirectory(prefix=".part-", dir=folder, ignore_cleanup_errors=True) as parts:
             for number, content in enumerate(contents.values()):
                 Path(parts, str(number)).write_bytes(content)
-            with self._locked() as log:
-                done, _, place = self._last.get((image, record["method"]), (None, [], 0))
+            with self.locked() as log:
+                done, _, place, _ = self._last.get((image, record["method"]), (None, [], 0, None))
                 if done == record["options"] and place >= self._start_size:
                     return False
                 for stem in itertools.chain([base], (f"{base}_{number}" for number in itertools.count(2))):
@@ -1812,12 +1872,209 @@ class Log:
 
     def write_error(self, image: str, method: str, error: str) -> None:
         """Append the record of a photo without files; where there is no room, the next run will do so."""
-        with contextlib.suppress(OSError), self._locked() as log:
+        with contextlib.suppress(OSError), self.locked() as log:
             self._append(log, {"image": image, "method": method, "error": error, "files": []})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7  Run. Threads read, one explains, threads write; a photo that fails stops nothing.
+# 7  Gallery. A page of all results, made from the log alone: one file without a server, a package or the network.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_gallery(folder: Path) -> Path | None:
+    """Write index.html, a page of what the log says. Return its path; None without photos. Raises OSError."""
+    page, items = folder / "index.html", dict[tuple[str, str], dict[str, Any]]()
+    with open(folder / LOG_NAME, "rb") as lines:
+        for record in map(parse_record, lines):
+            with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # another program's
+                items[record.get("source", record["image"]), record["method"]] = page_item(record)
+    if not items:
+        return None
+    ours = page.is_file() and b"made by cnn_visualizations.py" in page.read_bytes()[:300]
+    if os.path.lexists(page) and not ours:
+        raise FileExistsError(f"{page} is in the way: it was not made by this program")
+    by_path = sorted(items.values(), key=lambda item: re.sub(r"\d+", lambda digits: digits[0].zfill(12), item["path"]))
+    text = json.dumps([folder.resolve().name, by_path], ensure_ascii=False, separators=(",", ":"))
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder, ignore_cleanup_errors=True) as parts:
+        part = Path(parts, page.name)
+        part.write_bytes(PAGE.replace("DATA", text.replace("<", "\\u003c"), 1).encode("utf-8", "backslashreplace"))
+        os.replace(part, page)
+    return page
+
+
+def page_item(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the page tells of a record."""
+
+    def likely(entry: Mapping[str, Any]) -> tuple[str, int]:
+        return str(entry["name"]), round(1e6 * entry["probability"])
+
+    image, top, truth, box = record["image"], record.get("top5", []), record.get("truth"), record.get("box")
+    source = as_link(record["source"]) if "source" in record else Path(os.path.abspath(image)).as_uri()
+    item = {"path": image, "source": source, "methods": record["method"].split(","), "top": [], "rows": []}
+    if "error" in record:
+        return {**item, "state": "failed", "error": str(record["error"])}
+    if box:  # where the photo lies behind the heatmap
+        x, y = 100 / (box[2] - box[0]), 100 / (box[3] - box[1])
+        place = -box[0] * x, -box[1] * y, record["width"] * x, record["height"] * y
+        item["place"] = "left:{:.2f}%;top:{:.2f}%;width:{:.2f}%;height:{:.2f}%".format(*place)
+    guess = record.get("prediction") or top[0]
+    state = "unknown" if not truth else "right" if truth["index"] == guess["index"] else "wrong"
+    item |= {"state": state, "guess": str(guess["name"]), "truth": str(truth["name"]) if truth else ""}
+    explained = zip(record.get("classes") or [record.get("class")], pictures_of(record).items(), strict=False)
+    rows = [(*likely(entry), *pictures) for entry, pictures in explained]
+    return {**item, "top": [likely(entry) for entry in (guess, *top[1:])], "rows": rows}
+
+
+def pictures_of(record: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return for each class the link to its pictures, ./cat/%00_1_dog.jpg, and what may stand for %00: gb, fem_cam."""
+    (folder, stem), found = os.path.split(record.get("output_stem", "")), dict[str, list[str]]()
+    kinds = ["gb", *(f"{method}_{output}" for method in record["method"].split(",") for output in ("cam_gb", "cam"))]
+    for name, kind in itertools.product(map(os.path.basename, record["files"]), kinds):
+        if name.startswith(f"{kind}_{stem}"):
+            found.setdefault(as_link(os.path.join(folder, f"\0{name[len(kind) :]}")), []).append(kind)
+    return found
+
+
+def as_link(path: str) -> str:
+    """Return a path as a link from the page; a byte that is not UTF-8 remains that byte."""
+    return "./" + quote(os.fsencode(re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", path).replace(os.sep, "/")))
+
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="generator" content="made by cnn_visualizations.py">
+<meta name="viewport" content="width=device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"><style>
+:root { color-scheme: light dark; --page: light-dark(#f5f6f8, #14171b); --card: light-dark(#fff, #1e2227);
+  --line: light-dark(#d8dce2, #383f48); --text: light-dark(#1b1f24, #e8eaed); --soft: light-dark(#59626e, #a3abb6);
+  --mark: light-dark(#2459c4, #8ab0fb); --good: light-dark(#187642, #68cb8c); --bad: light-dark(#be2e20, #ff8672); }
+* { box-sizing: border-box; margin: 0; font: inherit; color: inherit; } html:has(dialog[open]) { overflow: hidden; }
+html, dialog { background: var(--page); color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
+html { scroll-padding-top: 80px; } .right { --state: var(--good); } .wrong, .failed { --state: var(--bad); }
+body { max-width: 1640px; margin: auto; padding: 20px clamp(12px, 2.5vw, 32px); --state: var(--mark); }
+h1, h2, h3, summary { font-weight: 600; } h1 { font-size: 24px; } h3, summary { margin: 16px 0 8px; }
+button, select, input { min-height: 36px; padding: 5px 12px; border: 1px solid var(--line); border-radius: 7px;
+  background: var(--card); } :focus-visible { outline: 3px solid var(--mark); outline-offset: 1px; }
+button:hover, a:hover *, [aria-pressed=true], .heat h2 + button { border-color: var(--mark); color: var(--mark); }
+small, figcaption, th, label { color: var(--soft); font-size: 13px; } label > * { color: var(--text); }
+table { display: block; max-height: 70vh; overflow: auto; } td button { width: 100%; min-width: 40px; padding: 0;
+  background: color-mix(in srgb, var(--state) var(--share), var(--card)); }
+th { max-width: 180px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: right; }
+tr:first-child th + th { max-height: 130px; writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; }
+form, nav { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; align-items: end; gap: 10px 16px;
+  padding: 12px 0; background: var(--page); } select { width: 180px; } label { display: grid; }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 14px; padding-top: 12px; }
+.card { display: grid; gap: 4px; align-content: start; padding: 0 0 10px; text-align: left; overflow: hidden; }
+.card > * { min-width: 0; padding: 0 11px; } .card > .frame { padding: 0; margin-bottom: 5px; aspect-ratio: 1; }
+.path { flex: 1 1 260px; align-self: center; overflow-wrap: anywhere; white-space: pre-wrap; unicode-bidi: isolate; }
+.frame { position: relative; display: grid; place-items: center; overflow: hidden; background: var(--line); }
+.chance { display: grid; grid-template-columns: 1fr auto; gap: 3px 8px; } .row > .chance { width: 200px; }
+.bar { grid-column: 1 / 3; height: 5px; background: linear-gradient(var(--state) 0 0) no-repeat var(--line); }
+dialog { width: 100%; height: 100%; max-width: none; max-height: none; padding: 0 2.5vw 24px; border: 0; }
+img { width: 100%; height: 100%; object-fit: contain; } .row { display: flex; flex-wrap: wrap; gap: 14px; }
+.row img { width: auto; height: min(56vh, (100vw - 130px) / 4.8); } .heat .plain { opacity: 0; }
+.row .plain { position: absolute; width: 100%; height: 100%; object-fit: cover; } .verdict { color: var(--state); }
+@media (max-width: 700px) { form { position: static; } label { flex: 1 1 40%; } select { width: 100%; }
+  .row { display: grid; grid-template-columns: 1fr 1fr; } .row > .chance, .row img { width: 100%; height: auto; } }
+</style><title>Heatmaps</title><h1></h1><p id="summary"></p><noscript>This page needs JavaScript.</noscript>
+<details><summary>True and predicted classes (30 at most, by mistakes)</summary><table></table></details><form></form>
+<p role="status"></p><main></main><dialog aria-labelledby="path" class="heat"><nav><h2 class="path" id="path"></h2>
+</nav><div></div></dialog><script type="application/json">DATA</script><script>
+"use strict";
+const find = (selector) => document.querySelector(selector), [folder, items] = JSON.parse(find("script").textContent);
+const [main, form, view] = ["main", "form", "dialog"].map(find);
+const make = (kind, properties, ...children) => {
+  const [tag, ...classes] = kind.split("."), made = document.createElement(tag);
+  Object.assign(made, {className: classes.join(" "), ...properties}).append(...children);
+  return made;
+};
+const percent = (millionths) => (millionths / 1e4).toFixed(1) + "%", sure = ({top}) => top[0]?.[1] ?? 9e6;
+const tally = (values) => values.reduce((counts, value) => counts.set(value, (counts.get(value) ?? 0) + 1), new Map());
+const ranked = (values) => [...tally(values)].sort((a, b) => b[1] - a[1]);
+const VALUES = {Result: ({state}) => [state], Class: ({truth, guess}) => [...new Set([truth, guess])].filter(Boolean),
+  Method: ({methods}) => methods, Pair: ({truth, guess}) => [`true ${truth}, predicted ${guess}`]};
+const ORDERS = {"wrong, most sure first": (item) => (item.state === "wrong" ? -sure(item) : sure(item)),
+  "least sure first": sure, "most sure first": (item) => (item.error ? 0 : -sure(item)), "path": () => 0};
+let list = [], at = 0;
+const chance = ([name, sure], state) => make("span.chance." + state, {}, make("span.path", {}, name), percent(sure),
+  make("span.bar", {style: `background-size: ${percent(sure)}`}));
+const verdict = ({state, truth, error}) => make("span.path.verdict." + state, {},
+  {wrong: `✕ true: ${truth}`, right: "✓ right", failed: `✕ ${error}`}[state] ?? "");
+const picture = (src, alt) => make("small.frame", {}, make("img", {loading: "lazy", alt, src,
+  onerror: ({target}) => target.replaceWith("no picture")}));
+const card = (item) => {
+  const [name, , link = "", kinds = []] = item.rows[0] ?? [], onclick = () => turn(list.indexOf(item));
+  const kind = [`${form.Method.value || item.methods[0]}_cam`, ...kinds].find((kind) => kinds.includes(kind)) ?? "";
+  return make("button.card", {onclick}, picture(link.replace("%00", kind), kind), ...item.top.slice(0, 1).map((guess) =>
+    chance(guess, item.state)), verdict(item), make("small.path", {}, item.path, kind && `\n${kind} for ${name}`));
+};
+const more = (least = 0) => {  // cards down to somewhat below the window
+  while (main.childElementCount < list.length
+    && (main.childElementCount <= least || main.getBoundingClientRect().bottom < innerHeight + 2000))
+    main.append(...list.slice(main.childElementCount, main.childElementCount + 200).map(card));
+};
+const show = () => {
+  const wanted = Object.fromEntries(new FormData(form)), text = wanted.Text.toLowerCase();
+  list = items.filter((item) => [item.path, item.truth, item.guess, item.error].join("\n").toLowerCase().includes(text)
+    && Object.keys(VALUES).every((name) => ["", ...VALUES[name](item)].includes(wanted[name])));
+  list.sort((a, b) => ORDERS[wanted.Order](a) - ORDERS[wanted.Order](b));
+  find("[role=status]").textContent = `${list.length} of ${items.length} ${wanted.Pair}`;
+  for (const button of document.querySelectorAll("td button")) button.ariaPressed = button.title === wanted.Pair;
+  if (main.getBoundingClientRect().top < 0) find("[role=status]").scrollIntoView();
+  main.replaceChildren();
+  more();
+};
+const figure = (item, kind, src) => {
+  const frame = picture(src, kind), plain = make("img.plain", {alt: "", src: item.source, style: item.place ?? ""});
+  if (kind.endsWith("_cam")) frame.append(plain);
+  return make("a", {href: src, target: "_blank"}, make("figure", {}, frame, make("figcaption", {}, kind)));
+};
+const turn = (index) => {
+  at = Math.max(0, Math.min(index, list.length - 1));
+  const item = list[at], row = (heading, ...kinds) => make("section", {}, make("h3", {}, heading), make("div.row", {},
+    ...[["source", item.source], ...kinds].map(([kind, src]) => figure(item, kind, src))));
+  const rows = item.rows.flatMap(([name, sure, link, kinds]) => item.methods.map((method) => row(
+    `${method} for ${name}, ${percent(sure)}`, ...[`${method}_cam`, "gb", `${method}_cam_gb`]
+      .filter((kind) => kinds.includes(kind)).map((kind) => [kind, link.replace("%00", kind)]))));
+  const chances = item.top.map((each) => chance(each, {[item.guess]: item.state, [item.truth]: "right"}[each[0]]));
+  find("#path").textContent = item.path;
+  find("dialog div").replaceChildren(verdict(item), make("div.row", {}, ...chances), ...(rows[0] ? rows : [row("")]));
+  if (!view.open) view.showModal();
+};
+const act = {H: ["Heat (H)", () => (find("h2 + button").ariaPressed = view.classList.toggle("heat"))],
+  ArrowLeft: ["Previous (←)", () => turn(at - 1)], ArrowRight: ["Next (→)", () => turn(at + 1)],
+  Escape: ["Close (Esc)", () => view.close()]};
+for (const [text, onclick] of Object.values(act)) find("nav").append(make("button", {onclick}, text));
+view.onkeydown = ({key, altKey, ctrlKey, metaKey}) => altKey | ctrlKey | metaKey || act[key.replace(/^h$/, "H")]?.[1]();
+view.onclose = () => { more(at); main.children[at].focus(); };
+const photos = [...new Map(items.map((item) => [item.path, item])).values()], known = photos.filter(({truth}) => truth);
+const pairs = tally(known.flatMap(VALUES.Pair)), truths = tally(known.map(({truth}) => truth));
+const states = tally(photos.map(({state}) => state)), wrong = known.filter(({state}) => state === "wrong");
+const names = [...new Set([...ranked(wrong.flatMap(VALUES.Class)), ...truths].map(([key]) => key))].slice(0, 30).sort();
+const head = (name) => make("th", {title: name}, name), cell = (truth, guess) => {
+  const [title] = VALUES.Pair({truth, guess}), count = pairs.get(title), share = 10 + 50 * count / truths.get(truth);
+  const onclick = () => show(form.Pair.value = form.Pair.value === title ? "" : title);
+  return make("td", {}, count ? make(truth === guess ? "button.right" : "button.wrong",
+    {title, onclick, style: `--share: ${share}%`}, count) : "");
+};
+find("table").append(make("tr", {}, head("true ↓ predicted →"), ...names.map(head)), ...names.map((truth) =>
+  make("tr", {}, head(truth), ...names.map((guess) => cell(truth, guess)))));
+Object.assign(find("details"), {hidden: !known.length, open: names.length < 9});
+const field = (name, options) => make("label", {}, name, make("select", {name}, ...options));
+const choices = (name) => ranked(items.flatMap(VALUES[name])).map(([key, sum]) => new Option(`${key} (${sum})`, key));
+form.append(...["Result", "Class", "Method"].map((name) => field(name, [new Option("all", ""), ...choices(name)])),
+  field("Order", Object.keys(ORDERS).slice(known.length ? 0 : 1).map((order) => new Option(order))),
+  make("label", {}, "Text", make("input", {name: "Text", type: "search"})), make("input", {name: "Pair", hidden: true}),
+  make("button", {type: "reset"}, "Show all"));
+Object.assign(form, {oninput: show, onsubmit: () => false, onreset: () => setTimeout(show)});
+window.onscroll = window.onresize = () => more();
+document.title = find("h1").textContent = `Heatmaps in ${folder}`;
+find("#summary").textContent = `${photos.length} photos, ${states.get("failed") ?? 0} failed`
+  + (known.length ? `, ${percent(1e6 * (states.get("right") ?? 0) / known.length)} of ${known.length} right` : "");
+show();</script></html>"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8  Run. Threads read, one explains, threads write; a photo that fails stops nothing.
 # ---------------------------------------------------------------------------------------------------------------------
 
 THREADS = min(4, os.cpu_count() or 1)  # that read, and as many that draw
@@ -1830,6 +2087,7 @@ class Item:
     path: str
     folder: str  # of its files, below the output folder
     options: str  # a hash of the options and of the file, by which a later run knows what was done
+    truth: int | None = None  # see true_class
     box: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # the part that the network sees, in its pixels
     picture: Picture | None = None  # that part, to draw on
     inputs: Tensor | None = None  # that part as the network gets it, (3, H, W)
@@ -1846,7 +2104,7 @@ class Job:
     args: argparse.Namespace
     classifier: Classifier
     explainer: Explainer
-    targets: Tensor | None  # (1, K); None: the prediction, or the `top_k` classes of highest probability
+    targets: list[int]  # indices, PREDICTED or TRUTH; none of them: the `top_k` classes of highest probability
     labels: Sequence[str] | None  # of all classes, for file names; None: no class stands in them
     font: Any  # for the sheet
     glyphs: set[str]  # characters that the font has
@@ -1880,7 +2138,7 @@ def with_options(args: argparse.Namespace, photos: Iterable[tuple[str, str]]) ->
             return os.stat(path).st_size, os.stat(path).st_mtime_ns
         return 0, 0
 
-    ignored = {"images", "photos", "ckpt", "device", "batch_size", "output", "skip_existing", "log_size"}
+    ignored = {"images", "photos", "ckpt", "device", "batch_size", "output", "skip_existing", "log_size", "gallery"}
     ignored |= set() if args.sheet or args.save_arrays else {"methods"}  # which only these files share
     options = [(name, str(value)) for name, value in sorted(vars(args).items()) if name not in ignored]
     ckpt, own_network = os.path.realpath(args.ckpt or ""), (args.arch or "").rpartition(":")[0]
@@ -1900,6 +2158,8 @@ def load_job(args: argparse.Namespace, local_rank: int | None) -> Job:
     classifier = load_classifier(args.arch, args.ckpt, args.num_classes, device, **given)
     names, side = classifier.class_names, classifier.input_size
     targets = list(dict.fromkeys(find_class(wanted, names) for wanted in args.target_classes or ()))
+    if (args.only_wrong or TRUTH in targets) and all(true_class(path, names) is None for path, _ in args.photos):
+        raise CallError(f"no photo's folder is named after a class ({', '.join(names[:8])}), so no truth is known")
     given = {name: getattr(args, name) for name in ("methods", "target_layers", "aug_smooth", "eigen_smooth")}
     bar = partial(tqdm, desc=",".join(args.methods), unit="pass", leave=False, disable=None)
     explainer = Explainer(classifier.model, guided=args.outputs != ["cam"], progress=bar, **given)
@@ -1915,18 +2175,18 @@ def load_job(args: argparse.Namespace, local_rank: int | None) -> Job:
     labels = file_labels(names) if targets or (args.top_k or 1) > 1 else None
     font, glyphs = find_font(names) if args.sheet else (None, set())
     shown = [name if glyphs.issuperset(name) else str(index) for index, name in enumerate(names)]
-    return Job(args, classifier, explainer, torch.tensor([targets]) if targets else None, labels, font, glyphs, shown)
+    return Job(args, classifier, explainer, targets, labels, font, glyphs, shown)
 
 
 def read_item(entry: tuple[str, str, str], job: Job) -> Item:
     """Read a photo, and keep only what is needed further on, so that large photos do not pile up in memory."""
     item = Item(*entry)
+    item.truth = true_class(item.path, job.classifier.class_names)
     try:
         photo = read_photo(item.path)
         height, width = photo.shape[:2]
-        left, top, right, bottom = item.box = job.classifier.seen_box(height, width)
-        x, y = min(round(left), width - 1), min(round(top), height - 1)
-        part = photo[y : y + max(1, round(bottom - top)), x : x + max(1, round(right - left))]
+        item.box = job.classifier.seen_box(height, width)
+        part = job.classifier.seen(photo)
         item.picture = resized(part, job.args.output_size or min(max(part.shape[:2]), 1024))
         item.inputs = job.classifier.preprocess(photo)
         item.record = {"image": item.path, "width": width, "height": height, "method": ",".join(job.args.methods)}
@@ -1938,13 +2198,9 @@ def read_item(entry: tuple[str, str, str], job: Job) -> Item:
 def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Iterator[Item]:
     """Yield the items with their explanations, or what went wrong, in order."""
 
-    def explain(part: list[Item]) -> None:
+    def attempt(part: list[Item]) -> None:
         try:
-            inputs = torch.stack([item.inputs for item in part])
-            explanation = job.explainer(inputs, job.targets, top=job.args.top_k or 1)
-            for index, item in enumerate(part):
-                item.explanation = explanation.only(index)
-                describe_item(item, job)
+            explain(part, job)
         except (RuntimeError, ValueError, MemoryError) as error:
             if isinstance(error, CallError) or (is_out_of_memory(error) and len(part) > 1):
                 raise
@@ -1953,11 +2209,34 @@ def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Ite
             if len(part) == 1:
                 part[0].error = f"{part[0].path}: the network failed: {first_line(error)}"
             for item in part if len(part) > 1 else ():  # it may be one of them only
-                explain([item])
+                attempt([item])
 
     while batch := list(itertools.islice(items, batch_size.size)):
-        deque(batch_size.run(explain, [item for item in batch if not item.error]), maxlen=0)
+        deque(batch_size.run(attempt, [item for item in batch if not item.error]), maxlen=0)
         yield from batch
+
+
+def explain(items: Sequence[Item], job: Job) -> None:
+    """Fill in the explanations and the records of photos; with --only-wrong, of the others the records alone."""
+    inputs = torch.stack([item.inputs for item in items])
+    if job.args.only_wrong:
+        logits = job.explainer.logits(inputs).cpu().numpy()
+        if not np.isfinite(logits).all():
+            raise ValueError("the logits are NaN or infinite")
+        for item, row in zip(items, logits[:, None], strict=True):
+            item.explanation = Explanation({}, None, row, row.argmax(1, keepdims=True))
+            describe_item(item, job)
+        wrong = [item.record.get("right") is False for item in items]
+        items, inputs = list(itertools.compress(items, wrong)), inputs[wrong]
+    truths = [PREDICTED if item.truth is None else item.truth for item in items]
+    if TRUTH in job.targets and PREDICTED in truths:
+        warn("where the folder is not named after a class, the prediction is explained instead of the truth")
+    targets = [[truth if target == TRUTH else target for target in job.targets] for truth in truths]
+    if items:
+        explanation = job.explainer(inputs, targets if job.targets else None, top=job.args.top_k or 1)
+    for index, item in enumerate(items):
+        item.explanation = explanation.only(index)
+        describe_item(item, job)
 
 
 def describe_item(item: Item, job: Job) -> None:
@@ -1968,8 +2247,12 @@ def describe_item(item: Item, job: Job) -> None:
     found = [{"index": int(i), "name": names[i], "probability": round(float(p[i]), 6)} for i in indices]
     classes, top5 = found[:count], found[count:]
     item.record |= {"prediction": top5[0], "class": classes[0], **({"classes": classes} if job.labels else {})}
+    if item.truth is not None:
+        item.record["truth"] = {"index": item.truth, "name": names[item.truth]}
+        item.record["right"] = item.truth == top5[0]["index"]
     item.record |= {"top5": top5, "target_layer": ",".join(job.explainer.target_layers), "options": item.options}
     item.record |= {"input_size": classifier.input_size, "resize": job.args.resize}
+    item.record["box"] = [round(x, 2) for x in item.box]
     item.record |= {key: [round(x, 6) for x in getattr(classifier.preset, key)] for key in ("mean", "std")}
     item.record |= {"metrics": []} if job.args.metrics else {}
     for index, each in enumerate(classes if job.args.metrics else ()):
@@ -1980,28 +2263,25 @@ def describe_item(item: Item, job: Job) -> None:
 
 def draw_item(item: Item, job: Job) -> Item:
     """Fill in the contents of a photo's files; README.md has the shapes of the arrays."""
-    if item.error:
+    if item.error or not item.explanation.cams:
         return item
     pictures, blocks, args, explanation = {}, [], job.args, item.explanation
     for index, found in enumerate(item.record.get("classes", [item.record["class"]])):
         label = job.labels[found["index"]] if job.labels else ""
-        cams = {method: maps[0, index] for method, maps in explanation.cams.items()}
         columns = {"": [("source", item.picture, "")]}  # of the sheet: gb under the source, cam_gb under cam
         for output in args.outputs:
-            for method in [""] if output == "gb" else cams:
-                cam = cams.get(method, np.float32(1))
-                if output == "cam":
-                    picture = draw_cam(item.picture, cam, args.colormap, args.alpha)
-                else:
-                    picture = draw_gradients(explanation.guided[0, index] * cam, *item.picture.shape[1::-1])
-                pictures["_".join(filter(None, (method, output, "{}", label)))] = picture
-                note = "" if cam.any() else "no positive evidence"
-                columns.setdefault(method, []).append((f"{method} {output}".strip(), picture, note))
+            for method in [""] if output == "gb" else args.methods:
+                drawn = draw(output, explanation, item.picture, method, index, colormap=args.colormap, alpha=args.alpha)
+                pictures["_".join(filter(None, (method, output, "{}", label)))] = drawn
+                empty = method and not explanation.cams[method][0, index].any()
+                entry = f"{method} {output}".strip(), drawn, "no positive evidence" if empty else ""
+                columns.setdefault(method, []).append(entry)
         blocks.append((f"explained: {job.shown[found['index']]} {found['probability']:.3f}", list(columns.values())))
     if args.sheet:
         photo = "".join(c if c in job.glyphs else "?" for c in os.path.basename(item.path))
         best, layer = item.record["prediction"], item.record["target_layer"]
-        title = f"{photo}   prediction: {job.shown[best['index']]} {best['probability']:.3f}   layer: {layer}"
+        truth = "" if item.record.get("right", True) else f" (truth: {job.shown[item.truth]})"
+        title = f"{photo}   prediction: {job.shown[best['index']]} {best['probability']:.3f}{truth}   layer: {layer}"
         pictures["{}_sheet"] = draw_sheet(title, blocks, job.font, args.colormap)
     quality = {"jpg": [cv2.IMWRITE_JPEG_QUALITY, args.quality], "webp": [cv2.IMWRITE_WEBP_QUALITY, args.quality]}
     for name, picture in pictures.items():
@@ -2032,21 +2312,43 @@ def save_item(item: Item, args: argparse.Namespace, log: Log) -> str:
         print_line(f"error: {item.error}", sys.stderr)
         return "failed"
     prediction, classes = item.record["prediction"], item.record.get("classes", [item.record["class"]])
-    parts = [f"{prediction['name']} {prediction['probability']:.3g}"]
+    truth = "" if item.record.get("right", True) else f" (truth: {item.record['truth']['name']})"
+    parts = [f"{prediction['name']} {prediction['probability']:.3g}{truth}"]
     if classes != [prediction]:
         parts.append("explained: " + ", ".join(f"{each['name']} {each['probability']:.3g}" for each in classes))
     for found in item.record.get("metrics", ()):
         of = f" for {found['class']}" if len(classes) > 1 else ""
         parts.append(f"{found['method']}{of}: " + ", ".join(f"{name} {found[name]:.3g}" for name in METRICS))
-    print_line(f"{item.path}: {'; '.join(parts)} -> {', '.join(item.record['files'])}")
+    print_line(f"{item.path}: {'; '.join(parts)} -> {', '.join(item.record['files']) or 'no files'}")
     empty = f"map is all zeros: no positive evidence at {item.record['target_layer']}"
     for method in (method for method, cams in item.explanation.cams.items() if not cams[0].any((1, 2)).all()):
         print_line(f"warning: {item.path}: the {method} {empty}", sys.stderr)
     return "done"
 
 
+def finish(args: argparse.Namespace, log: Log, images: Sequence[str]) -> str:
+    """Write the page of all results. Return what the closing line tells of it, and of the accuracy for these photos."""
+    page, verdicts, parts = None, [], []
+    try:
+        verdicts = log.verdicts(images, ",".join(args.methods))
+        with log.locked():  # a process that has read less must not write later
+            page = write_gallery(args.output) if args.gallery else None
+    except OSError as error:
+        warn(f"no page of the results: {error}")
+    right, known = verdicts.count(True), len(verdicts)
+    parts += [f"accuracy {100 * right / known:.1f} % ({right} of {known})"] if known else []
+    parts += [f"the {known - right} wrong ones first in {page}" if right < known else f"see {page}"] if page else []
+    return "".join(f"; {part}" for part in parts)
+
+
 def run(args: argparse.Namespace) -> int:
     """Explain the photos that the command line names. Returns the exit status; raises CallError."""
+    if args.list_layers:
+        explainer = load_job(args, None).explainer
+        for name, (kind, shape) in explainer.layers.items():
+            size = " x ".join(map(str, shape)) + "   (default)" * (name in explainer.target_layers)
+            print_line(f"{name:40} {kind:24} {size}")
+        return 0
     began, interrupted, log = time.monotonic(), False, Log(args.output, getattr(args, "log_size", None))
     of_torchrun = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
     rank, local_rank, world_size = (int(os.environ.get(name, value)) for name, value in of_torchrun.items())
@@ -2068,7 +2370,8 @@ def run(args: argparse.Namespace) -> int:
         of_processes = f" by process {rank} of {world_size}" if world_size > 1 else ""
         counts = f"{tally['done']} done, {tally['skipped']} skipped, {tally['failed']} failed"
         go_on = "; stopped, the same command with --skip-existing goes on" if interrupted else ""
-        print_line(f"{counts}{of_processes} in {time.monotonic() - began:.1f} s{go_on}", sys.stderr)
+        told = finish(args, log, [path for path, *_ in mine])
+        print_line(f"{counts}{of_processes} in {time.monotonic() - began:.1f} s{told}{go_on}", sys.stderr)
     # torchrun stops all processes as soon as one does not return 0, so there a broken photo has only its line
     return 130 if interrupted else int(tally["failed"] > 0 and world_size == 1)
 

@@ -14,7 +14,7 @@ from cnn_visualizations import METHODS, MORE_METHODS, find_photos, parse_args
 posix = pytest.mark.skipif(os.name == "nt", reason="file descriptors as on POSIX")
 OPTIONS = """--arch --ckpt --num-classes --class-names --device --batch-size --input-size --resize --mean --std --method
     --target-layer --target-class --top-k --aug-smooth --eigen-smooth --metrics --output --outputs --output-size --sheet
-    --save-arrays --colormap --alpha --format --quality --skip-existing"""
+    --save-arrays --colormap --alpha --format --quality --skip-existing --only-wrong --no-gallery --list-layers"""
 LISTS = ["cat\r\n\n 狗 \n", "\ufeffcat\n狗", '["cat", "狗"]', '{"1": "狗", "0": "cat"}', '{"狗": 1, "cat": 0}']
 NOT_LISTS = ["[null]", "[]", "\n \n", '["a",', '{"a": 0, "b": 2}', '{"a": 0, "b": 0}', "[" * 200_000, b"\xff\xfe\x00"]
 
@@ -145,7 +145,7 @@ def test_only_photos_are_required():
     assert args.pop("images") == [str(DOG)]
     assert (args.pop("methods"), args.pop("outputs")) == (["gradcam"], ["cam", "gb", "cam_gb"])
     assert args.pop("output") == Path("out")
-    looks = {"resize": "crop", "colormap": "jet", "alpha": 0.5, "format": "jpg", "quality": 98}
+    looks = {"resize": "crop", "colormap": "jet", "alpha": 0.5, "format": "jpg", "quality": 98, "gallery": True}
     assert {name: value for name, value in args.items() if value is not None and value is not False} == looks
     assert len(args) == len(OPTIONS.split()) - 3
 

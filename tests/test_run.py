@@ -1,6 +1,7 @@
 """Section 7, Run: the whole program on the demo and on folders, and everything that can go wrong on the way."""
 
 import contextlib
+import copy
 import os
 import random
 import re
@@ -10,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -18,6 +21,7 @@ from conftest import CKPT, DOG, PROGRAM, ROOT
 from PIL import Image
 from test_output import (  # noqa: F401  (fixtures)
     CLASSES,
+    THREE,
     end_of_a_hang,
     explain,
     files_in,
@@ -33,7 +37,20 @@ from test_output import (  # noqa: F401  (fixtures)
 from torchvision.transforms._presets import ImageClassification
 
 import cnn_visualizations as program_file
-from cnn_visualizations import LOG_NAME, CallError, Explainer, faithfulness, load_classifier, prefetch, read_photo
+from cnn_visualizations import (
+    LOG_NAME,
+    OUTPUTS,
+    PREDICTED,
+    TRUTH,
+    CallError,
+    Explainer,
+    draw,
+    faithfulness,
+    find_class,
+    load_classifier,
+    prefetch,
+    read_photo,
+)
 
 DEMO = ["gradcam_cam_dog.jpg", "gb_dog.jpg", "gradcam_cam_gb_dog.jpg"]
 
@@ -142,9 +159,131 @@ def test_line_and_record_say_what_the_plain_network_says(explain, tiny, tmp_path
     expected |= {"input_size": 80, "mean": [0.4, 0.5, 0.6], "std": [0.3] * 3, "resize": "crop"}
     assert {key: record[key] for key in expected} == expected
     words = [f"{CLASSES[index]} {p[index]:.3g}" for index in (order[0], *classes)]
-    line = f"{path}: {words[0]}" + (f"; explained: {', '.join(words[1:])}" if explained else "")
+    assert (record["truth"], record["right"]) == ({"index": 2, "name": "狗"}, False)  # the name of its folder
+    line = f"{path}: {words[0]} (truth: 狗)" + (f"; explained: {', '.join(words[1:])}" if explained else "")
     assert result.stdout == f"{line} -> {', '.join(record['files'])}\n"
     assert "狗" in (tmp_path / "out" / LOG_NAME).read_text(encoding="utf-8")
+
+
+# True classes, the gallery and the list of layers
+
+
+@pytest.fixture
+def sorted_photos(tiny, tmp_path):
+    """Photos in folders with names of classes: one that is predicted right, one that is not, and a stranger."""
+    (tmp_path / "unknown").mkdir()
+    paths = [paint(tmp_path / "unknown" / f"{seed}.png", seed) for seed in range(3)]
+    classifier = load_classifier(ckpt=tiny[0], device="cpu")
+    inputs = torch.stack([classifier.preprocess(read_photo(path)) for path in paths])
+    with torch.no_grad():
+        predicted = classifier.model(inputs).argmax(1).tolist()
+    for path, folder in ((paths[0], CLASSES[predicted[0]].upper()), (paths[1], "0")):  # 0 is never predicted
+        (tmp_path / folder).mkdir()
+        shutil.move(path, tmp_path / folder / path.name)
+    return tmp_path / CLASSES[predicted[0]].upper() / "0.png", tmp_path / "0" / "1.png", paths[2]
+
+
+def test_the_folder_tells_the_true_class_and_the_closing_line_the_accuracy(explain, sorted_photos, tmp_path):
+    right, wrong, stranger = map(str, sorted_photos)
+    result = explain("--outputs", "cam", *sorted_photos)
+    assert result.stderr.splitlines()[-1].endswith(
+        f"; accuracy 50.0 % (1 of 2); the 1 wrong ones first in {tmp_path / 'out' / 'index.html'}"
+    )
+    assert [line.count("(truth: cat)") for line in result.stdout.splitlines()] == [0, 1, 0]
+    by_image = {record["image"]: record for record in records(tmp_path / "out")}
+    assert [by_image[image].get("right") for image in (right, wrong, stranger)] == [True, False, None]
+    assert by_image[wrong]["truth"] == {"index": 0, "name": "cat"} and "truth" not in by_image[stranger]
+    again = explain("--outputs", "cam", "--skip-existing", "--no-gallery", *sorted_photos)
+    assert re.search(r"0 done, 3 skipped.*; accuracy 50.0 % \(1 of 2\)$", again.stderr)
+    assert "accuracy" not in explain("--outputs", "cam", stranger, tmp_path / "unknown").stderr
+
+
+def test_the_true_class_is_explained_and_where_it_is_predicted_only_once(explain, sorted_photos, tmp_path):
+    asked = ("--target-class", "truth", "--target-class", "predicted", "--outputs", "cam,gb", "--save-arrays")
+    result = explain(*asked, *sorted_photos)
+    assert "warning: where the folder is not named after a class" in result.stderr
+    for record, path in zip(records(tmp_path / "out"), sorted_photos, strict=True):
+        indices = [found["index"] for found in record["classes"]]
+        truth = [record["truth"]["index"]] if "truth" in record else []
+        assert indices == list(dict.fromkeys([*truth, record["prediction"]["index"]]))
+        by_index = explain(
+            *[w for i in indices for w in ("--target-class", i)], "--save-arrays", path, output=tmp_path / "b"
+        )
+        assert by_index.status == 0
+        ours, theirs = (np.load(folder / f"{path.stem}.npz") for folder in (tmp_path / "out", tmp_path / "b"))
+        for name in ("classes", "cams", "guided"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5)
+
+
+def test_only_wrong_ones_get_pictures_and_all_a_record(explain, sorted_photos, tmp_path):
+    result = explain("--only-wrong", "--target-class", "truth", "--outputs", "cam", *sorted_photos)
+    assert files_in(tmp_path / "out") == ["gradcam_cam_1_cat.jpg"]
+    assert [len(record["files"]) for record in records(tmp_path / "out")] == [0, 1, 0]
+    assert result.stdout.count("-> no files") == 2 and "3 done" in result.stderr
+    again = explain("--only-wrong", "--target-class", "truth", "--outputs", "cam", "--skip-existing", *sorted_photos)
+    assert "0 done, 3 skipped" in again.stderr
+    assert "3 done" in explain("--target-class", "truth", "--outputs", "cam", "--skip-existing", *sorted_photos).stderr
+
+
+@pytest.mark.parametrize("option", [("--only-wrong",), ("--target-class", "truth")])
+def test_without_any_true_class_what_needs_one_is_refused(explain, photo, option):
+    result = explain(*option, photo)
+    assert (result.status, result.stdout) == (2, "")
+    assert re.fullmatch(r"error: no photo's folder is named after a class \(cat, dog, .*\n", result.stderr)
+
+
+def test_a_class_that_is_really_called_truth_wins():
+    assert find_class("Truth", ["predicted", "truth"]) == 1
+    assert find_class("predicted", ["predicted", "truth"]) == 0
+    assert (find_class("truth", ["cat"]), find_class("predicted", ["cat"])) == (TRUTH, PREDICTED)
+
+
+def test_a_page_is_made_for_more_than_one_photo_and_never_over_anothers(explain, album, photo, tmp_path):
+    page = tmp_path / "out" / "index.html"
+    explain("--outputs", "cam", photo)
+    explain("--outputs", "cam", "--no-gallery", album)
+    assert not page.exists()
+    assert f"; see {page}" in explain("--outputs", "cam", "--skip-existing", album).stderr
+    assert page.read_text(encoding="utf-8").count('"state":"unknown"') == 7  # the single photo of the first run as well
+    page.write_text("my own page")
+    result = explain("--outputs", "cam", album)
+    assert (result.status, page.read_text()) == (0, "my own page")
+    assert f"warning: no page of the results: {page} is in the way" in result.stderr
+
+
+def test_layers_are_listed_with_the_size_of_their_maps(explain, tiny, tmp_path):
+    result = explain("--list-layers")
+    lines = [line.split(maxsplit=2) for line in result.stdout.splitlines()]
+    assert (result.status, files_in(tmp_path / "out")) == (0, [])
+    shapes = {}
+
+    def record(name, module, args, output):
+        if output.ndim == 4 and output[0, 0].numel() > 1 and name:
+            shapes[name] = [name, type(module).__name__, " x ".join(map(str, output.shape[1:]))]
+
+    model = copy.deepcopy(tiny[1])
+    for name, module in model.named_modules():
+        module.register_forward_hook(partial(record, name))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 64, 64))
+    default = next(line for line in lines if line[2].endswith("(default)"))
+    assert default[0] == "features"
+    default[2] = default[2].removesuffix("   (default)")
+    assert lines == list(shapes.values())
+    assert "--list-layers" in explain("--target-layer", "nope", DOG).stderr
+
+
+def test_from_python_an_output_is_drawn_as_the_program_draws_it(explain, tiny, photo, tmp_path):
+    explain("--format", "png", "--output-size", "70", photo)
+    classifier = load_classifier(ckpt=tiny[0], device="cpu")
+    seen = classifier.seen(read_photo(photo))
+    explanation = Explainer(classifier.model)(classifier.preprocess(read_photo(photo))[None])
+    for output, name in zip(OUTPUTS, THREE, strict=True):
+        drawn = draw(output, explanation, seen)
+        written = pixels(tmp_path / "out" / name.replace("jpg", "png"))
+        assert drawn.shape == seen.shape
+        enlarged = cv2.resize(drawn, written.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+        assert np.abs(enlarged - written).mean() < 8
 
 
 def test_metrics_are_those_of_each_map(explain, tiny, photo, tmp_path):
@@ -267,10 +406,10 @@ def test_a_mended_photo_and_new_ones_are_done_and_a_broken_one_is_tried_again(ex
 # Processes that end early
 
 
-def start(tiny, *words, **environment):
+def start(tiny, *words, stdout=subprocess.PIPE, **environment):
     """Start the program as a process on the small network."""
     command = [sys.executable, PROGRAM, "--ckpt", tiny[0], "--device", "cpu", "--batch-size", "1", *words]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    options = {"stdout": stdout, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     options["env"] = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", **environment}
     options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([str(word) for word in command], **options)
@@ -296,7 +435,7 @@ def crowd(folder, count):
 def test_a_killed_run_is_gone_on_with_and_ends_like_one_that_was_not_killed(explain, tiny, tmp_path, count, kills):
     folder, output, hits = crowd(tmp_path / "album", count), tmp_path / "out", 0
     for number in range(kills):
-        process = start(tiny, "--skip-existing", "--output", output, folder)
+        process = start(tiny, "--skip-existing", "--output", output, folder, stdout=subprocess.DEVNULL)
         wait_for_lines(process, output / LOG_NAME, count * (number + random.random()) / (kills + 1) + 1)
         process.kill()
         process.communicate()

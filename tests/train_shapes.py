@@ -2,7 +2,7 @@
 
     python tests/train_shapes.py                    # train, write tests/data/shapes_shufflenet_v2_x0_5.pth (minutes)
     python tests/train_shapes.py --table            # play the pointing game with all methods (minutes)
-    python tests/train_shapes.py --scenes FOLDER    # write scenes as pictures, such as for benchmark.py --metrics
+    python tests/train_shapes.py --scenes FOLDER    # write 300 scenes as pictures, in a folder for each class
 
 The pointing game (Zhang et al., "Top-down Neural Attention by Excitation Backprop", arXiv:1608.00507) counts how often
 the peak of a map lies on the shape. tests/test_truth.py holds the program to it. In percent of 300 scenes with one
@@ -22,15 +22,18 @@ right place, and only the second one what a method knows of the class: one that 
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from conftest import ROOT
 from PIL import Image
 from torch import nn
 from torchvision.models import get_model
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 from cnn_visualizations import METHODS, MORE_METHODS, Explainer, load_classifier
 
@@ -227,14 +230,14 @@ def accuracy(model, scenes):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="play the pointing game with the trained network")
-    parser.add_argument("--scenes", type=Path, metavar="FOLDER", help="write 60 scenes as pictures")
+    parser.add_argument("--scenes", type=Path, metavar="FOLDER", help="write 300 scenes, in a folder for each class")
     args = parser.parse_args()
     if args.table:
         print_table()
     elif args.scenes:
-        args.scenes.mkdir(parents=True, exist_ok=True)
-        for number, (pixels, label, _) in enumerate(held_out(60)[0]):
-            Image.fromarray(pixels).save(args.scenes / f"{number:02} {CLASSES[label]}.png")
+        for number, (pixels, label, _) in enumerate(held_out(300)[0]):
+            (args.scenes / CLASSES[label]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(args.scenes / CLASSES[label] / f"{number:03}.png")
     else:
         train()
         print(f"held-out accuracy {accuracy(load_classifier(ckpt=CKPT, device='cpu').model, held_out(1000)[0]):.3f}")
