@@ -231,7 +231,7 @@ def guided_reference(model, inputs, target):
         for place, name in ACTIVATIONS:
             patch.setattr(place, name, rectified(getattr(place, name)))
         scores = model.double()(inputs)
-    guided = torch.autograd.grad(scores[:, target].sum(), inputs)[0].float().numpy()
+    guided = torch.autograd.grad(scores[:, target].sum(), inputs)[0].numpy()
     model.float()  # the float32 values come back exactly
     return guided
 
