@@ -220,8 +220,7 @@ def add_other_options(parser: Parser) -> None:
     add("--alpha", type=number(float, 0, 1), default=0.5, metavar="A", help="Opacity of the heatmap. Default: 0.5.")
     add("--format", type=str.lower, choices=("jpg", "png", "webp"), default="jpg", help="Default: jpg.")
     add("--quality", type=number(int, 1, 100), default=98, metavar="Q", help="Of jpg and webp. Default: 98.")
-    text = "Skip photos that an earlier run with the same options has finished."
-    add("--skip-existing", action="store_true", help=text)
+    add("--skip-existing", action="store_true", help="Skip what an earlier run with the same options has finished.")
     text = "Only of photos whose prediction is not the class that their folder is named after; the log has all."
     add("--only-wrong", action="store_true", help=text)
     add("--no-gallery", action="store_false", dest="gallery", help="No index.html, the page of all results.")
@@ -1890,8 +1889,7 @@ def write_gallery(folder: Path) -> Path | None:
                 items[record.get("source", record["image"]), record["method"]] = page_item(record)
     if not items:
         return None
-    ours = page.is_file() and b"made by cnn_visualizations.py" in page.read_bytes()[:300]
-    if os.path.lexists(page) and not ours:
+    if os.path.lexists(page) and not (page.is_file() and b"made by cnn_visualizations.py" in page.read_bytes()[:300]):
         raise FileExistsError(f"{page} is in the way: it was not made by this program")
     by_path = sorted(items.values(), key=lambda item: re.sub(r"\d+", lambda digits: digits[0].zfill(12), item["path"]))
     text = json.dumps([folder.resolve().name, by_path], ensure_ascii=False, separators=(",", ":"))
