@@ -497,21 +497,6 @@ def test_lines_that_are_not_ours_stay_and_do_no_harm(explain, tmp_path, content)
     assert "0 done, 1 skipped, 0 failed" in explain(*options, output=folder).stderr
 
 
-def test_pictures_that_the_former_program_logged_are_known_as_ours(explain, tmp_path, monkeypatch):
-    """Its records have no `output_stem`, and paths of files as they were from the folder of that run."""
-    monkeypatch.chdir(tmp_path)
-    paint(tmp_path / "album" / "1.png", 1)
-    before = [paint(tmp_path / "album" / name, 7).read_bytes() for name in THREE]
-    record = {"image": "album/1.png", "method": "gradcam", "class": {"index": 3}, "options": "c6e1bb1d"}
-    record["files"] = [f"album/{name}" for name in THREE]
-    (tmp_path / "album" / LOG_NAME).write_text(json.dumps(record) + "\n", encoding="utf-8")
-    result = explain("--skip-existing", "album", output="album")
-    assert (result.status, len(result.stdout.splitlines())) == (0, 1)
-    assert files_in(tmp_path / "album") == sorted(["1.png", *THREE])
-    after = [(tmp_path / "album" / name).read_bytes() for name in THREE]
-    assert all(new != old for new, old in zip(after, before, strict=True))
-
-
 def put(kind, place):
     """Put something of the user's where the program would write. Return a function that tells if it is still so."""
     place.parent.mkdir(exist_ok=True)

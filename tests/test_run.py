@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from functools import partial
 
@@ -48,7 +47,6 @@ from cnn_visualizations import (
     faithfulness,
     find_class,
     load_classifier,
-    prefetch,
     read_photo,
 )
 
@@ -678,36 +676,6 @@ def test_torchrun_shares_the_photos_and_a_broken_one_does_not_end_the_others(exp
 
 
 # Memory and order
-
-
-def test_prefetch_keeps_the_order_and_takes_no_item_before_there_is_room():
-    taken, threads = [], set()
-
-    def work(item):
-        threads.add(threading.get_ident())
-        time.sleep(0.001 * (item % 3))
-        return item * item
-
-    results = prefetch(work, (taken.append(n) or n for n in range(100)), 4, 3)
-    for number in range(50):
-        assert next(results) == number * number
-        assert number < len(taken) <= number + 5
-    results.close()
-    assert (len(taken) <= 55, len(threads) > 1) == (True, True)
-
-
-def test_prefetch_raises_errors_in_their_place():
-    def items():
-        yield from (1, 2)
-        raise KeyError("after the second")
-
-    for results, expected, error in (
-        (prefetch(lambda number: 1 // number, [1, 0, 1], 2, 1), [1], ZeroDivisionError),
-        (prefetch(abs, items(), 9, 2), [1, 2], KeyError),
-    ):
-        assert [next(results) for _ in expected] == expected
-        with pytest.raises(error):
-            next(results)
 
 
 @pytest.mark.slow
