@@ -635,8 +635,26 @@ def test_weights_of_another_network_are_refused_with_their_number_of_parameters(
     assert re.search(r"fits no torchvision classifier.*--arch resnet18\b", message)
 
 
-FOUND_BY_BACKBONE = [f"{name}_resnet50_fpn" for name in ("fasterrcnn", "retinanet")] + ["fcn_resnet50"]
-NOT_FOUND = ["ssd300_vgg16", *(f"{name}_mobilenet_v3_large" for name in ("lraspp", "deeplabv3"))]
+OTHER_TASKS = ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fcn_resnet50", "ssd300_vgg16"]
+OTHER_TASKS += ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"]
+
+
+@pytest.mark.parametrize("arch", OTHER_TASKS)
+def test_a_network_for_another_task_is_named_as_such(arch, saved):
+    with torch.device("meta"):
+        state = get_model(arch, weights=None, weights_backbone=None).state_dict()
+    state = {key: torch.zeros(tensor.shape) for key, tensor in state.items()}
+    assert "it looks like a detector or segmentation network" in refusal(saved(state))
+
+
+@pytest.mark.parametrize("size", [48, 96])
+def test_a_vit_takes_the_size_that_its_position_embedding_has_and_no_other(size, saved):
+    with torch.device("meta"):
+        model = get_model("vit_b_16", weights=None, num_classes=3, image_size=size)
+    state = {key: torch.zeros(tensor.shape) for key, tensor in model.state_dict().items()}
+    assert load(saved(state)).input_size == size
+    for fault in (refusal(saved(state), input_size=224), refusal(saved({"state_dict": state, "input_size": 224}))):
+        assert re.search(f"takes inputs of {size} x {size} pixels only, not .*input.size 224", fault)
 
 
 # All of torchvision's architectures
@@ -831,6 +849,20 @@ FAILING = {
     "x": "tensor of 1 x 3 x 64 x 64",
     "self.cnn(x.mean(1, keepdim=True))": "channels",
 }
+
+
+@pytest.mark.parametrize("result", FAILING)
+def test_a_forward_that_fails_or_returns_no_logits_shows_the_error_itself(result, own, saved):
+    fault = refusal(saved({"state_dict": own_state(), "input_size": 64}), arch=own(result))
+    assert FAILING[result] in fault
+    assert ("pass another --input-size" in fault) == ("RuntimeError" in FAILING[result])
+    assert ("for grey photos" in fault) == (FAILING[result] == "channels")
+
+
+def test_of_an_embedding_and_logits_those_with_the_number_of_classes_are_taken(own, saved):
+    path, arch = saved(own_state()), own("(embedding, self.head(embedding))")
+    assert "or pass --num-classes" in refusal(path, arch=arch)
+    assert len(load(path, arch=arch, num_classes=2).class_names) == 2
 
 
 @pytest.mark.parametrize("text", ["def Net(): return 5", "def Net(): 1 / 0", "raise SystemExit(3)", "def other(): 0"])
