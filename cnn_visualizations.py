@@ -394,6 +394,7 @@ def start() -> argparse.Namespace:
 
 if __name__ == "__main__":
     ARGS = start()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow the others down
     sys.excepthook = report_crash
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
 import copy
@@ -2178,8 +2179,7 @@ def load_job(args: argparse.Namespace, local_rank: int | None) -> Job:
 
 def read_item(entry: tuple[str, str, str], job: Job) -> Item:
     """Read a photo, and keep only what is needed further on, so that large photos do not pile up in memory."""
-    item = Item(*entry)
-    item.truth = true_class(item.path, job.classifier.class_names)
+    item = Item(*entry, truth=true_class(entry[0], job.classifier.class_names))
     try:
         photo = read_photo(item.path)
         height, width = photo.shape[:2]

@@ -462,6 +462,7 @@ def test_control_c_ends_with_130_and_what_was_printed_is_whole(explain, tiny, tm
     logged = last_records(output)
     assert all(pixels(file).std() > 0 for image in printed for file in logged[image, "gradcam"]["files"])
     assert not any(".part-" in name for name in files_in(output))
+    assert (output / "index.html").read_text(encoding="utf-8").count('"state":"') >= len(printed)
     done, skipped, failed = tally(explain("--skip-existing", "--batch-size", "1", folder))
     assert (done + skipped, skipped >= len(printed), failed) == (57, True, 3)
 
