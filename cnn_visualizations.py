@@ -221,8 +221,7 @@ def add_other_options(parser: Parser) -> None:
     add("--format", type=str.lower, choices=("jpg", "png", "webp"), default="jpg", help="Default: jpg.")
     add("--quality", type=number(int, 1, 100), default=98, metavar="Q", help="Of jpg and webp. Default: 98.")
     add("--skip-existing", action="store_true", help="Skip what an earlier run with the same options has finished.")
-    text = "Only of photos whose prediction is not the class that their folder is named after; the log has all."
-    add("--only-wrong", action="store_true", help=text)
+    add("--only-wrong", action="store_true", help="Pictures only where the prediction is not the class of the folder.")
     add("--no-gallery", action="store_false", dest="gallery", help="No index.html, the page of all results.")
     add("--list-layers", action="store_true", help="Print the layers with the size of their maps, and end.")
 
