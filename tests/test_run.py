@@ -660,22 +660,6 @@ def test_the_processes_of_torchrun_share_a_folder_and_another_number_goes_on(
     assert len(records(tmp_path / "out")) == 6 + 2
 
 
-@posix
-def test_torchrun_shares_the_photos_and_a_broken_one_does_not_end_the_others(explain, tiny, tmp_path):
-    folder, output = crowd(tmp_path / "album", 39), tmp_path / "out"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", PROGRAM]
-    words = [*launcher, "--ckpt", tiny[0], "--device", "cpu", "--output", output, folder]
-    environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.run([str(w) for w in words], capture_output=True, encoding="utf-8", env=environment)
-    assert (process.returncode, process.stdout.count("\n")) == (0, 36), process.stderr
-    assert process.stderr.count("squeezenet1_1 (") == 1  # what is assumed, once
-    counts = re.findall(r"(\d+) done, 0 skipped, (\d+) failed by process \d of 2 in", process.stderr)
-    assert sorted(int(done) + int(failed) for done, failed in counts) == [19, 20]
-    explain(folder, output=tmp_path / "alone")
-    assert_same_outcome(output, tmp_path / "alone")
-    assert len(records(output)) == 39
-
-
 # Memory and order
 
 
