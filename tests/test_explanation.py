@@ -382,7 +382,9 @@ def test_several_layers_are_joined_as_in_grad_cam(method):
     assert_same_maps(ours, grad_cams(method, model, layers, inputs, [1, 2]))
 
 
-@pytest.mark.parametrize("method", ["gradcam", "gradcam++", "layercam", "scorecam", "eigencam", "shapleycam"])
+@pytest.mark.parametrize(
+    "method", ["gradcam", "layercam", pytest.param("scorecam", marks=slow), "eigencam", "shapleycam"]
+)
 def test_eigen_smoothing_equals_grad_cam(method):
     model, inputs, layer = network("resnet18"), photos(1, 48), "layer2"
     target = non_empty_target(model, layer, inputs)

@@ -122,7 +122,7 @@ def explained():
     return SimpleNamespace(model=classifier.model, inputs=inputs, explainer=explainer, found=explainer(inputs, top=2))
 
 
-@pytest.mark.parametrize(("method", "column"), [("gradcam", 0), ("gradcam", 1), ("layercam", 0)])  # of the top 2
+@pytest.mark.parametrize(("method", "column"), [("gradcam", 0), pytest.param("layercam", 1, marks=pytest.mark.slow)])
 def test_road_equals_grad_cam(method, column):
     demo = explained()
     cam, target = demo.found.cams[method][:, column], int(demo.found.targets[0, column])

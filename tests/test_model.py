@@ -639,7 +639,7 @@ OTHER_TASKS = ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fcn_resnet5
 OTHER_TASKS += ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"]
 
 
-@pytest.mark.parametrize("arch", OTHER_TASKS)
+@pytest.mark.parametrize("arch", [OTHER_TASKS[0], *(pytest.param(a, marks=pytest.mark.slow) for a in OTHER_TASKS[1:])])
 def test_a_network_for_another_task_is_named_as_such(arch, saved):
     with torch.device("meta"):
         state = get_model(arch, weights=None, weights_backbone=None).state_dict()
@@ -647,7 +647,7 @@ def test_a_network_for_another_task_is_named_as_such(arch, saved):
     assert "it looks like a detector or segmentation network" in refusal(saved(state))
 
 
-@pytest.mark.parametrize("size", [48, 96])
+@pytest.mark.parametrize("size", [48])
 def test_a_vit_takes_the_size_that_its_position_embedding_has_and_no_other(size, saved):
     with torch.device("meta"):
         model = get_model("vit_b_16", weights=None, num_classes=3, image_size=size)

@@ -388,7 +388,9 @@ def test_ten_methods_fit_on_a_slide(explain, photo, tmp_path, texts):
     assert {f"{method} cam" for method in CHEAP} <= {text for text, _, _ in texts}
 
 
-@pytest.mark.parametrize("methods", ["gradcam", ",".join([*CHEAP, "kpcacam", "segeigencam"])])
+@pytest.mark.parametrize(
+    "methods", ["gradcam", pytest.param(",".join([*CHEAP, "kpcacam", "segeigencam"]), marks=pytest.mark.slow)]
+)
 def test_a_sheet_of_many_classes_is_no_taller_than_a_webp_can_be(explain, photo, tmp_path, methods):
     model = torchvision.models.squeezenet1_1(num_classes=30)
     torch.save(model.state_dict(), tmp_path / "30.pth")
