@@ -2363,7 +2363,7 @@ def run(args: argparse.Namespace) -> int:
                 tally[save_item(item, args, log)] += 1
     except KeyboardInterrupt:
         interrupted = True
-    if interrupted or len(mine) > len(todo) or len(todo) > 1:
+    if interrupted or len(mine) > len(todo) or len(args.photos) > 1:
         of_processes = f" by process {rank} of {world_size}" if world_size > 1 else ""
         counts = f"{tally['done']} done, {tally['skipped']} skipped, {tally['failed']} failed"
         go_on = "; stopped, the same command with --skip-existing goes on" if interrupted else ""
