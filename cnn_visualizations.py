@@ -33,13 +33,26 @@ from typing import Any, NoReturn
 # 1  Command line. Only the standard library, so that --help and a mistyped option do not wait for torch.
 # ---------------------------------------------------------------------------------------------------------------------
 
-METHODS = ("gradcam", "scorecam", "gradcam++", "ablationcam", "xgradcam", "eigencam", "eigengradcam")
+METHODS = (
+    "gradcam",
+    "scorecam",
+    "gradcam++",
+    "ablationcam",
+    "xgradcam",
+    "eigencam",
+    "eigengradcam",
+)
 MORE_METHODS = (
     *("hirescam", "layercam", "gradcamelementwise", "fullgrad", "fem", "kpcacam"),
     *("shapleycam", "finercam", "segeigencam", "randomcam", "refinecam"),
 )
 OUTPUTS = ("cam", "gb", "cam_gb")
-SYNONYMS = {"--model": "--arch", "--cuda": "--device cuda", "--weights": "--ckpt", "--checkpoint": "--ckpt"}
+SYNONYMS = {
+    "--model": "--arch",
+    "--cuda": "--device cuda",
+    "--weights": "--ckpt",
+    "--checkpoint": "--ckpt",
+}
 EXAMPLES = """\
 examples:
   python cnn_visualizations.py --ckpt best.pth --class-names cat,dog 33.jpg
@@ -47,7 +60,9 @@ examples:
 """
 
 
-class CallError(ValueError, argparse.ArgumentTypeError):  # argparse prints the message of an ArgumentTypeError
+class CallError(
+    ValueError, argparse.ArgumentTypeError
+):  # argparse prints the message of an ArgumentTypeError
     """The call cannot be carried out. The message is one line that says what to do. Exit status 2."""
 
 
@@ -57,7 +72,11 @@ class PhotoError(ValueError):
 
 def print_line(text: str, stream: Any = None) -> None:
     """Print one line, on stdout by default; control characters, as in a file name, are escaped."""
-    print("".join(c if c.isprintable() or c == " " else repr(c)[1:-1] for c in text), file=stream, flush=True)
+    print(
+        "".join(c if c.isprintable() or c == " " else repr(c)[1:-1] for c in text),
+        file=stream,
+        flush=True,
+    )
 
 
 @functools.cache
@@ -106,14 +125,18 @@ def three_numbers(low: float) -> Callable[[str], list[float]]:
     return parse
 
 
-def names_from(known: Sequence[str], kind: str, everything: Sequence[str]) -> Callable[[str], list[str]]:
+def names_from(
+    known: Sequence[str], kind: str, everything: Sequence[str]
+) -> Callable[[str], list[str]]:
     """Return an option type: known names with commas between them, or "all"."""
 
     def parse(text: str) -> list[str]:
         names = [name.strip().lower() for name in text.split(",") if name.strip()] or [""]
         for name in names if names != ["all"] else ():
             if name not in known:
-                raise CallError(f"unknown {kind} '{name}'{closest(name, known)} (known: {', '.join(known)})")
+                raise CallError(
+                    f"unknown {kind} '{name}'{closest(name, known)} (known: {', '.join(known)})"
+                )
         return names if names != ["all"] else list(everything)
 
     return parse
@@ -130,7 +153,13 @@ def existing_file(text: str) -> Path:
     """The path of a file that exists and is not empty."""
     path = Path(some_text(text))
     if not path.is_file() or path.stat().st_size == 0:
-        fault = "is a folder, not a file" if path.is_dir() else "is empty" if path.exists() else "no such file"
+        fault = (
+            "is a folder, not a file"
+            if path.is_dir()
+            else "is empty"
+            if path.exists()
+            else "no such file"
+        )
         raise CallError(f"{text}: {fault}")
     return path
 
@@ -143,7 +172,9 @@ def class_names(text: str) -> list[str]:
         lines = [line.strip() for line in content.splitlines() if line.strip()]
         return ordered_names(json.loads(content) if content.lstrip()[:1] in ("[", "{") else lines)
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CallError(f"{text}: not class names in UTF-8, one a line or as JSON: {first_line(error)}") from error
+        raise CallError(
+            f"{text}: not class names in UTF-8, one a line or as JSON: {first_line(error)}"
+        ) from error
 
 
 def ordered_names(classes: Any) -> list[str]:
@@ -152,12 +183,19 @@ def ordered_names(classes: Any) -> list[str]:
     Raises ValueError or TypeError: anything else.
     """
     if isinstance(classes, Mapping):
-        by_index = {v if isinstance(v, int) else int(k): k if isinstance(v, int) else v for k, v in classes.items()}
+        by_index = {
+            v if isinstance(v, int) else int(k): k if isinstance(v, int) else v
+            for k, v in classes.items()
+        }
         if len(by_index) < len(classes) or sorted(by_index) != list(range(len(by_index))):
             raise ValueError("the indices are not 0, 1, 2 ...")
         classes = [by_index[index] for index in range(len(by_index))]
     names = [name[-1] if isinstance(name, (list, tuple)) and name else name for name in classes]
-    if isinstance(classes, str) or not names or not all(isinstance(name, (str, int, float)) for name in names):
+    if (
+        isinstance(classes, str)
+        or not names
+        or not all(isinstance(name, (str, int, float)) for name in names)
+    ):
         raise ValueError("neither a list nor a dict of names")
     return [str(name) for name in names]
 
@@ -178,12 +216,22 @@ def add_network_options(parser: Parser) -> None:
     add("--arch", type=some_text, metavar="NAME", help=text)
     text = "Your checkpoint: .pth, .pt, .ckpt or .safetensors. Default: torchvision's ImageNet weights are downloaded."
     add("--ckpt", type=existing_file, metavar="FILE", help=text)
-    add("--num-classes", type=number(int, 1, 10**6), metavar="N", help="How many classes. Default: the checkpoint's.")
+    add(
+        "--num-classes",
+        type=number(int, 1, 10**6),
+        metavar="N",
+        help="How many classes. Default: the checkpoint's.",
+    )
     text = "Class names in the order of training: cat,dog or a file, one a line or JSON. Default: the checkpoint's."
     add("--class-names", type=class_names, metavar="NAMES", help=text)
     text = "cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. Default: the CUDA GPU if there is one, else the CPU."
     add("--device", type=some_text, metavar="NAME", help=text)
-    add("--batch-size", type=number(int, 1, 4096), metavar="N", help="Photos at once. Default: GPU 32, CPU 2.")
+    add(
+        "--batch-size",
+        type=number(int, 1, 4096),
+        metavar="N",
+        help="Photos at once. Default: GPU 32, CPU 2.",
+    )
     add = parser.add_argument_group("what the network sees").add_argument
     text = "Side of the network's square input. Default: the checkpoint's entry, else torchvision's preset."
     add("--input-size", type=number(int, 8, 4096), metavar="PX", help=text)
@@ -191,7 +239,12 @@ def add_network_options(parser: Parser) -> None:
     add("--resize", type=str.lower, choices=("crop", "squash"), default="crop", help=text)
     text = "Mean that is subtracted, R,G,B from 0 to 1 or to 255, or one number. ToTensor() alone: --mean 0 --std 1."
     add("--mean", type=three_numbers(0), metavar="R,G,B", help=text)
-    add("--std", type=three_numbers(1e-6), metavar="R,G,B", help="Standard deviation that is divided by, likewise.")
+    add(
+        "--std",
+        type=three_numbers(1e-6),
+        metavar="R,G,B",
+        help="Standard deviation that is divided by, likewise.",
+    )
 
 
 def add_other_options(parser: Parser) -> None:
@@ -201,34 +254,131 @@ def add_other_options(parser: Parser) -> None:
     parse = names_from((*METHODS, *MORE_METHODS), "method", METHODS)
     add("--method", type=parse, action="extend", metavar="LIST", dest="methods", help=text)
     text = "Layer to explain, such as layer4; repeat it to average several. Default: the last with a spatial map."
-    add("--target-layer", type=some_text, action="append", metavar="NAME", dest="target_layers", help=text)
+    add(
+        "--target-layer",
+        type=some_text,
+        action="append",
+        metavar="NAME",
+        dest="target_layers",
+        help=text,
+    )
     text = "Class to explain: name, index, truth or predicted; repeat it for several. Default: each photo's prediction."
-    add("--target-class", type=some_text, action="append", metavar="CLASS", dest="target_classes", help=text)
-    add("--top-k", type=number(int, 1, 10**6), metavar="N", help="Explain the N classes of highest probability.")
-    add("--aug-smooth", action="store_true", help="Average over six variants of the photo: smoother, six times slower.")
-    add("--eigen-smooth", action="store_true", help="Take the first principal component over the channels: less noise.")
-    add("--metrics", action="store_true", help="Measure each map: average drop, increase, deletion, insertion, ROAD.")
+    add(
+        "--target-class",
+        type=some_text,
+        action="append",
+        metavar="CLASS",
+        dest="target_classes",
+        help=text,
+    )
+    add(
+        "--top-k",
+        type=number(int, 1, 10**6),
+        metavar="N",
+        help="Explain the N classes of highest probability.",
+    )
+    add(
+        "--aug-smooth",
+        action="store_true",
+        help="Average over six variants of the photo: smoother, six times slower.",
+    )
+    add(
+        "--eigen-smooth",
+        action="store_true",
+        help="Take the first principal component over the channels: less noise.",
+    )
+    add(
+        "--metrics",
+        action="store_true",
+        help="Measure each map: average drop, increase, deletion, insertion, ROAD.",
+    )
     add = parser.add_argument_group("the files").add_argument
-    add("--output", type=some_text, default="out", metavar="FOLDER", help="Where the files go. Default: out.")
+    add(
+        "--output",
+        type=some_text,
+        default="out",
+        metavar="FOLDER",
+        help="Where the files go. Default: out.",
+    )
     text = "Which pictures: cam, gb, cam_gb. Default: all three. cam alone is the fastest."
-    add("--outputs", type=names_from(OUTPUTS, "output", OUTPUTS), action="extend", metavar="LIST", help=text)
+    add(
+        "--outputs",
+        type=names_from(OUTPUTS, "output", OUTPUTS),
+        action="extend",
+        metavar="LIST",
+        help=text,
+    )
     text = "Long side of the pictures. Default: the photo's own resolution, at most 1024."
     add("--output-size", type=number(int, 16, 8192), metavar="PX", help=text)
-    add("--sheet", action="store_true", help="Also write one picture with all methods and classes of a photo.")
-    add("--save-arrays", action="store_true", help="Also write maps, gradients and logits as NumPy's .npz.")
-    add("--colormap", type=some_text, default="jet", metavar="NAME", help="OpenCV's: jet (default), turbo, viridis ...")
-    add("--alpha", type=number(float, 0, 1), default=0.5, metavar="A", help="Opacity of the heatmap. Default: 0.5.")
-    add("--format", type=str.lower, choices=("jpg", "png", "webp"), default="jpg", help="Default: jpg.")
-    add("--quality", type=number(int, 1, 100), default=98, metavar="Q", help="Of jpg and webp. Default: 98.")
-    add("--skip-existing", action="store_true", help="Skip what an earlier run with the same options has finished.")
-    add("--only-wrong", action="store_true", help="Pictures only where the prediction is not the class of the folder.")
-    add("--no-gallery", action="store_false", dest="gallery", help="No index.html, the page of all results.")
-    add("--list-layers", action="store_true", help="Print the layers with the size of their maps, and end.")
+    add(
+        "--sheet",
+        action="store_true",
+        help="Also write one picture with all methods and classes of a photo.",
+    )
+    add(
+        "--save-arrays",
+        action="store_true",
+        help="Also write maps, gradients and logits as NumPy's .npz.",
+    )
+    add(
+        "--colormap",
+        type=some_text,
+        default="jet",
+        metavar="NAME",
+        help="OpenCV's: jet (default), turbo, viridis ...",
+    )
+    add(
+        "--alpha",
+        type=number(float, 0, 1),
+        default=0.5,
+        metavar="A",
+        help="Opacity of the heatmap. Default: 0.5.",
+    )
+    add(
+        "--format",
+        type=str.lower,
+        choices=("jpg", "png", "webp"),
+        default="jpg",
+        help="Default: jpg.",
+    )
+    add(
+        "--quality",
+        type=number(int, 1, 100),
+        default=98,
+        metavar="Q",
+        help="Of jpg and webp. Default: 98.",
+    )
+    add(
+        "--skip-existing",
+        action="store_true",
+        help="Skip what an earlier run with the same options has finished.",
+    )
+    add(
+        "--only-wrong",
+        action="store_true",
+        help="Pictures only where the prediction is not the class of the folder.",
+    )
+    add(
+        "--no-gallery",
+        action="store_false",
+        dest="gallery",
+        help="No index.html, the page of all results.",
+    )
+    add(
+        "--list-layers",
+        action="store_true",
+        help="Print the layers with the size of their maps, and end.",
+    )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line as a namespace. Raises SystemExit: 0 after --help, 2 where an option is wrong."""
-    parser = Parser("cnn_visualizations.py", description=__doc__.splitlines()[0], epilog=EXAMPLES, allow_abbrev=False)
+    parser = Parser(
+        "cnn_visualizations.py",
+        description=__doc__.splitlines()[0],
+        epilog=EXAMPLES,
+        allow_abbrev=False,
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     text = "Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders, patterns, or - to read paths from standard input."
     parser.add_argument("images", nargs="*", metavar="IMAGE", help=text)
@@ -288,7 +438,9 @@ def find_photos(inputs: Sequence[str]) -> list[tuple[str, str]]:
     """
     common = ""
     with contextlib.suppress(ValueError):  # no folder, or two drives of Windows
-        common = os.path.commonpath([os.path.abspath(name) for name in inputs if os.path.isdir(name)])
+        common = os.path.commonpath(
+            [os.path.abspath(name) for name in inputs if os.path.isdir(name)]
+        )
     found: dict[str, tuple[str, str]] = {}
     for name in inputs:
         if name == "-":
@@ -297,13 +449,21 @@ def find_photos(inputs: Sequence[str]) -> list[tuple[str, str]]:
             photos = list(walk(os.path.normpath(name), common))
             if not photos:
                 warn(f"{name}: no photos in it (looked for {' '.join(SUFFIXES)})")
-        elif glob.has_magic(name) and not os.path.lexists(name):  # a shell that leaves patterns to the program
+        elif glob.has_magic(name) and not os.path.lexists(
+            name
+        ):  # a shell that leaves patterns to the program
             files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True))) or [name]
-            photos = [(f, "") for f in files if os.path.basename(f) not in logged_names(os.path.dirname(f))]
+            photos = [
+                (f, "")
+                for f in files
+                if os.path.basename(f) not in logged_names(os.path.dirname(f))
+            ]
         else:
             photos = [(name, "")]
         for path, folder in photos:
-            found.setdefault(os.path.abspath(path), (path if "://" in path else str(Path(path)), folder))
+            found.setdefault(
+                os.path.abspath(path), (path if "://" in path else str(Path(path)), folder)
+            )
     if not found:
         raise CallError(f"no photos in {', '.join(inputs)}")
     return list(found.values())
@@ -316,27 +476,45 @@ def walk(top: str, common: str) -> Iterator[tuple[str, str]]:
     ImageFolder does, but no folder is read twice.
     """
     visited, unread = set(), 0
-    written: dict[str, frozenset[str]] = {}  # folder -> names of our own pictures in it and below it
-    for folder, inner, files in os.walk(top, True, lambda e: warn(f"{e.filename}: cannot be listed"), True):
+    written: dict[
+        str, frozenset[str]
+    ] = {}  # folder -> names of our own pictures in it and below it
+    for folder, inner, files in os.walk(
+        top, True, lambda e: warn(f"{e.filename}: cannot be listed"), True
+    ):
         absolute, real = os.path.abspath(folder), os.path.realpath(folder)
-        inner[:] = sorted(name for name in inner if not name.startswith(".") and real not in visited)
+        inner[:] = sorted(
+            name for name in inner if not name.startswith(".") and real not in visited
+        )
         written[folder] = written.get(os.path.dirname(folder), frozenset()) | logged_names(folder)
-        mirrored = os.path.relpath(absolute, common) if common else os.path.splitdrive(absolute)[1].lstrip("\\/")
-        for name in sorted(name for name in files if not name.startswith(".") and real not in visited):
+        mirrored = (
+            os.path.relpath(absolute, common)
+            if common
+            else os.path.splitdrive(absolute)[1].lstrip("\\/")
+        )
+        for name in sorted(
+            name for name in files if not name.startswith(".") and real not in visited
+        ):
             unread += name.lower().endswith(NOT_READ)
             if name.lower().endswith(SUFFIXES) and name not in written[folder]:
                 yield os.path.join(folder, name), "" if mirrored == "." else mirrored
         visited.add(real)
     if unread:
-        warn(f"{top}: {unread} photos left out, {' '.join(NOT_READ)} cannot be read; convert them to JPEG")
+        warn(
+            f"{top}: {unread} photos left out, {' '.join(NOT_READ)} cannot be read; convert them to JPEG"
+        )
 
 
 @functools.cache
 def logged_names(folder: str) -> frozenset[str]:
     """Return the names of the files that the log in a folder lists: our own pictures, which are not photos."""
     path = os.path.join(folder, LOG_NAME)
-    with open(path if os.path.isfile(path) else os.devnull, encoding="utf-8", errors="backslashreplace") as lines:
-        return frozenset(os.path.basename(file) for line in lines for file in parse_record(line).get("files", ()))
+    with open(
+        path if os.path.isfile(path) else os.devnull, encoding="utf-8", errors="backslashreplace"
+    ) as lines:
+        return frozenset(
+            os.path.basename(file) for line in lines for file in parse_record(line).get("files", ())
+        )
 
 
 def parse_record(line: str | bytes) -> dict[str, Any]:
@@ -344,7 +522,11 @@ def parse_record(line: str | bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
         files = record.setdefault("files", [])
-        texts = (record["image"], record["method"], *(record.get(k, "") for k in ("options", "output_stem", "source")))
+        texts = (
+            record["image"],
+            record["method"],
+            *(record.get(k, "") for k in ("options", "output_stem", "source")),
+        )
         return record if all(isinstance(text, str) for text in (*texts, *files)) else {}
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return {}
@@ -355,7 +537,9 @@ def report_crash(kind: type[BaseException], error: BaseException, trace: Any) ->
     message = f"memory, threads or open files do not suffice ({first_line(error)}); see ulimit -a"
     if issubclass(kind, ModuleNotFoundError):
         message = f"{first_line(error)}; run: pip install -r requirements.txt"
-    elif not issubclass(kind, (MemoryError, OSError, ImportError)) and not re.search("thread|allocate", str(error)):
+    elif not issubclass(kind, (MemoryError, OSError, ImportError)) and not re.search(
+        "thread|allocate", str(error)
+    ):
         return sys.__excepthook__(kind, error, trace)
     print_line(f"error: {message}", sys.stderr)
 
@@ -369,7 +553,9 @@ def start() -> argparse.Namespace:
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
         # a name that the terminal cannot show, or that is not UTF-8, does not end the run
-        getattr(sys, name).reconfigure(errors="surrogateescape" if mode == "r" else "backslashreplace")
+        getattr(sys, name).reconfigure(
+            errors="surrogateescape" if mode == "r" else "backslashreplace"
+        )
     args, status = parse_args(), 2
     args.photos = []
     if args.list_layers:
@@ -380,12 +566,17 @@ def start() -> argparse.Namespace:
         if len(faults) < len(args.photos):
             args.output.mkdir(parents=True, exist_ok=True)
             log = args.output / LOG_NAME
-            args.log_size = log.stat().st_size if log.is_file() else 0  # now, before torch's seconds
+            args.log_size = (
+                log.stat().st_size if log.is_file() else 0
+            )  # now, before torch's seconds
             return args
     except CallError as error:
         faults = [str(error)]
     except OSError as error:
-        faults, status = [f"--output {args.output}: cannot write there: {error.strerror or error}"], 2
+        faults, status = (
+            [f"--output {args.output}: cannot write there: {error.strerror or error}"],
+            2,
+        )
     for fault in faults:
         print_line(f"error: {fault}", sys.stderr)
     sys.exit(status)
@@ -393,7 +584,9 @@ def start() -> argparse.Namespace:
 
 if __name__ == "__main__":
     ARGS = start()
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow the others down
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "passive"
+    )  # threads that spin while they wait slow the others down
     sys.excepthook = report_crash
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
 import copy
@@ -447,19 +640,27 @@ def read_photo(path: str | Path) -> Picture:
             width, height = image.size
             limit = MAX_DEEP_PIXELS if image.mode[0] in "IF" else MAX_PIXELS  # I;16, I, F
             if width * height > limit:
-                raise PhotoError(f"{path}: {width} x {height} pixels, at most {limit // 10**6} million can be read")
+                raise PhotoError(
+                    f"{path}: {width} x {height} pixels, at most {limit // 10**6} million can be read"
+                )
             if not MIN_SIDE <= min(width, height) >= max(width, height) / LONGEST_STRIP:
-                raise PhotoError(f"{path}: {width} x {height} pixels, too thin (at least {MIN_SIDE}, up to 100 : 1)")
+                raise PhotoError(
+                    f"{path}: {width} x {height} pixels, too thin (at least {MIN_SIDE}, up to 100 : 1)"
+                )
             with DECODING if width * height > limit / 5 else contextlib.nullcontext():
                 image.load()
                 image.getexif()
-                image.info.pop("exif", None)  # or exif_transpose writes it anew, where odd entries fail
+                image.info.pop(
+                    "exif", None
+                )  # or exif_transpose writes it anew, where odd entries fail
                 ImageOps.exif_transpose(image, in_place=True)
                 return np.asarray(to_rgb(image))
     except PhotoError:
         raise
     except Exception as error:  # decoders raise nearly anything on a hostile file, from struct.error to MemoryError
-        raise PhotoError(f"{path}: cannot be read: {first_line(error)}; convert it to JPEG or PNG") from error
+        raise PhotoError(
+            f"{path}: cannot be read: {first_line(error)}; convert it to JPEG or PNG"
+        ) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -475,7 +676,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3  Model. Names and files become a classifier that knows its preprocessing and its classes.
+# 4  Model. Names and files become a classifier that knows its preprocessing and its classes.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -498,7 +699,11 @@ def import_torchvision() -> types.ModuleType:
 
 torchvision = import_torchvision()
 ARCHITECTURES = tuple(torchvision.models.list_models(module=torchvision.models))
-COMPUTED = ("num_batches_tracked", "relative_position_index", "relative_coords_table")  # the network comes with these
+COMPUTED = (
+    "num_batches_tracked",
+    "relative_position_index",
+    "relative_coords_table",
+)  # the network comes with these
 OWN_NETWORK = "give a network of your own by --arch net.py:build"
 PREDICTED, TRUTH = -1, -2  # classes to explain that differ from photo to photo
 
@@ -514,18 +719,30 @@ class Classifier:
     class_names: tuple[str, ...]  # one for each output
     preset: Any  # torchvision's preprocessing: PIL image -> float32 (3, S, S), normalised
     device: torch.device
-    squash: bool = False  # whether the network sees the whole photo (True) or the central square (False)
-    origins: Mapping[str, str] = field(default_factory=dict)  # where arch, classes, input ... come from
+    squash: bool = (
+        False  # whether the network sees the whole photo (True) or the central square (False)
+    )
+    origins: Mapping[str, str] = field(
+        default_factory=dict
+    )  # where arch, classes, input ... come from
 
     def __repr__(self) -> str:
         return f"Classifier({self.describe()})"
 
     def describe(self, layers: Sequence[str] = ()) -> str:
         """Return, in one line, all that is assumed about the network, and where each item comes from."""
-        mean, std = ([round(value, 4) for value in values] for values in (self.preset.mean, self.preset.std))
+        mean, std = (
+            [round(value, 4) for value in values] for values in (self.preset.mean, self.preset.std)
+        )
         imagenet = (mean, std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-        items = {"arch": self.arch, "classes": f"{len(self.class_names)} classes", "layers": " and ".join(layers)}
-        items["input"] = f"input {self.input_size} x {self.input_size} {'squash' if self.squash else 'crop'}"
+        items = {
+            "arch": self.arch,
+            "classes": f"{len(self.class_names)} classes",
+            "layers": " and ".join(layers),
+        }
+        items["input"] = (
+            f"input {self.input_size} x {self.input_size} {'squash' if self.squash else 'crop'}"
+        )
         items["mean"] = "ImageNet mean and std" if imagenet else f"mean {mean} std {std}"
         items["device"] = str(self.device)
         told = {key: f" ({origin})" for key, origin in self.origins.items() if origin}
@@ -557,7 +774,12 @@ class Classifier:
         new_width, new_height = (short, long) if width <= height else (long, short)
         left, top = round((new_width - side) / 2.0), round((new_height - side) / 2.0)
         x, y = width / new_width, height / new_height
-        return max(0.0, left * x), max(0.0, top * y), min(width, (left + side) * x), min(height, (top + side) * y)
+        return (
+            max(0.0, left * x),
+            max(0.0, top * y),
+            min(width, (left + side) * x),
+            min(height, (top + side) * y),
+        )
 
 
 def load_classifier(
@@ -591,7 +813,9 @@ def load_classifier(
     own, origins = ".py:" in (arch or ""), {"device": why, "arch": "" if arch else "default"}
     arch = arch.lower() if arch and not own else arch
     if arch and not own and arch not in ARCHITECTURES:
-        raise CallError(f"unknown architecture '{arch}'{closest(arch, ARCHITECTURES)} (your own network: net.py:build)")
+        raise CallError(
+            f"unknown architecture '{arch}'{closest(arch, ARCHITECTURES)} (your own network: net.py:build)"
+        )
     arch = arch or (None if ckpt else "resnet50")
     if ckpt:
         checkpoint = read_checkpoint(load_safely(Path(ckpt)), str(ckpt))
@@ -604,9 +828,15 @@ def load_classifier(
     preset = make_preset(arch, model, checkpoint, beside, given, origins)
     if resize == "squash":
         preset.resize_size = preset.crop_size * 2
-    outputs = count_outputs(model, preset.crop_size[0], num_classes) if own else find_head(model)[1].weight.shape[0]
+    outputs = (
+        count_outputs(model, preset.crop_size[0], num_classes)
+        if own
+        else find_head(model)[1].weight.shape[0]
+    )
     if num_classes not in (None, outputs, max(outputs, 2)):
-        raise CallError(f"--num-classes {num_classes}, but {checkpoint.name}: {outputs} classes; leave the option out")
+        raise CallError(
+            f"--num-classes {num_classes}, but {checkpoint.name}: {outputs} classes; leave the option out"
+        )
     model.register_forward_hook(partial(give_logits, outputs=outputs))
     names = tuple(name_classes(class_names, checkpoint, max(outputs, 2), origins))
     return Classifier(model.to(target), arch, names, preset, target, resize == "squash", origins)
@@ -616,7 +846,9 @@ def find_device(name: str | torch.device | None) -> tuple[torch.device, str]:
     """Return a device, by default the CUDA GPU or else the CPU, and why there is no GPU, or "". Raises CallError."""
     wanted = str(name or "cuda")
     try:
-        torch.zeros(1, device=wanted).add_(1).item()  # whether this torch has code for this GPU shows only now
+        torch.zeros(1, device=wanted).add_(
+            1
+        ).item()  # whether this torch has code for this GPU shows only now
         return torch.device(wanted), ""
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = first_line(error)  # an old driver, CUDA_VISIBLE_DEVICES, a torch without CUDA
@@ -625,13 +857,17 @@ def find_device(name: str | torch.device | None) -> tuple[torch.device, str]:
             if name is None:
                 return torch.device("cpu"), why
         have = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-        raise CallError(f"device {wanted} cannot be used: {why}; this machine has {have}") from error
+        raise CallError(
+            f"device {wanted} cannot be used: {why}; this machine has {have}"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory was missing, the GPU's or the CPU's; oneDNN's word for it is the last one."""
     words = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED|OUT_OF_DEVICE_MEMORY|create a primitive"
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(re.search(words, str(error)))
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(
+        re.search(words, str(error))
+    )
 
 
 # The content of a checkpoint: its name for messages; the name of each dict in it, as "" or "model.", with that dict's
@@ -647,21 +883,41 @@ def read_checkpoint(content: Any, file: str) -> Checkpoint:
         prefix, inside = waiting.popleft()
         for key, value in inside.items() if isinstance(inside, Mapping) else ():
             # before 2018 torchvision's DenseNet called its layers norm.1 and conv.2 instead of norm1 and conv2
-            name = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", str(key).replace("_orig_mod.", ""))
+            name = re.sub(
+                r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)",
+                r"\1\2",
+                str(key).replace("_orig_mod.", ""),
+            )
             if isinstance(value, Tensor):
                 usable = not (value.is_meta or value.is_nested) and value.layout is torch.strided
                 if not usable and name not in ("mean", "std", "input_size"):
-                    raise CallError(f"{file}: {name} has no values or is sparse; save ordinary tensors")
-                if not re.search(r"(^|\.)(aux1|aux2|AuxLogits)\.", name):  # heads for the training of two architectures
+                    raise CallError(
+                        f"{file}: {name} has no values or is sparse; save ordinary tensors"
+                    )
+                if not re.search(
+                    r"(^|\.)(aux1|aux2|AuxLogits)\.", name
+                ):  # heads for the training of two architectures
                     states.setdefault(prefix, {})[name] = value.detach()
             elif isinstance(value, Mapping) and id(value) not in visited and "optim" not in name:
                 visited.add(id(value))
                 waiting.append((f"{prefix}{name}.", value))
     if not any(tensor.ndim > 1 for state in states.values() for tensor in state.values()):
-        held = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
-        raise CallError(f"{file}: no weights in it (found: {held}); save them with torch.save(model.state_dict(), ...)")
-    bare = max(states, key=lambda name: len(states[name])) == ""  # then a tensor called mean is a buffer of the network
-    entries = {str(key): value for key, value in content.items() if not (bare and isinstance(value, Tensor))}
+        held = (
+            ", ".join(map(str, list(content)[:8]))
+            if isinstance(content, Mapping)
+            else type(content).__name__
+        )
+        raise CallError(
+            f"{file}: no weights in it (found: {held}); save them with torch.save(model.state_dict(), ...)"
+        )
+    bare = (
+        max(states, key=lambda name: len(states[name])) == ""
+    )  # then a tensor called mean is a buffer of the network
+    entries = {
+        str(key): value
+        for key, value in content.items()
+        if not (bare and isinstance(value, Tensor))
+    }
     return Checkpoint(file, states, entries)
 
 
@@ -671,9 +927,20 @@ def load_safely(path: Path) -> Any:
     # Beside the weights many hold options of training scripts and NumPy's values, whose module has another name since
     # NumPy 2. No dtypes of strings: a pickle may change the size of their items while an array has memory for others.
     builders = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
-    plain = [(f, f"numpy.{core}.multiarray.{f.__name__}") for f in builders for core in ("core", "_core")]
-    plain += [(PurePath, f"pathlib.{pure}{system}Path") for pure in ("", "Pure") for system in ("Posix", "Windows")]
-    plain += [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}, argparse.Namespace]
+    plain = [
+        (f, f"numpy.{core}.multiarray.{f.__name__}") for f in builders for core in ("core", "_core")
+    ]
+    plain += [
+        (PurePath, f"pathlib.{pure}{system}Path")
+        for pure in ("", "Pure")
+        for system in ("Posix", "Windows")
+    ]
+    plain += [
+        np.ndarray,
+        np.dtype,
+        *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
+        argparse.Namespace,
+    ]
     existing_file(str(path))
     try:
         if path.suffix == ".safetensors":
@@ -683,7 +950,9 @@ def load_safely(path: Path) -> Any:
         with torch.serialization.safe_globals(plain):
             return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
-        raise CallError(f"{path}: needs the safetensors package; run: pip install safetensors") from error
+        raise CallError(
+            f"{path}: needs the safetensors package; run: pip install safetensors"
+        ) from error
     except Exception as error:
         found = re.search(r"(?:GLOBAL |global |but got <class )[`']?([\w.]+)", str(error))
         why = f"not a whole checkpoint that torch can read ({type(error).__name__}); copy it again, or {advice}"
@@ -696,7 +965,10 @@ def load_safely(path: Path) -> Any:
 
 def download_weights(arch: str) -> Checkpoint:
     """Return torchvision's ImageNet weights, from its cache or the network. Raises CallError."""
-    weights, name = torchvision.models.get_model_weights(arch).DEFAULT, f"torchvision's {arch} weights"
+    weights, name = (
+        torchvision.models.get_model_weights(arch).DEFAULT,
+        f"torchvision's {arch} weights",
+    )
     try:
         with contextlib.redirect_stdout(sys.stderr):
             return read_checkpoint(weights.get_state_dict(check_hash=True, weights_only=True), name)
@@ -710,8 +982,14 @@ class MetaParameters(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
-        if getattr(func, "__module__", "") == "torch.nn.init" or name in ("normal_", "uniform_", "trunc_normal_"):
-            return args[0] if args else kwargs["tensor"]  # initialising on the meta device imports torch's compiler
+        if getattr(func, "__module__", "") == "torch.nn.init" or name in (
+            "normal_",
+            "uniform_",
+            "trunc_normal_",
+        ):
+            return (
+                args[0] if args else kwargs["tensor"]
+            )  # initialising on the meta device imports torch's compiler
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
@@ -721,8 +999,12 @@ def skeleton(arch: str, checkpoint: Checkpoint) -> nn.Module:
     """Return the architecture with two classes and no weights, with the options that the file implies."""
     options: dict[str, Any] = {}
     ends = ("running_mean", "conv_proj.weight", "encoder.pos_embedding")
-    tensors = [item for state in checkpoint.states.values() for item in state.items() if item[1].ndim]
-    mean, patches, position = (next((t for k, t in tensors if k.endswith(end)), torch.zeros(1)) for end in ends)
+    tensors = [
+        item for state in checkpoint.states.values() for item in state.items() if item[1].ndim
+    ]
+    mean, patches, position = (
+        next((t for k, t in tensors if k.endswith(end)), torch.zeros(1)) for end in ends
+    )
     if arch in ("googlenet", "inception_v3"):
         # torchvision's own weights for these two expect (p - 0.5) / 0.5, and its builders add that transform when they
         # load them. A trained checkpoint is nearly always fine-tuned from those; the weights themselves don't tell.
@@ -735,7 +1017,9 @@ def skeleton(arch: str, checkpoint: Checkpoint) -> nn.Module:
 
 def find_head(model: nn.Module) -> tuple[str, nn.Module]:
     """Return the layer that gives the logits, with its name: the last one with weights (SqueezeNet's is a Conv2d)."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+    return [
+        (name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
+    ][-1]
 
 
 def backbone(model: nn.Module) -> tuple[State, str]:
@@ -750,7 +1034,10 @@ def find_network(wanted: State, checkpoint: Checkpoint) -> list[tuple[tuple[str,
     found: Counter[tuple[str, str]] = Counter()
     for name, state in checkpoint.states.items():
         for key, tensor in state.items():
-            for start in (0, *(dot.end() for dot in re.finditer(r"\.", key[:200]))):  # no prefix is longer
+            for start in (
+                0,
+                *(dot.end() for dot in re.finditer(r"\.", key[:200])),
+            ):  # no prefix is longer
                 if key[start:] in wanted:
                     found[name, key[:start]] += wanted[key[start:]].shape == tensor.shape
     return found.most_common()
@@ -759,20 +1046,37 @@ def find_network(wanted: State, checkpoint: Checkpoint) -> list[tuple[tuple[str,
 def recognise(checkpoint: Checkpoint) -> tuple[str, str]:
     """Return the architecture of a checkpoint, and whether an entry names it. Raises CallError."""
     entries, states = checkpoint.entries, checkpoint.states.values()
-    for name in (entries.get("arch"), entries.get("model_name"), getattr(entries.get("args"), "model", None)):
+    for name in (
+        entries.get("arch"),
+        entries.get("model_name"),
+        getattr(entries.get("args"), "model", None),
+    ):
         if isinstance(name, str) and name.lower() in ARCHITECTURES:
             return name.lower(), f"from {os.path.basename(checkpoint.name)}"
-    count = max(sum(t.numel() for key, t in state.items() if "running_" not in key) for state in states)
-    sizes = {a: [w.meta["num_params"] for w in torchvision.models.get_model_weights(a)] for a in ARCHITECTURES}
+    count = max(
+        sum(t.numel() for key, t in state.items() if "running_" not in key) for state in states
+    )
+    sizes = {
+        a: [w.meta["num_params"] for w in torchvision.models.get_model_weights(a)]
+        for a in ARCHITECTURES
+    }
     nearest = (0.5, "")
     # the nearest number of parameters first; right is where the backbone is all there, with nothing else beside it
-    for arch in sorted(ARCHITECTURES, key=lambda arch: min(abs(size - count) for size in sizes[arch])):
+    for arch in sorted(
+        ARCHITECTURES, key=lambda arch: min(abs(size - count) for size in sizes[arch])
+    ):
         wanted, root = backbone(skeleton(arch, checkpoint))
         for (name, prefix), found in find_network(wanted, checkpoint):
             nearest = max(nearest, (found / len(wanted), arch))
-            items = ((k.removeprefix(prefix), t) for k, t in checkpoint.states[name].items() if k.startswith(prefix))
+            items = (
+                (k.removeprefix(prefix), t)
+                for k, t in checkpoint.states[name].items()
+                if k.startswith(prefix)
+            )
             layers = (key for key, tensor in items if tensor.ndim and not key.endswith(COMPUTED))
-            if found == len(wanted) and all(key in wanted or key.startswith(root) for key in layers):
+            if found == len(wanted) and all(
+                key in wanted or key.startswith(root) for key in layers
+            ):
                 return arch, "recognised"
     near = f"{nearest[0]:.0%} of {nearest[1]}'s tensors are there: --arch {nearest[1]} tells which are not; "
     why = f"fits no torchvision classifier ({count / 1e6:.1f} million parameters)"
@@ -781,30 +1085,68 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, str]:
 
 def advice(checkpoint: Checkpoint) -> str:
     """Return what to do with a checkpoint that fits no torchvision classifier."""
-    tensors = " ".join(f"{key} {tensor.ndim}d" for state in checkpoint.states.values() for key, tensor in state.items())
-    tasks = r"rpn\.|classification_head\.|(aux|low)_classifier\.|classifier\.4\.weight 4d|decode_head\."
-    return "it looks like a detector or segmentation network; " * bool(re.search(tasks, tensors)) + OWN_NETWORK
+    tensors = " ".join(
+        f"{key} {tensor.ndim}d"
+        for state in checkpoint.states.values()
+        for key, tensor in state.items()
+    )
+    tasks = (
+        r"rpn\.|classification_head\.|(aux|low)_classifier\.|classifier\.4\.weight 4d|decode_head\."
+    )
+    return (
+        "it looks like a detector or segmentation network; " * bool(re.search(tasks, tensors))
+        + OWN_NETWORK
+    )
 
 
-def build_model(arch: str, checkpoint: Checkpoint, num_classes: int | None) -> tuple[nn.Module, State]:
+def build_model(
+    arch: str, checkpoint: Checkpoint, num_classes: int | None
+) -> tuple[nn.Module, State]:
     """Return the network with the checkpoint's weights, and the tensors beside it in the file. Raises CallError."""
     states, own = checkpoint.states, ".py:" in arch
     matrices = [(k, v) for state in states.values() for k, v in state.items() if v.ndim == 2]
     heads = [v.shape[0] for k, v in matrices if re.search(r"(^|\.)(fc|classifier|head|heads)\.", k)]
-    model = run_own_file(arch, num_classes or next(reversed(heads), None)) if own else skeleton(arch, checkpoint)
-    wanted = {k: v for k, v in model.state_dict().items() if not k.endswith(COMPUTED)} if own else backbone(model)[0]
+    model = (
+        run_own_file(arch, num_classes or next(reversed(heads), None))
+        if own
+        else skeleton(arch, checkpoint)
+    )
+    wanted = (
+        {k: v for k, v in model.state_dict().items() if not k.endswith(COMPUTED)}
+        if own
+        else backbone(model)[0]
+    )
     if not states:
         return model.eval(), {}
     found = find_network(wanted, checkpoint)
     # Each network once, also where the file has it under two names. Its moving average (EMA) only if there is no other.
-    whole = {states[d][p + next(iter(wanted))].data_ptr(): (d, p) for (d, p), count in found if count == len(wanted)}
-    places = [place for place in whole.values() if not re.search("ema|averag", "".join(place), re.IGNORECASE)]
-    places = places or [*whole.values()] or [place for place, _ in found[:1]] or [(next(iter(states)), "")]
+    whole = {
+        states[d][p + next(iter(wanted))].data_ptr(): (d, p)
+        for (d, p), count in found
+        if count == len(wanted)
+    }
+    places = [
+        place
+        for place in whole.values()
+        if not re.search("ema|averag", "".join(place), re.IGNORECASE)
+    ]
+    places = (
+        places
+        or [*whole.values()]
+        or [place for place, _ in found[:1]]
+        or [(next(iter(states)), "")]
+    )
     if len(places) > 1:
         names = " and ".join(f"'{name}{prefix}'" for name, prefix in places)
-        raise CallError(f"{checkpoint.name}: holds several networks, under {names}; save the one to explain")
+        raise CallError(
+            f"{checkpoint.name}: holds several networks, under {names}; save the one to explain"
+        )
     name, prefix = places[0]
-    state = {key.removeprefix(prefix): tensor for key, tensor in states[name].items() if key.startswith(prefix)}
+    state = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in states[name].items()
+        if key.startswith(prefix)
+    }
     beside = {key: tensor for key, tensor in states[name].items() if not key.startswith(prefix)}
     if not own:
         fit_head(model, state, beside)
@@ -836,13 +1178,23 @@ def fit_head(model: nn.Module, state: State, beside: State) -> None:
     old, weight = weights[0].removesuffix("weight"), source[weights[0]]
     sizes = (weight.shape[1], weight.shape[0], *([weight.shape[2:]] if weight.ndim == 4 else []))
     head = type(layer)(*sizes, bias=f"{old}bias" in source, device="meta")
-    others = [key for key in model.state_dict() if key.startswith(f"{root}.") and not key.startswith(f"{name}.")]
+    others = [
+        key
+        for key in model.state_dict()
+        if key.startswith(f"{root}.") and not key.startswith(f"{name}.")
+    ]
     if place != f"{name}." and others and not any(key in state for key in others):
-        model.add_module(root, nn.Sequential(nn.Flatten(1), head))  # instead of a whole classifier, as VGG's
+        model.add_module(
+            root, nn.Sequential(nn.Flatten(1), head)
+        )  # instead of a whole classifier, as VGG's
         name = f"{root}.1"
     else:
         model.set_submodule(name, head)
-    state |= {f"{name}.{part}": source.pop(f"{old}{part}") for part in ("weight", "bias") if f"{old}{part}" in source}
+    state |= {
+        f"{name}.{part}": source.pop(f"{old}{part}")
+        for part in ("weight", "bias")
+        if f"{old}{part}" in source
+    }
 
 
 def load_state(arch: str, model: nn.Module, state: State, checkpoint: Checkpoint) -> None:
@@ -853,9 +1205,16 @@ def load_state(arch: str, model: nn.Module, state: State, checkpoint: Checkpoint
     faults = {
         "missing": [key for key in wanted if key not in state],
         "unexpected": [key for key in state if key not in wanted and state[key].ndim],
-        "of another shape": [f"{k}: {shape_of(state[k])} in the file, {shape_of(wanted[k])} in {arch}" for k in differ],
+        "of another shape": [
+            f"{k}: {shape_of(state[k])} in the file, {shape_of(wanted[k])} in {arch}"
+            for k in differ
+        ],
     }
-    parts = [f"{len(ks)} {kind} ({'; '.join(ks[:3])}{'; ...' * (len(ks) > 3)})" for kind, ks in faults.items() if ks]
+    parts = [
+        f"{len(ks)} {kind} ({'; '.join(ks[:3])}{'; ...' * (len(ks) > 3)})"
+        for kind, ks in faults.items()
+        if ks
+    ]
     if parts:
         hint = advice(checkpoint)
         with contextlib.suppress(CallError):
@@ -863,7 +1222,9 @@ def load_state(arch: str, model: nn.Module, state: State, checkpoint: Checkpoint
             hint = f"it fits {other}: pass --arch {other}" if other != arch else hint
         raise CallError(f"{checkpoint.name} does not fit {arch}: {', '.join(parts)}; {hint}")
     for key, value in wanted.items():
-        if value.is_floating_point() and not re.match(r"torch\.b?float(8|16|32|64)", str(state[key].dtype)):
+        if value.is_floating_point() and not re.match(
+            r"torch\.b?float(8|16|32|64)", str(state[key].dtype)
+        ):
             why = f"{key} is quantised or complex ({state[key].dtype}); save the weights from before that"
             raise CallError(f"{checkpoint.name}: {why}")
         wanted[key] = (state[key].float() if value.is_floating_point() else state[key]).contiguous()
@@ -883,16 +1244,26 @@ def run_own_file(arch: str, classes: int | None) -> nn.Module:
         spec.loader.exec_module(module)
         build = getattr(module, function, None)
         if not callable(build):
-            raise AttributeError(f"{file} has no function '{function}'{closest(function, vars(module))}")
+            raise AttributeError(
+                f"{file} has no function '{function}'{closest(function, vars(module))}"
+            )
         takes_number = re.search(r"\bnum_classes\b|\*\*", str(inspect.signature(build)))
         model = build(num_classes=classes) if takes_number and classes else build()
         if not isinstance(model, nn.Module):
             raise TypeError(f"it returned a {type(model).__name__}, not a torch.nn.Module")
         return model
     except (Exception, SystemExit) as error:
-        hint = "; does it need --num-classes?" if "num_classes" in str(error) and not classes else ""
-        hint = "; put what parses arguments under if __name__ == '__main__':" if isinstance(error, SystemExit) else hint
-        raise CallError(f"--arch {arch}: {type(error).__name__}: {first_line(error)}{hint}") from error
+        hint = (
+            "; does it need --num-classes?" if "num_classes" in str(error) and not classes else ""
+        )
+        hint = (
+            "; put what parses arguments under if __name__ == '__main__':"
+            if isinstance(error, SystemExit)
+            else hint
+        )
+        raise CallError(
+            f"--arch {arch}: {type(error).__name__}: {first_line(error)}{hint}"
+        ) from error
     finally:
         sys.argv = arguments
         del sys.path[0]
@@ -905,12 +1276,19 @@ def as_logits(answer: Any, outputs: int | None = None) -> Tensor:
     answer = getattr(answer, "logits", answer)
     answers = answer if isinstance(answer, (tuple, list)) else [answer]
     tensors = [each for each in answers if isinstance(each, Tensor) and each.ndim]
-    rows = [t for t in tensors if math.prod(t.shape[1:]) == max(t.shape[1:], default=1)]  # (N, C), (N, C, 1, 1), (N,)
+    rows = [
+        t for t in tensors if math.prod(t.shape[1:]) == max(t.shape[1:], default=1)
+    ]  # (N, C), (N, C, 1, 1), (N,)
     rows = [row for row in rows if outputs == row.shape[-1]] or rows
     if len(rows) != 1:
-        kinds = [f"a tensor of {shape_of(a)}" if isinstance(a, Tensor) else f"a {type(a).__name__}" for a in answers]
+        kinds = [
+            f"a tensor of {shape_of(a)}" if isinstance(a, Tensor) else f"a {type(a).__name__}"
+            for a in answers
+        ]
         hint = " alone, or pass --num-classes" if rows else ", (N, classes)"
-        raise CallError(f"the network returns {' and '.join(kinds[:4])}; let it return the logits{hint}")
+        raise CallError(
+            f"the network returns {' and '.join(kinds[:4])}; let it return the logits{hint}"
+        )
     return rows[0][:, None] if rows[0].ndim == 1 else rows[0].flatten(1)
 
 
@@ -927,13 +1305,21 @@ def count_outputs(model: nn.Module, side: int, num_classes: int | None) -> int:
             answer = model(torch.zeros(1, 3, side, side, requires_grad=True))
     except Exception as error:
         grey = "let it begin with x.mean(1, keepdim=True) if it is for grey photos"
-        hint = grey if re.search(r"\b1 channels", str(error)) else "pass another --input-size if it is the size"
-        why = f"({type(error).__name__}: {first_line(error)})" + f"; {hint}" * isinstance(error, RuntimeError)
+        hint = (
+            grey
+            if re.search(r"\b1 channels", str(error))
+            else "pass another --input-size if it is the size"
+        )
+        why = f"({type(error).__name__}: {first_line(error)})" + f"; {hint}" * isinstance(
+            error, RuntimeError
+        )
         raise CallError(f"the network fails at an input of 3 x {side} x {side} {why}") from error
     logits = as_logits(answer, num_classes)
     last = re.match("(Softmax|Sigmoid)Backward", logits.grad_fn.name() if logits.grad_fn else "")
     if last:
-        raise CallError(f"the network ends in a {last[1].lower()}; let it return the logits, without that")
+        raise CallError(
+            f"the network ends in a {last[1].lower()}; let it return the logits, without that"
+        )
     return logits.shape[1]
 
 
@@ -942,31 +1328,56 @@ def shape_of(tensor: Tensor) -> str:
 
 
 def make_preset(
-    arch: str, model: nn.Module, checkpoint: Checkpoint, beside: State, given: dict[str, Any], origins: dict[str, str]
+    arch: str,
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    beside: State,
+    given: dict[str, Any],
+    origins: dict[str, str],
 ) -> Any:
     """Return torchvision's preprocessing with the known input size, mean and std; fill `origins`. Raises CallError."""
     name, own = os.path.basename(checkpoint.name), ".py:" in arch
     all_weights = torchvision.models.get_model_weights("resnet50" if own else arch)
     preset = all_weights.DEFAULT.transforms()
-    entry = given["input_size"] or checkpoint.entries.get("input_size")  # 225, (225, 225) or (3, 225, 225)
+    entry = given["input_size"] or checkpoint.entries.get(
+        "input_size"
+    )  # 225, (225, 225) or (3, 225, 225)
     sides = [*entry][-2:] if isinstance(entry, (list, tuple)) else [entry]
-    square = all(isinstance(side, (int, np.integer)) and 8 <= side <= 4096 for side in sides) and len({*sides}) == 1
+    square = (
+        all(isinstance(side, (int, np.integer)) and 8 <= side <= 4096 for side in sides)
+        and len({*sides}) == 1
+    )
     if entry is not None and not square:
-        raise CallError(f"{checkpoint.name}: its input_size is not the side of a usable square; pass --input-size")
-    fixed = 224 if arch == "maxvit_t" else None if own else getattr(model, "image_size", None)  # of a ViT
+        raise CallError(
+            f"{checkpoint.name}: its input_size is not the side of a usable square; pass --input-size"
+        )
+    fixed = (
+        224 if arch == "maxvit_t" else None if own else getattr(model, "image_size", None)
+    )  # of a ViT
     size = int(sides[-1]) if entry is not None else fixed
     if fixed and size != fixed:
         asked = f"{'--input-size' if given['input_size'] else 'its input_size'} {size}; pass --input-size {fixed}"
-        raise CallError(f"{checkpoint.name}: {arch} takes inputs of {fixed} x {fixed} pixels only, not {asked}")
+        raise CallError(
+            f"{checkpoint.name}: {arch} takes inputs of {fixed} x {fixed} pixels only, not {asked}"
+        )
     if not given["input_size"] and not fixed and not name.startswith("torchvision's "):
-        origins["input"] = f"from {name}" if size else f"not in {name}; pass --input-size if you trained at another"
+        origins["input"] = (
+            f"from {name}"
+            if size
+            else f"not in {name}; pass --input-size if you trained at another"
+        )
     if size:  # at another than the preset's, the margin around the crop is in proportion
-        presets = (*(weights.transforms() for weights in all_weights), preset)  # some have several sizes
+        presets = (
+            *(weights.transforms() for weights in all_weights),
+            preset,
+        )  # some have several sizes
         sizes = {each.crop_size[0]: each.resize_size[0] for each in presets}
         margin = preset.resize_size[0] / preset.crop_size[0]
         preset.crop_size, preset.resize_size = [size], [sizes.get(size, round(size * margin))]
     # a layer in front of the network may have normalised its inputs
-    known = {key.rpartition(".")[2]: tensor for key, tensor in beside.items() if tensor.numel() == 3}
+    known = {
+        key.rpartition(".")[2]: tensor for key, tensor in beside.items() if tensor.numel() == 3
+    }
     known |= checkpoint.entries | {key: value for key, value in given.items() if value is not None}
     colours: dict[str, list[float]] = {}
     for key, low in (("mean", 0), ("std", 1e-6)):
@@ -975,9 +1386,13 @@ def make_preset(
             with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
                 is_array = isinstance(entry, (Tensor, np.ndarray)) and math.prod(entry.shape) == 3
                 values = entry.flatten().tolist() if is_array else entry
-                colours[key] = [float(v) for v in values if low <= v <= 255] if len(values) == 3 else []
+                colours[key] = (
+                    [float(v) for v in values if low <= v <= 255] if len(values) == 3 else []
+                )
             if len(colours.get(key, ())) != 3:
-                raise CallError(f"{checkpoint.name}: its {key} is not three usable numbers; pass --{key} R,G,B")
+                raise CallError(
+                    f"{checkpoint.name}: its {key} is not three usable numbers; pass --{key} R,G,B"
+                )
             origins["mean"] = "" if given[key] is not None else f"from {name}"
     white = 255 if any(max(values) > 1 for values in colours.values()) else 1
     for key, values in colours.items():
@@ -985,11 +1400,15 @@ def make_preset(
     return preset
 
 
-def name_classes(given: Sequence[str] | None, checkpoint: Checkpoint, count: int, origins: dict[str, str]) -> list[str]:
+def name_classes(
+    given: Sequence[str] | None, checkpoint: Checkpoint, count: int, origins: dict[str, str]
+) -> list[str]:
     """Return a name for each output: those given, else the checkpoint's, else ImageNet's. Raises CallError."""
     if given is not None:
         if len(given) != count:
-            raise CallError(f"{len(given)} class names were given, but the network has {count} classes")
+            raise CallError(
+                f"{len(given)} class names were given, but the network has {count} classes"
+            )
         return list(given)
     for key in ("classes", "class_names", "class_to_idx", "idx_to_class"):
         if checkpoint.entries.get(key) is not None:
@@ -1003,7 +1422,9 @@ def name_classes(given: Sequence[str] | None, checkpoint: Checkpoint, count: int
             warn(f"{checkpoint.name}: its entry {key} is not used: {why}")
     if count == 1000:
         return torchvision.models.get_model_weights("resnet50").DEFAULT.meta["categories"]
-    origins["classes"] = "without names; pass --class-names cat,dog in training order, ImageFolder's is alphabetical"
+    origins["classes"] = (
+        "without names; pass --class-names cat,dog in training order, ImageFolder's is alphabetical"
+    )
     return [f"class {index}" for index in range(count)]
 
 
@@ -1012,7 +1433,9 @@ def class_index(wanted: str, class_names: Sequence[str]) -> int | None:
     lowered = [name.casefold() for name in class_names]
     if wanted.casefold() in lowered:
         return lowered.index(wanted.casefold())
-    return int(wanted) if re.fullmatch(r"\d{1,6}", wanted) and int(wanted) < len(class_names) else None
+    return (
+        int(wanted) if re.fullmatch(r"\d{1,6}", wanted) and int(wanted) < len(class_names) else None
+    )
 
 
 def true_class(path: str | Path, class_names: Sequence[str]) -> int | None:
@@ -1029,16 +1452,20 @@ def find_class(wanted: str, class_names: Sequence[str]) -> int:
         return index
     some = ", ".join(class_names[:20]) + ", ..." * (len(class_names) > 20)
     hint = "; repeat the option for each class" if "," in wanted else closest(wanted, class_names)
-    raise CallError(f"--target-class: no class '{wanted}'{hint} (classes 0 to {len(class_names) - 1}: {some})")
+    raise CallError(
+        f"--target-class: no class '{wanted}'{hint} (classes 0 to {len(class_names) - 1}: {some})"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4  Explanation. One forward pass gives the logits and the activations, two backward passes the rest.
+# 5  Explanation. One forward pass gives the logits and the activations, two backward passes the rest.
 # ---------------------------------------------------------------------------------------------------------------------
 
 # The autograd nodes of activation functions, whose incoming gradients guided backpropagation clamps. Gates (Sigmoid,
 # Hardsigmoid, Tanh) scale a signal rather than rectify it and are left alone.
-ACTIVATION_NODES = re.compile(r"\w*(relu|elu|silu|swish|mish|hardtanh|threshold|softplus)\w*Backward\d*", re.IGNORECASE)
+ACTIVATION_NODES = re.compile(
+    r"\w*(relu|elu|silu|swish|mish|hardtanh|threshold|softplus)\w*Backward\d*", re.IGNORECASE
+)
 Targets = Sequence[int] | Tensor | int | None
 
 
@@ -1082,8 +1509,12 @@ def gradcam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
     The 1e-6 in its denominator is as large as the squared gradients of real networks; the paper has none.
     """
     squared = gradients**2
-    alphas = squared / (2 * squared + activations.sum((-2, -1), keepdim=True) * squared * gradients + 1e-6)
-    weights = (gradients.clamp(min=0) * torch.where(gradients != 0, alphas, 0)).sum((-2, -1), keepdim=True)
+    alphas = squared / (
+        2 * squared + activations.sum((-2, -1), keepdim=True) * squared * gradients + 1e-6
+    )
+    weights = (gradients.clamp(min=0) * torch.where(gradients != 0, alphas, 0)).sum(
+        (-2, -1), keepdim=True
+    )
     return activations * weights
 
 
@@ -1112,24 +1543,39 @@ def principal_component(contributions: Tensor, of_class: bool = True) -> Tensor:
     maps = (centred @ first.swapaxes(-2, -1))[..., 0]  # (..., h * w), of mean 0
     total = centred.sum(-1)
     signed, unsigned = ((each * maps).sum(-1) for each in (total, np.abs(columns).sum(-1)))
-    correlates = np.abs(signed) > 0.4 * np.linalg.norm(total, axis=-1) * np.linalg.norm(maps, axis=-1)
-    maps = maps * np.where(np.where(of_class & correlates, signed, unsigned) < 0, -1, 1).astype(maps.dtype)[..., None]
+    correlates = np.abs(signed) > 0.4 * np.linalg.norm(total, axis=-1) * np.linalg.norm(
+        maps, axis=-1
+    )
+    maps = (
+        maps
+        * np.where(np.where(of_class & correlates, signed, unsigned) < 0, -1, 1).astype(maps.dtype)[
+            ..., None
+        ]
+    )
     return torch.from_numpy(maps).to(contributions).unflatten(-1, contributions.shape[-2:])
 
 
 CHANNEL_SUM = partial(torch.sum, dim=-3)
 # weight_fn: activations and gradients of the class score, (..., C, h, w) -> each channel's contribution to the map,
 # of the same shape; reduce_fn: contributions -> map (..., h, w); gradients: whether they are read, that is the class
-CamMethod = namedtuple("CamMethod", ("weight_fn", "reduce_fn", "gradients"), defaults=(CHANNEL_SUM, True))
+CamMethod = namedtuple(
+    "CamMethod", ("weight_fn", "reduce_fn", "gradients"), defaults=(CHANNEL_SUM, True)
+)
 CAM_METHODS = {
-    "gradcam": CamMethod(lambda a, g: a * g.mean((-2, -1), keepdim=True)),  # Selvaraju, ICCV 2017, arXiv:1610.02391
+    "gradcam": CamMethod(
+        lambda a, g: a * g.mean((-2, -1), keepdim=True)
+    ),  # Selvaraju, ICCV 2017, arXiv:1610.02391
     "gradcam++": CamMethod(gradcam_plus_plus),
     "xgradcam": CamMethod(xgradcam),
     "eigencam": CamMethod(lambda a, g: a, partial(principal_component, of_class=False), False),
     "eigengradcam": CamMethod(lambda a, g: a * g, principal_component),
     "hirescam": CamMethod(lambda a, g: a * g),  # Draelos and Carin, 2020, arXiv:2011.08891
-    "layercam": CamMethod(lambda a, g: a * g.clamp(min=0)),  # Jiang, IEEE TIP 2021, doi:10.1109/TIP.2021.3089943
-    "gradcamelementwise": CamMethod(lambda a, g: (a * g).clamp(min=0)),  # a variant of the grad-cam package
+    "layercam": CamMethod(
+        lambda a, g: a * g.clamp(min=0)
+    ),  # Jiang, IEEE TIP 2021, doi:10.1109/TIP.2021.3089943
+    "gradcamelementwise": CamMethod(
+        lambda a, g: (a * g).clamp(min=0)
+    ),  # a variant of the grad-cam package
     "refinecam": CamMethod(gradcam_plus_plus),  # arXiv:2605.14641: the product over several layers
     "randomcam": CamMethod(randomcam, gradients=False),
 }
@@ -1157,7 +1603,9 @@ def as_map(output: Tensor, size: Sequence[int]) -> Tensor | None:
     """
     if output.ndim == 4:
         sides = itertools.pairwise(output.shape[1:])
-        like_input = [abs(rows * size[1] - columns * size[0]) <= max(size) for rows, columns in sides]
+        like_input = [
+            abs(rows * size[1] - columns * size[0]) <= max(size) for rows, columns in sides
+        ]
         spatial = output.movedim(3, 1) if like_input == [True, False] else output
         return spatial if spatial[0, 0].numel() > 1 else None
     for special in (1, 0, 2, 3, 4, 5) if output.ndim == 3 else ():
@@ -1186,15 +1634,24 @@ def guided_gradients(scores: Sequence[Tensor], inputs: Tensor) -> Tensor:
     """
     for node in graph_nodes(*(score.grad_fn for score in scores)):
         if ACTIVATION_NODES.fullmatch(node.name()):
-            node.register_prehook(lambda gradients: tuple(None if g is None else g.clamp(min=0) for g in gradients))
-    each = [torch.autograd.grad(score, inputs, retain_graph=score is not scores[-1])[0] for score in scores]
+            node.register_prehook(
+                lambda gradients: tuple(None if g is None else g.clamp(min=0) for g in gradients)
+            )
+    each = [
+        torch.autograd.grad(score, inputs, retain_graph=score is not scores[-1])[0]
+        for score in scores
+    ]
     return torch.stack(each, 1)
 
 
 def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
     """Return the dotted name of a layer that is given by its name or as the module itself. Raises CallError."""
     names = {module: name for name, module in model.named_modules() if name}
-    name = names.get(layer, type(layer).__name__) if isinstance(layer, nn.Module) else layer.removeprefix("module.")
+    name = (
+        names.get(layer, type(layer).__name__)
+        if isinstance(layer, nn.Module)
+        else layer.removeprefix("module.")
+    )
     if name in names.values():
         return name
     hint = "; repeat the option for each layer" if "," in name else closest(name, [*names.values()])
@@ -1205,36 +1662,58 @@ def choose_targets(logits: Tensor, targets: Targets, top: int | None = None) -> 
     """Return the class to explain for each input, int64 (N,), or the K classes, (N, K). Raises CallError."""
     count, classes = logits.shape
     if targets is None:
-        return logits.detach().argmax(1) if top is None else logits.detach().topk(min(top, classes)).indices
+        return (
+            logits.detach().argmax(1)
+            if top is None
+            else logits.detach().topk(min(top, classes)).indices
+        )
     chosen = torch.as_tensor(targets)
-    fits = chosen.dtype != torch.bool and not chosen.is_floating_point() and chosen.shape[:1] in ((), (1,), (count,))
+    fits = (
+        chosen.dtype != torch.bool
+        and not chosen.is_floating_point()
+        and chosen.shape[:1] in ((), (1,), (count,))
+    )
     if not fits or chosen.ndim > 2 or ((chosen < PREDICTED) | (chosen >= classes)).any():
-        raise CallError(f"targets {chosen.tolist()} do not fit {count} inputs and {classes} classes; give one each")
+        raise CallError(
+            f"targets {chosen.tolist()} do not fit {count} inputs and {classes} classes; give one each"
+        )
     chosen = chosen.long().expand(count, *chosen.shape[1:]).to(logits.device, non_blocking=True)
     predicted = logits.detach().argmax(1).view(count, *[1] * (chosen.ndim - 1))
     return torch.where(chosen == PREDICTED, predicted, chosen)
 
 
 @contextlib.contextmanager
-def capture_outputs(network: nn.Module, layers: Sequence[str], differentiable: bool = False) -> Iterator[Any]:
+def capture_outputs(
+    network: nn.Module, layers: Sequence[str], differentiable: bool = False
+) -> Iterator[Any]:
     """Collect the outputs of layers by name while the network runs; of a layer that is called again, the last one."""
     outputs: dict[str, Tensor] = {}
 
     def collect(name: str, module: nn.Module, args: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
-            raise CallError(f"layer '{name}' returns a {type(output).__name__}, not a tensor; choose a layer inside it")
-        if differentiable and not output.requires_grad:  # because nothing before this layer needs a gradient
+            raise CallError(
+                f"layer '{name}' returns a {type(output).__name__}, not a tensor; choose a layer inside it"
+            )
+        if (
+            differentiable and not output.requires_grad
+        ):  # because nothing before this layer needs a gradient
             output = output.detach().requires_grad_()
         outputs[name] = output
-        return output.clone()  # what follows may change it in place, and it is wanted as the layer returned it
+        return (
+            output.clone()
+        )  # what follows may change it in place, and it is wanted as the layer returned it
 
     with contextlib.ExitStack() as hooks:
         for name in layers:
-            hooks.enter_context(network.get_submodule(name).register_forward_hook(partial(collect, name)))
+            hooks.enter_context(
+                network.get_submodule(name).register_forward_hook(partial(collect, name))
+            )
         yield outputs
     for name in layers:
         if name not in outputs:
-            raise CallError(f"layer '{name}' is not called when the network runs; choose another one")
+            raise CallError(
+                f"layer '{name}' is not called when the network runs; choose another one"
+            )
 
 
 # one call of a module in a forward pass; `came_from` and `node` are the autograd nodes on its two sides
@@ -1247,34 +1726,57 @@ def find_target_layer(calls: Sequence[Call], logits: Tensor, size: Sequence[int]
     Adaptive pooling and dropout count only where nothing else does. Of a ViT, whose class token alone reaches the head,
     that is the norm before the last attention, which grad-cam's examples use too. Raises CallError: there is none.
     """
-    heads = (call.input for call in reversed(calls) if isinstance(call.module, (nn.Linear, nn.Conv2d)))
+    heads = (
+        call.input for call in reversed(calls) if isinstance(call.module, (nn.Linear, nn.Conv2d))
+    )
     # the input of the head, not the score: the weights of a head that was just initialised may all be zero
     features = next(heads, logits)[0]
     probe = (features * torch.linspace(1, 2, features.numel()).to(features).view_as(features)).sum()
-    spatial = [call for call in reversed(calls) if call.name and as_map(call.output, size) is not None]
+    spatial = [
+        call for call in reversed(calls) if call.name and as_map(call.output, size) is not None
+    ]
     for call in spatial:
         passing = isinstance(call.module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout))
         if call.output.requires_grad and not passing:
-            gradient = torch.autograd.grad(probe, call.output, retain_graph=True, allow_unused=True)[0]
+            gradient = torch.autograd.grad(
+                probe, call.output, retain_graph=True, allow_unused=True
+            )[0]
             if gradient is not None and as_map(gradient, size)[0].any(0).sum() > 1:
                 return call.name
     if not spatial:
-        raise CallError(f"no layer has a spatial map for inputs of {size[0]} x {size[1]}; pass one as target layer")
+        raise CallError(
+            f"no layer has a spatial map for inputs of {size[0]} x {size[1]}; pass one as target layer"
+        )
     return spatial[0].name
 
 
-def fold_batch_norms(network: nn.Module, calls: Sequence[Call], logits: Tensor, keep: Sequence[str]) -> None:
+def fold_batch_norms(
+    network: nn.Module, calls: Sequence[Call], logits: Tensor, keep: Sequence[str]
+) -> None:
     """Fold each batch norm into the convolution before it, where nothing else reads that convolution's output.
 
     `keep` names the layers whose own output is wanted. The graph of the recorded pass tells which output goes where.
     """
-    readers = Counter(parent for node in graph_nodes(logits.grad_fn) for parent, _ in node.next_functions)
+    readers = Counter(
+        parent for node in graph_nodes(logits.grad_fn) for parent, _ in node.next_functions
+    )
     kept = {call.node for call in calls if call.name in keep}
-    plain = [call for call in calls if not (call.module._forward_hooks or call.module._forward_pre_hooks)]
-    convolutions = {call.node: call for call in plain if type(call.module) is nn.Conv2d and call.node not in kept}
+    plain = [
+        call for call in calls if not (call.module._forward_hooks or call.module._forward_pre_hooks)
+    ]
+    convolutions = {
+        call.node: call
+        for call in plain
+        if type(call.module) is nn.Conv2d and call.node not in kept
+    }
     for call in plain:
         source, norm = convolutions.get(call.came_from), call.module
-        if source and type(norm) is nn.BatchNorm2d and norm.track_running_stats and readers[source.node] == 1:
+        if (
+            source
+            and type(norm) is nn.BatchNorm2d
+            and norm.track_running_stats
+            and readers[source.node] == 1
+        ):
             fused = nn.utils.fusion.fuse_conv_bn_eval(source.module, norm).requires_grad_(False)
             network.set_submodule(source.name, fused)
             network.set_submodule(call.name, nn.Identity())
@@ -1350,14 +1852,30 @@ class Explainer:
         self.methods = tuple(names_from((*METHODS, *MORE_METHODS), "method", METHODS)(methods))
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        layers = [target_layers] if isinstance(target_layers, (str, nn.Module)) else target_layers or ()
+        layers = (
+            [target_layers] if isinstance(target_layers, (str, nn.Module)) else target_layers or ()
+        )
         self.target_layers = tuple(layer_name(model, layer) for layer in layers)
-        self.guided, self.aug_smooth, self.eigen_smooth, self.progress = guided, aug_smooth, eigen_smooth, progress
+        self.guided, self.aug_smooth, self.eigen_smooth, self.progress = (
+            guided,
+            aug_smooth,
+            eigen_smooth,
+            progress,
+        )
         # Tensors that hang on a graph cannot be copied: what a module keeps of its last run, as weight_norm's weight.
-        kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+        kept = (
+            value
+            for module in model.modules()
+            for value in vars(module).values()
+            if isinstance(value, Tensor)
+        )
         with torch.inference_mode(False):
-            network = copy.deepcopy(model, {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf})
-            self.device = next(itertools.chain(network.parameters(), network.buffers()), torch.empty(0)).device
+            network = copy.deepcopy(
+                model, {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf}
+            )
+            self.device = next(
+                itertools.chain(network.parameters(), network.buffers()), torch.empty(0)
+            ).device
             # channels-last where oneDNN computes; on a GPU it pays only in half precision, which is not used
             fast = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
             network.to(memory_format=torch.channels_last if fast else torch.contiguous_format)
@@ -1382,16 +1900,26 @@ class Explainer:
                     hooks.enter_context(module.register_forward_hook(partial(record, name)))
                 logits = as_logits(self.network(self._own(inputs).requires_grad_()))
             maps = ((call, as_map(call.output, inputs.shape[2:])) for call in calls if call.name)
-            self.layers = {c.name: (type(c.module).__name__, (*m.shape[1:],)) for c, m in maps if m is not None}
-            self.target_layers = self.target_layers or (find_target_layer(calls, logits, inputs.shape[2:]),)
-            if "fullgrad" not in self.methods:  # which counts the biases of both, convolution and batch norm
+            self.layers = {
+                c.name: (type(c.module).__name__, (*m.shape[1:],)) for c, m in maps if m is not None
+            }
+            self.target_layers = self.target_layers or (
+                find_target_layer(calls, logits, inputs.shape[2:]),
+            )
+            if (
+                "fullgrad" not in self.methods
+            ):  # which counts the biases of both, convolution and batch norm
                 fold_batch_norms(self.network, calls, logits, keep=self.target_layers)
                 folded = as_logits(self.network(self._own(inputs)))
-                if not torch.allclose(folded, logits, 1e-3, 1e-3):  # a weight is read elsewhere as well
+                if not torch.allclose(
+                    folded, logits, 1e-3, 1e-3
+                ):  # a weight is read elsewhere as well
                     for call in calls[:-1]:
                         self.network.set_submodule(call.name, call.module)
 
-    def __call__(self, inputs: Tensor, targets: Targets = None, *, top: int | None = None) -> Explanation:
+    def __call__(
+        self, inputs: Tensor, targets: Targets = None, *, top: int | None = None
+    ) -> Explanation:
         """Explain inputs (N, 3, H, W), normalised as the model expects them; they are converted to float32.
 
         Without `targets`, the class with the highest logit is explained (-1 stands for it too), or the `top` classes
@@ -1399,9 +1927,13 @@ class Explainer:
         CallError: they, the inputs or the layers cannot be explained. Raises ValueError: the logits are not finite.
         """
         if not isinstance(inputs, Tensor):
-            raise CallError(f"inputs are a tensor, not {type(inputs).__name__}; use classifier.preprocess(photo)[None]")
+            raise CallError(
+                f"inputs are a tensor, not {type(inputs).__name__}; use classifier.preprocess(photo)[None]"
+            )
         if inputs.ndim != 4 or not len(inputs):
-            raise CallError(f"inputs are a batch (N, 3, H, W), not {shape_of(inputs)}; of one photo: inputs[None]")
+            raise CallError(
+                f"inputs are a batch (N, 3, H, W), not {shape_of(inputs)}; of one photo: inputs[None]"
+            )
         if not self.layers:
             self.prepare(inputs[:1])
         # Whatever mode the caller is in, this needs a graph, and leaves the caller's settings alone.
@@ -1413,22 +1945,33 @@ class Explainer:
                 varied = (inputs.flip(3) if step < 0 else inputs).detach().float() * factor
                 cams = self._explain(varied, explanation.targets, None, self.methods, False).cams
                 variants.append({method: maps[..., ::step] for method, maps in cams.items()})
-            cams = {method: np.mean([cams[method] for cams in variants], axis=0) for method in self.methods}
+            cams = {
+                method: np.mean([cams[method] for cams in variants], axis=0)
+                for method in self.methods
+            }
             return replace(explanation, cams=cams)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Return the network's logits (N, classes) for inputs (N, 3, H, W), on its device."""
         with exact_arithmetic(self.device):
-            return self._in_batches(lambda network, part: as_logits(network(self._own(part))), inputs)
+            return self._in_batches(
+                lambda network, part: as_logits(network(self._own(part))), inputs
+            )
 
-    def _in_batches(self, function: Callable[..., Tensor], items: Any, progress: Any = iter) -> Tensor:
+    def _in_batches(
+        self, function: Callable[..., Tensor], items: Any, progress: Any = iter
+    ) -> Tensor:
         """Return `function` of the network and all items, a few at once; on a CPU by threads that share the cores."""
         cores = torch.get_num_threads()
         networks = [self.network]
-        with contextlib.suppress(RuntimeError):  # a module has kept tensors of a pass, which cannot be copied
+        with contextlib.suppress(
+            RuntimeError
+        ):  # a module has kept tensors of a pass, which cannot be copied
             while self.device.type == "cpu" and len(networks) < min(4, cores):
                 # each thread has its own modules, which may keep something during a pass, but the same weights
-                shared = {id(each): each for each in (*self.network.parameters(), *self.network.buffers())}
+                shared = {
+                    id(each): each for each in (*self.network.parameters(), *self.network.buffers())
+                }
                 networks.append(copy.deepcopy(self.network, shared))
 
         @torch.inference_mode()
@@ -1438,7 +1981,9 @@ class Explainer:
         workers = len(networks)
         with ThreadPoolExecutor(workers, None, torch.set_num_threads, (cores // workers,)) as pool:
             parts = progress(items.split(64))
-            found = [each for part in parts for each in pool.map(run, networks, part.chunk(workers))]
+            found = [
+                each for part in parts for each in pool.map(run, networks, part.chunk(workers))
+            ]
         torch.set_num_threads(cores)  # a thread that is started later follows the last call
         return torch.cat(found)
 
@@ -1446,25 +1991,37 @@ class Explainer:
         """Return a copy of the inputs as the network wants them."""
         return inputs.detach().to(self.device, torch.float32).clone()
 
-    def _explain(self, inputs: Tensor, targets: Targets, top: int | None, methods: Any, guided: bool) -> Explanation:
+    def _explain(
+        self, inputs: Tensor, targets: Targets, top: int | None, methods: Any, guided: bool
+    ) -> Explanation:
         inputs, size = self._own(inputs).requires_grad_(guided), inputs.shape[2:]
-        with_gradients = any(CAM_METHODS[method].gradients for method in methods if method in CAM_METHODS)
+        with_gradients = any(
+            CAM_METHODS[method].gradients for method in methods if method in CAM_METHODS
+        )
         with capture_outputs(self.network, self.target_layers, with_gradients) as outputs:
             logits = as_logits(self.network(inputs))
         targets = choose_targets(logits, targets, top)
-        classes = targets.view(len(inputs), -1)  # (N, K); K is 1 where the caller thinks of one class
+        classes = targets.view(
+            len(inputs), -1
+        )  # (N, K); K is 1 where the caller thinks of one class
         scores = [logits.gather(1, column[:, None]).sum() for column in classes.T]
         of_scores = []
         for score in scores if with_gradients else ():
             keep = guided or score is not scores[-1]
-            of_scores.append(torch.autograd.grad(score, [*outputs.values()], None, keep, allow_unused=True))
+            of_scores.append(
+                torch.autograd.grad(score, [*outputs.values()], None, keep, allow_unused=True)
+            )
         layers = {}  # for each layer its activations (N, C, h, w), and the gradients (N, K, C, h, w) of the scores
         for (layer, output), *gradients in zip(outputs.items(), *of_scores, strict=True):
             activations = as_map(output.detach(), size)
             if activations is None:
-                raise CallError(f"layer '{layer}' has no spatial map but {shape_of(output)} values; choose another one")
+                raise CallError(
+                    f"layer '{layer}' has no spatial map but {shape_of(output)} values; choose another one"
+                )
             if any(gradient is None for gradient in gradients):
-                raise CallError(f"the class score does not depend on layer '{layer}'; choose another one")
+                raise CallError(
+                    f"the class score does not depend on layer '{layer}'; choose another one"
+                )
             maps = [as_map(gradient, size) for gradient in gradients]
             layers[layer] = activations, torch.stack(maps, 1) if maps else None
         guided_maps = guided_gradients(scores, inputs) if guided else None
@@ -1475,18 +2032,33 @@ class Explainer:
         def array(found: Tensor) -> NDArray[Any]:  # (N, K, ...) -> (N, ...) or (N, K, ...)
             return found.view(*targets.shape, *found.shape[2:]).cpu().contiguous().numpy()
 
-        cams = {method: array(self._cam(method, layers, inputs.detach(), classes)) for method in methods}
-        return Explanation(cams, array(guided_maps) if guided else None, logits.detach().cpu().numpy(), array(classes))
+        cams = {
+            method: array(self._cam(method, layers, inputs.detach(), classes)) for method in methods
+        }
+        return Explanation(
+            cams,
+            array(guided_maps) if guided else None,
+            logits.detach().cpu().numpy(),
+            array(classes),
+        )
 
-    def _cam(self, method: str, layers: Mapping[str, Any], inputs: Tensor, classes: Tensor) -> Tensor:
+    def _cam(
+        self, method: str, layers: Mapping[str, Any], inputs: Tensor, classes: Tensor
+    ) -> Tensor:
         """Return the maps (N, K, H, W) of one method, in [0, 1], averaged over all layers."""
         if method in BY_GRAD_CAM:
             # its Shapley-CAM fails with several layers at once
             groups = [[layer] for layer in layers] if method == "shapleycam" else [[*layers]]
-            photos = [(group, *photo) for group in groups for photo in zip(inputs.split(1), classes, strict=True)]
+            photos = [
+                (group, *photo)
+                for group in groups
+                for photo in zip(inputs.split(1), classes, strict=True)
+            ]
             found = torch.stack([self._by_grad_cam(method, *photo) for photo in photos])
             return normalise(found.view(len(groups), *classes.shape, *inputs.shape[2:]).mean(0))
-        weigh = self._score_weights if method == "scorecam" else self._ablation_weights  # one input, by many passes
+        weigh = (
+            self._score_weights if method == "scorecam" else self._ablation_weights
+        )  # one input, by many passes
         maps = []
         for layer, (activations, gradients) in layers.items():
             if method in CAM_METHODS:
@@ -1495,16 +2067,25 @@ class Explainer:
             else:
                 photos = zip(activations, inputs.split(1), classes, strict=True)
                 weights = torch.stack([weigh(layer, *photo) for photo in photos])
-                contributions, reduce_fn = weights[..., None, None] * activations[:, None], CHANNEL_SUM
+                contributions, reduce_fn = (
+                    weights[..., None, None] * activations[:, None],
+                    CHANNEL_SUM,
+                )
             if self.eigen_smooth and reduce_fn is CHANNEL_SUM:
                 reduce_fn = principal_component
             small = reduce_fn(contributions).expand(*classes.shape, *activations.shape[2:])
-            maps.append(nn.functional.interpolate(normalise(small.clamp(min=0)), inputs.shape[2:], mode="bilinear"))
+            maps.append(
+                nn.functional.interpolate(
+                    normalise(small.clamp(min=0)), inputs.shape[2:], mode="bilinear"
+                )
+            )
         joined = torch.stack(maps)
         return normalise(normalise(joined).prod(0) if method == "refinecam" else joined.mean(0))
 
     @torch.inference_mode()
-    def _ablation_weights(self, layer: str, activations: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _ablation_weights(
+        self, layer: str, activations: Tensor, inputs: Tensor, targets: Tensor
+    ) -> Tensor:
         """Ablation-CAM (Desai and Ramaswamy, WACV 2020): how much of the score is lost without a channel.
 
         For one input (1, 3, H, W) and the classes (K,); returns (K, C). The paper divides by the score, which may be
@@ -1512,32 +2093,48 @@ class Explainer:
         precedes it gets a small stand-in for the input, or where that does not fit the input, once or for each copy.
         """
         module, outputs = self.network.get_submodule(layer), list[Tensor]()
-        with module.register_forward_hook(lambda module, args, output: outputs.append(output.clone())):
+        with module.register_forward_hook(
+            lambda module, args, output: outputs.append(output.clone())
+        ):
             logits = as_logits(self.network(inputs))
 
         def logits_for(copies: Tensor, stand_in: Tensor, count: int) -> Tensor:
             calls = itertools.count(1)
-            with module.register_forward_hook(lambda *_: copies if next(calls) == len(outputs) else None):
+            with module.register_forward_hook(
+                lambda *_: copies if next(calls) == len(outputs) else None
+            ):
                 return as_logits(self.network(stand_in.expand(count or len(copies), -1, -1, -1)))
 
         output = outputs[-1]
-        for stand_in, count in ((torch.zeros_like(inputs[..., :64, :64]), 1), (inputs, 1), (inputs, 0)):
+        for stand_in, count in (
+            (torch.zeros_like(inputs[..., :64, :64]), 1),
+            (inputs, 1),
+            (inputs, 0),
+        ):
             with contextlib.suppress(RuntimeError, AssertionError, ValueError):
                 twice = logits_for(torch.cat([output, output]), stand_in, count)
                 if len(twice) == 2 and torch.allclose(twice, logits, 1e-3, 1e-3):
                     break
-        axis = 1 if output.shape[1:] == activations.shape else output.ndim - 1  # of the channels, see as_map
+        axis = (
+            1 if output.shape[1:] == activations.shape else output.ndim - 1
+        )  # of the channels, see as_map
         score = logits[0, targets]
         ablated = score.repeat(output.shape[axis], 1)
         alive = output.movedim(axis, 1)[0].flatten(1).any(1).nonzero()[:, 0]
-        for channels in self.progress(alive.split(max(1, min(256, 2**25 // (output.numel() * 4))))):  # 32 MB together
+        for channels in self.progress(
+            alive.split(max(1, min(256, 2**25 // (output.numel() * 4))))
+        ):  # 32 MB together
             copies = output.repeat(len(channels), *[1] * (output.ndim - 1))
-            copies.movedim(axis, 1)[torch.arange(len(channels), device=channels.device), channels] = 0
+            copies.movedim(axis, 1)[
+                torch.arange(len(channels), device=channels.device), channels
+            ] = 0
             ablated[channels] = logits_for(copies, stand_in, count)[:, targets]
         return (score - ablated).T
 
     @torch.inference_mode()
-    def _score_weights(self, layer: str, activations: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _score_weights(
+        self, layer: str, activations: Tensor, inputs: Tensor, targets: Tensor
+    ) -> Tensor:
         """Score-CAM (Wang et al., CVPR workshops 2020, arXiv:1910.01279): the softmax of the scores of masked inputs.
 
         For one input (1, 3, H, W) and the classes (K,); returns (K, C). The mask is a channel of activations (C, h, w),
@@ -1548,19 +2145,25 @@ class Explainer:
 
         def masked_scores(network: nn.Module, channels: Tensor) -> Tensor:
             small = activations[channels][:, None]
-            masks = nn.functional.interpolate(small, inputs.shape[2:], mode="bilinear", align_corners=True)
+            masks = nn.functional.interpolate(
+                small, inputs.shape[2:], mode="bilinear", align_corners=True
+            )
             return as_logits(network(inputs * normalise(masks, 1e-8)))[:, targets]
 
         if len(varied):
             scores[varied] = self._in_batches(masked_scores, varied, self.progress)
         return scores.softmax(0).T
 
-    def _by_grad_cam(self, method: str, names: Sequence[str], inputs: Tensor, targets: Tensor) -> Tensor:
+    def _by_grad_cam(
+        self, method: str, names: Sequence[str], inputs: Tensor, targets: Tensor
+    ) -> Tensor:
         """Return the maps (K, H, W) of one input (1, 3, H, W) by grad-cam's class. Raises CallError."""
         import pytorch_grad_cam
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-        layers = [] if method == "fullgrad" else [self.network.get_submodule(name) for name in names]
+        layers = (
+            [] if method == "fullgrad" else [self.network.get_submodule(name) for name in names]
+        )
         reshape = partial(as_map, size=inputs.shape[2:]) if layers else None
         cam = getattr(pytorch_grad_cam, BY_GRAD_CAM[method])(self.network, layers, reshape)
         kept = getattr(cam, "base_cam", cam).activations_and_grads
@@ -1569,7 +2172,10 @@ class Explainer:
         maps = []
         try:
             for target in targets.tolist():
-                asked = {"targets": [ClassifierOutputTarget(target)], "eigen_smooth": self.eigen_smooth}
+                asked = {
+                    "targets": [ClassifierOutputTarget(target)],
+                    "eigen_smooth": self.eigen_smooth,
+                }
                 if method == "finercam":
                     asked |= {"targets": None, "target_idx": target}
                 # These hooks stand behind grad-cam's, so that what follows cannot change the activations that it keeps.
@@ -1581,21 +2187,28 @@ class Explainer:
             if is_out_of_memory(error):
                 raise
             # Shapley-CAM takes no tokens, Finer-CAM no single output, FullGrad no layer that is called twice.
-            raise CallError(f"{method} does not work on layer '{', '.join(names)}': {first_line(error)}") from error
+            raise CallError(
+                f"{method} does not work on layer '{', '.join(names)}': {first_line(error)}"
+            ) from error
         finally:
             self.network.requires_grad_(False)
-            kept.activations, kept.gradients = [], []  # which its own release() fails to detach where they are views
+            kept.activations, kept.gradients = (
+                [],
+                [],
+            )  # which its own release() fails to detach where they are views
             kept.release()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5  Metrics. The network's predictions for changed inputs show how faithful a map is.
+# 6  Metrics. The network's predictions for changed inputs show how faithful a map is.
 # ---------------------------------------------------------------------------------------------------------------------
 
 METRICS = ("average_drop", "increase", "deletion", "insertion", "road")
 
 
-def faithfulness(explainer: Explainer, inputs: Tensor, cam: Floats, target: int) -> dict[str, float]:
+def faithfulness(
+    explainer: Explainer, inputs: Tensor, cam: Floats, target: int
+) -> dict[str, float]:
     """Measure a map (H, W) in [0, 1] of inputs (1, 3, H, W) by how the probability p of a class changes with the input.
 
     - average_drop, in [0, 1], lower is better: the share of p that is lost when the input is multiplied by the map.
@@ -1609,11 +2222,21 @@ def faithfulness(explainer: Explainer, inputs: Tensor, cam: Floats, target: int)
       grad-cam's ROADCombined).
     """
     photo, pixels = inputs[0].cpu().numpy(), cam.size
-    kept = [turned < np.quantile(turned, share) for turned in (cam, 1 - cam) for share in (0.2, 0.4, 0.6, 0.8)]
+    kept = [
+        turned < np.quantile(turned, share)
+        for turned in (cam, 1 - cam)
+        for share in (0.2, 0.4, 0.6, 0.8)
+    ]
     counts = np.array([*range(0, pixels, -(-pixels // 20)), pixels])
     ranks = np.argsort(np.argsort(-cam.flatten(), kind="stable"))
     hottest = (ranks.reshape(cam.shape) < counts[:, None, None])[:, None]
-    changed = [photo[None], photo[None] * cam, photo * ~hottest, photo * hottest, [impute(photo, k) for k in kept]]
+    changed = [
+        photo[None],
+        photo[None] * cam,
+        photo * ~hottest,
+        photo * hottest,
+        [impute(photo, k) for k in kept],
+    ]
     asked = torch.from_numpy(np.concatenate(changed).astype(np.float32))
     p = probabilities(explainer.logits(asked))[:, target].double().cpu().numpy()
     before, masked, *curves, road = np.split(p, np.cumsum([len(part) for part in changed[:-1]]))
@@ -1637,8 +2260,12 @@ def impute(photo: Floats, kept: NDArray[np.bool_]) -> Floats:
     from scipy.sparse import csc_matrix
     from scipy.sparse.linalg import splu
 
-    system, right = NoisyLinearImputer.setup_sparse_system(kept.astype(np.float32), photo, neighbors_weights)
-    solver = splu(csc_matrix(system), "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+    system, right = NoisyLinearImputer.setup_sparse_system(
+        kept.astype(np.float32), photo, neighbors_weights
+    )
+    solver = splu(
+        csc_matrix(system), "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
+    )
     noise = np.random.default_rng(0).standard_normal(right.T.shape)
     filled = photo.copy()
     filled[:, ~kept] = solver.solve(right).T + 0.01 * noise
@@ -1646,10 +2273,12 @@ def impute(photo: Floats, kept: NDArray[np.bool_]) -> Floats:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6  Output. Arrays become pictures and files, each of them whole or not there, and the log says which are done.
+# 7  Output. Arrays become pictures and files, each of them whole or not there, and the log says which are done.
 # ---------------------------------------------------------------------------------------------------------------------
 
-COLORMAPS = {name[9:].lower(): number for name, number in vars(cv2).items() if name.startswith("COLORMAP_")}
+COLORMAPS = {
+    name[9:].lower(): number for name, number in vars(cv2).items() if name.startswith("COLORMAP_")
+}
 CELL = 320  # pixels: side of a picture on a sheet
 TEXT = 22  # height of the text on a sheet, in pixels
 
@@ -1675,13 +2304,22 @@ def draw_gradients(gradients: Floats, width: int, height: int) -> Picture:
 
     The scale is set by the 99.5th percentile, so that a few extreme pixels do not turn all others grey.
     """
-    strongest = float(np.percentile(np.abs(gradients), 99.5)) or float(np.abs(gradients).max()) or 1.0
-    enlarged = cv2.resize(gradients.transpose(1, 2, 0), (width, height), interpolation=cv2.INTER_LINEAR)
+    strongest = (
+        float(np.percentile(np.abs(gradients), 99.5)) or float(np.abs(gradients).max()) or 1.0
+    )
+    enlarged = cv2.resize(
+        gradients.transpose(1, 2, 0), (width, height), interpolation=cv2.INTER_LINEAR
+    )
     return cv2.addWeighted(enlarged, 127.5 / strongest, enlarged, 0, 127.5, dtype=cv2.CV_8U)
 
 
 def draw(
-    output: str, explanation: Explanation, seen: Picture, method: str = "", index: int = 0, **look: Any
+    output: str,
+    explanation: Explanation,
+    seen: Picture,
+    method: str = "",
+    index: int = 0,
+    **look: Any,
 ) -> Picture:
     """Return one of OUTPUTS as a picture, uint8 RGB, as large as `seen`, what the network saw (Classifier.seen).
 
@@ -1696,7 +2334,9 @@ def draw(
     return draw_gradients(guided * cam if output == "cam_gb" else guided, *seen.shape[1::-1])
 
 
-def draw_sheet(title: str, blocks: Sequence[tuple[str, Sequence[Any]]], font: Any, colormap: str) -> Picture:
+def draw_sheet(
+    title: str, blocks: Sequence[tuple[str, Sequence[Any]]], font: Any, colormap: str
+) -> Picture:
     """Return a table with a colour scale: for each class a heading, and columns of (caption, picture, note over it)."""
     columns, gap, line = blocks[0][1], 8, TEXT + 12
     bands, deepest = math.ceil(len(columns) / 6), max(map(len, columns))  # columns are wrapped
@@ -1713,17 +2353,27 @@ def draw_sheet(title: str, blocks: Sequence[tuple[str, Sequence[Any]]], font: An
     pen.rectangle((right - 290, 0, right, line), "white")  # here a long title ends
     pen.text((right - 280, 6), "evidence 0", "dimgray", font)
     pen.text((right - 22, 6), "1", "dimgray", font)
-    scale = draw_cam(np.zeros((TEXT, 128, 3), np.uint8), np.linspace(0, 1, 128, dtype=np.float32)[None], colormap, 1)
+    scale = draw_cam(
+        np.zeros((TEXT, 128, 3), np.uint8),
+        np.linspace(0, 1, 128, dtype=np.float32)[None],
+        colormap,
+        1,
+    )
     sheet.paste(Image.fromarray(scale), (right - 156, 8))
     for top, (heading, columns) in zip(range(line, bottom, block), blocks, strict=False):
         pen.text((gap, top + 4), heading, "black", font)
         for number, column in enumerate(columns):
-            left, upper = gap + number % across * (CELL + gap), top + line + number // across * deepest * cell
+            left, upper = (
+                gap + number % across * (CELL + gap),
+                top + line + number // across * deepest * cell,
+            )
             for caption, picture, note in column:
                 pen.text((left, upper + 4), caption, "dimgray", font)
                 sheet.paste(Image.fromarray(resized(picture, CELL)), (left, upper + line))
                 middle = upper + (line + cell) // 2
-                pen.text((left + gap, middle), note, "red", font, stroke_width=3, stroke_fill="white")
+                pen.text(
+                    (left + gap, middle), note, "red", font, stroke_width=3, stroke_fill="white"
+                )
                 upper += cell
     return np.asarray(sheet)
 
@@ -1735,7 +2385,9 @@ def find_font(names: Sequence[str]) -> tuple[Any, set[str]]:
     if not wanted <= has:
         from matplotlib import font_manager, ft2font
 
-        for path in sorted(font_manager.findSystemFonts(), key=lambda path: ("Sans" not in path, path)):
+        for path in sorted(
+            font_manager.findSystemFonts(), key=lambda path: ("Sans" not in path, path)
+        ):
             with contextlib.suppress(OSError, RuntimeError, ValueError):
                 found = set(map(chr, ft2font.FT2Font(path).get_charmap()))
                 if len(found & wanted) > len(has & wanted):
@@ -1772,8 +2424,12 @@ class Log:
         self._position = 0  # up to which the log was read
         # (image, method) -> options, files, place in the log, whether the prediction is right
         self._last: dict[tuple[str, str], tuple[str, list[Path], int, bool | None]] = {}
-        self._owners: dict[int, tuple[str, str]] = {}  # file -> (image, options) of the last record that lists it
-        self._stems: dict[int, str] = {}  # the beginning of files' names -> the image that they are of
+        self._owners: dict[
+            int, tuple[str, str]
+        ] = {}  # file -> (image, options) of the last record that lists it
+        self._stems: dict[
+            int, str
+        ] = {}  # the beginning of files' names -> the image that they are of
         try:
             with self.locked():
                 self._start_size = self._position if start_size is None else start_size
@@ -1784,7 +2440,9 @@ class Log:
     def locked(self) -> Iterator[Any]:
         """Yield the open file, when all that other processes have appended has been read."""
         names = ("O_RDWR", "O_APPEND", "O_CREAT", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK")
-        flags = sum(getattr(os, name, 0) for name in names)  # no link is followed, no FIFO waited for
+        flags = sum(
+            getattr(os, name, 0) for name in names
+        )  # no link is followed, no FIFO waited for
         with self._lock, open(os.open(self.path, flags, 0o666), "r+b", buffering=0) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise FileExistsError(errno.EEXIST, "it is not a regular file; remove it")
@@ -1792,10 +2450,19 @@ class Log:
             for line in io.BufferedReader(io.FileIO(file.fileno(), closefd=False)):
                 record = parse_record(line) if line.endswith(b"\n") else {}
                 if record:
-                    image, stem, options = self._image_key(record), record.get("output_stem"), record.get("options", "")
+                    image, stem, options = (
+                        self._image_key(record),
+                        record.get("output_stem"),
+                        record.get("options", ""),
+                    )
                     below = self.folder / os.path.dirname(stem or "")
                     files = [below / os.path.basename(name) for name in record["files"]]
-                    self._last[image, record["method"]] = options, files, self._position, record.get("right")
+                    self._last[image, record["method"]] = (
+                        options,
+                        files,
+                        self._position,
+                        record.get("right"),
+                    )
                     self._owners.update((file_key(file), (image, options)) for file in files)
                     if stem:  # not of an error
                         self._stems[file_key(self.folder / stem)] = image
@@ -1804,7 +2471,9 @@ class Log:
 
     def _image_key(self, record: Mapping[str, Any]) -> str:
         """Return the absolute path of a photo; `source` leads there from the log's folder wherever that is."""
-        path = os.path.join(self.folder, record["source"]) if "source" in record else record["image"]
+        path = (
+            os.path.join(self.folder, record["source"]) if "source" in record else record["image"]
+        )
         return os.path.normcase(os.path.abspath(path))
 
     def is_done(self, image: str, method: str, options: str) -> bool:
@@ -1817,7 +2486,9 @@ class Log:
     def verdicts(self, images: Iterable[str], method: str) -> list[bool]:
         """Return whether the prediction is right for each of the photos whose true class is known. Raises OSError."""
         with self.locked():
-            found = (self._last.get((self._image_key({"image": image}), method)) for image in images)
+            found = (
+                self._last.get((self._image_key({"image": image}), method)) for image in images
+            )
             return [entry[3] for entry in found if entry and isinstance(entry[3], bool)]
 
     def write(self, record: dict[str, Any], base: str, contents: Mapping[str, bytes]) -> bool:
@@ -1830,19 +2501,25 @@ class Log:
         folder, image = self.folder / os.path.dirname(base), self._image_key(record)
         folder.mkdir(parents=True, exist_ok=True)
         # a name that cannot be foretold, so that no link is followed
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder, ignore_cleanup_errors=True) as parts:
+        with tempfile.TemporaryDirectory(
+            prefix=".part-", dir=folder, ignore_cleanup_errors=True
+        ) as parts:
             for number, content in enumerate(contents.values()):
                 Path(parts, str(number)).write_bytes(content)
             with self.locked() as log:
                 done, _, place, _ = self._last.get((image, record["method"]), (None, [], 0, None))
                 if done == record["options"] and place >= self._start_size:
                     return False
-                for stem in itertools.chain([base], (f"{base}_{number}" for number in itertools.count(2))):
+                for stem in itertools.chain(
+                    [base], (f"{base}_{number}" for number in itertools.count(2))
+                ):
                     files = [folder / name.format(os.path.basename(stem)) for name in contents]
                     owner = self._stems.get(file_key(self.folder / stem), image)
                     if owner == image and all(self._is_free(file, image) for file in files):
                         break
-                for file in files:  # a run that is killed from here on leaves no file of the run before it
+                for (
+                    file
+                ) in files:  # a run that is killed from here on leaves no file of the run before it
                     file.unlink(missing_ok=True)
                 record |= {"files": [str(file) for file in files], "output_stem": stem}
                 self._append(log, record)
@@ -1876,7 +2553,7 @@ class Log:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7  Gallery. A page of all results, made from the log alone: one file without a server, a package or the network.
+# 8  Gallery. A page of all results, made from the log alone: one file without a server, a package or the network.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1885,17 +2562,30 @@ def write_gallery(folder: Path) -> Path | None:
     page, items = folder / "index.html", dict[tuple[str, str], dict[str, Any]]()
     with open(folder / LOG_NAME, "rb") as lines:
         for record in map(parse_record, lines):
-            with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # another program's
+            with contextlib.suppress(
+                LookupError, TypeError, ValueError, AttributeError
+            ):  # another program's
                 items[record.get("source", record["image"]), record["method"]] = page_item(record)
     if not items:
         return None
-    if os.path.lexists(page) and not (page.is_file() and b"made by cnn_visualizations.py" in page.read_bytes()[:300]):
+    if os.path.lexists(page) and not (
+        page.is_file() and b"made by cnn_visualizations.py" in page.read_bytes()[:300]
+    ):
         raise FileExistsError(f"{page} is in the way: it was not made by this program")
-    by_path = sorted(items.values(), key=lambda item: re.sub(r"\d+", lambda digits: digits[0].zfill(12), item["path"]))
+    by_path = sorted(
+        items.values(),
+        key=lambda item: re.sub(r"\d+", lambda digits: digits[0].zfill(12), item["path"]),
+    )
     text = json.dumps([folder.resolve().name, by_path], ensure_ascii=False, separators=(",", ":"))
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder, ignore_cleanup_errors=True) as parts:
+    with tempfile.TemporaryDirectory(
+        prefix=".part-", dir=folder, ignore_cleanup_errors=True
+    ) as parts:
         part = Path(parts, page.name)
-        part.write_bytes(PAGE.replace("DATA", text.replace("<", "\\u003c"), 1).encode("utf-8", "backslashreplace"))
+        part.write_bytes(
+            PAGE.replace("DATA", text.replace("<", "\\u003c"), 1).encode(
+                "utf-8", "backslashreplace"
+            )
+        )
         os.replace(part, page)
     return page
 
@@ -1906,9 +2596,22 @@ def page_item(record: Mapping[str, Any]) -> dict[str, Any]:
     def likely(entry: Mapping[str, Any]) -> tuple[str, int]:
         return str(entry["name"]), round(1e6 * entry["probability"])
 
-    image, top, truth, box = record["image"], record.get("top5", []), record.get("truth"), record.get("box")
-    source = as_link(record["source"]) if "source" in record else Path(os.path.abspath(image)).as_uri()
-    item = {"path": image, "source": source, "methods": record["method"].split(","), "top": [], "rows": []}
+    image, top, truth, box = (
+        record["image"],
+        record.get("top5", []),
+        record.get("truth"),
+        record.get("box"),
+    )
+    source = (
+        as_link(record["source"]) if "source" in record else Path(os.path.abspath(image)).as_uri()
+    )
+    item = {
+        "path": image,
+        "source": source,
+        "methods": record["method"].split(","),
+        "top": [],
+        "rows": [],
+    }
     if "error" in record:
         return {**item, "state": "failed", "error": str(record["error"])}
     if box:  # where the photo lies behind the heatmap
@@ -1917,8 +2620,14 @@ def page_item(record: Mapping[str, Any]) -> dict[str, Any]:
         item["place"] = "left:{:.2f}%;top:{:.2f}%;width:{:.2f}%;height:{:.2f}%".format(*place)
     guess = record.get("prediction") or top[0]
     state = "unknown" if not truth else "right" if truth["index"] == guess["index"] else "wrong"
-    item |= {"state": state, "guess": str(guess["name"]), "truth": str(truth["name"]) if truth else ""}
-    explained = zip(record.get("classes") or [record.get("class")], pictures_of(record).items(), strict=False)
+    item |= {
+        "state": state,
+        "guess": str(guess["name"]),
+        "truth": str(truth["name"]) if truth else "",
+    }
+    explained = zip(
+        record.get("classes") or [record.get("class")], pictures_of(record).items(), strict=False
+    )
     rows = [(*likely(entry), *pictures) for entry, pictures in explained]
     return {**item, "top": [likely(entry) for entry in (guess, *top[1:])], "rows": rows}
 
@@ -1926,16 +2635,27 @@ def page_item(record: Mapping[str, Any]) -> dict[str, Any]:
 def pictures_of(record: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return for each class the link to its pictures, ./cat/%00_1_dog.jpg, and what may stand for %00: gb, fem_cam."""
     (folder, stem), found = os.path.split(record.get("output_stem", "")), dict[str, list[str]]()
-    kinds = ["gb", *(f"{method}_{output}" for method in record["method"].split(",") for output in ("cam_gb", "cam"))]
+    kinds = [
+        "gb",
+        *(
+            f"{method}_{output}"
+            for method in record["method"].split(",")
+            for output in ("cam_gb", "cam")
+        ),
+    ]
     for name, kind in itertools.product(map(os.path.basename, record["files"]), kinds):
         if name.startswith(f"{kind}_{stem}"):
-            found.setdefault(as_link(os.path.join(folder, f"\0{name[len(kind) :]}")), []).append(kind)
+            found.setdefault(as_link(os.path.join(folder, f"\0{name[len(kind) :]}")), []).append(
+                kind
+            )
     return found
 
 
 def as_link(path: str) -> str:
     """Return a path as a link from the page; a byte that is not UTF-8 remains that byte."""
-    return "./" + quote(os.fsencode(re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", path).replace(os.sep, "/")))
+    return "./" + quote(
+        os.fsencode(re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", path).replace(os.sep, "/"))
+    )
 
 
 PAGE = r"""<!doctype html>
@@ -2072,7 +2792,7 @@ show();</script></html>"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8  Run. Threads read, one explains, threads write; a photo that fails stops nothing.
+# 9  Run. Threads read, one explains, threads write; a photo that fails stops nothing.
 # ---------------------------------------------------------------------------------------------------------------------
 
 THREADS = min(4, os.cpu_count() or 1)  # that read, and as many that draw
@@ -2086,7 +2806,12 @@ class Item:
     folder: str  # of its files, below the output folder
     options: str  # a hash of the options and of the file, by which a later run knows what was done
     truth: int | None = None  # see true_class
-    box: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # the part that the network sees, in its pixels
+    box: tuple[float, float, float, float] = (
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    )  # the part that the network sees, in its pixels
     picture: Picture | None = None  # that part, to draw on
     inputs: Tensor | None = None  # that part as the network gets it, (3, H, W)
     explanation: Explanation | None = None  # (1, K, ...)
@@ -2102,16 +2827,25 @@ class Job:
     args: argparse.Namespace
     classifier: Classifier
     explainer: Explainer
-    targets: list[int]  # indices, PREDICTED or TRUTH; none of them: the `top_k` classes of highest probability
+    targets: list[
+        int
+    ]  # indices, PREDICTED or TRUTH; none of them: the `top_k` classes of highest probability
     labels: Sequence[str] | None  # of all classes, for file names; None: no class stands in them
     font: Any  # for the sheet
     glyphs: set[str]  # characters that the font has
     shown: Sequence[str]  # class names, or their indices where the font lacks a character
 
 
-def prefetch(function: Callable[[Any], Any], items: Iterable[Any], depth: int, threads: int) -> Iterator[Any]:
+def prefetch(
+    function: Callable[[Any], Any], items: Iterable[Any], depth: int, threads: int
+) -> Iterator[Any]:
     """Map `function` over `items` in threads, `depth` ahead, in order; what was begun before an error is yielded."""
-    pool, pending, error, items = ThreadPoolExecutor(threads), deque[Future[Any]](), None, iter(items)
+    pool, pending, error, items = (
+        ThreadPoolExecutor(threads),
+        deque[Future[Any]](),
+        None,
+        iter(items),
+    )
     try:
         while pending or not error:
             try:
@@ -2128,7 +2862,9 @@ def prefetch(function: Callable[[Any], Any], items: Iterable[Any], depth: int, t
         raise error
 
 
-def with_options(args: argparse.Namespace, photos: Iterable[tuple[str, str]]) -> list[tuple[str, str, str]]:
+def with_options(
+    args: argparse.Namespace, photos: Iterable[tuple[str, str]]
+) -> list[tuple[str, str, str]]:
     """Return the photos, each with a hash of the options and of the size and time of all files that are read for it."""
 
     def signature(path: str) -> tuple[int, int]:
@@ -2136,13 +2872,32 @@ def with_options(args: argparse.Namespace, photos: Iterable[tuple[str, str]]) ->
             return os.stat(path).st_size, os.stat(path).st_mtime_ns
         return 0, 0
 
-    ignored = {"images", "photos", "ckpt", "device", "batch_size", "output", "skip_existing", "log_size", "gallery"}
-    ignored |= set() if args.sheet or args.save_arrays else {"methods"}  # which only these files share
-    options = [(name, str(value)) for name, value in sorted(vars(args).items()) if name not in ignored]
+    ignored = {
+        "images",
+        "photos",
+        "ckpt",
+        "device",
+        "batch_size",
+        "output",
+        "skip_existing",
+        "log_size",
+        "gallery",
+    }
+    ignored |= (
+        set() if args.sheet or args.save_arrays else {"methods"}
+    )  # which only these files share
+    options = [
+        (name, str(value)) for name, value in sorted(vars(args).items()) if name not in ignored
+    ]
     ckpt, own_network = os.path.realpath(args.ckpt or ""), (args.arch or "").rpartition(":")[0]
     options = repr((options, ckpt, signature(ckpt), signature(own_network)))
-    texts = [f"{options} {signature(path)}".encode("utf-8", "backslashreplace") for path, _ in photos]
-    return [(*photo, hashlib.sha256(text).hexdigest()[:16]) for photo, text in zip(photos, texts, strict=True)]
+    texts = [
+        f"{options} {signature(path)}".encode("utf-8", "backslashreplace") for path, _ in photos
+    ]
+    return [
+        (*photo, hashlib.sha256(text).hexdigest()[:16])
+        for photo, text in zip(photos, texts, strict=True)
+    ]
 
 
 def load_job(args: argparse.Namespace, local_rank: int | None) -> Job:
@@ -2151,14 +2906,25 @@ def load_job(args: argparse.Namespace, local_rank: int | None) -> Job:
         hint = closest(args.colormap, COLORMAPS) or f" (known: {', '.join(COLORMAPS)})"
         raise CallError(f"unknown colormap '{args.colormap}'{hint}")
     own_gpu = local_rank is not None and args.device in (None, "cuda") and torch.cuda.is_available()
-    device = f"cuda:{local_rank}" if own_gpu else args.device  # torchrun starts a process for each GPU
-    given = {name: getattr(args, name) for name in ("class_names", "input_size", "resize", "mean", "std")}
+    device = (
+        f"cuda:{local_rank}" if own_gpu else args.device
+    )  # torchrun starts a process for each GPU
+    given = {
+        name: getattr(args, name) for name in ("class_names", "input_size", "resize", "mean", "std")
+    }
     classifier = load_classifier(args.arch, args.ckpt, args.num_classes, device, **given)
     names, side = classifier.class_names, classifier.input_size
     targets = list(dict.fromkeys(find_class(wanted, names) for wanted in args.target_classes or ()))
-    if (args.only_wrong or TRUTH in targets) and all(true_class(path, names) is None for path, _ in args.photos):
-        raise CallError(f"no photo's folder is named after a class ({', '.join(names[:8])}), so no truth is known")
-    given = {name: getattr(args, name) for name in ("methods", "target_layers", "aug_smooth", "eigen_smooth")}
+    if (args.only_wrong or TRUTH in targets) and all(
+        true_class(path, names) is None for path, _ in args.photos
+    ):
+        raise CallError(
+            f"no photo's folder is named after a class ({', '.join(names[:8])}), so no truth is known"
+        )
+    given = {
+        name: getattr(args, name)
+        for name in ("methods", "target_layers", "aug_smooth", "eigen_smooth")
+    }
     bar = partial(tqdm, desc=",".join(args.methods), unit="pass", leave=False, disable=None)
     explainer = Explainer(classifier.model, guided=args.outputs != ["cam"], progress=bar, **given)
     try:
@@ -2186,7 +2952,12 @@ def read_item(entry: tuple[str, str, str], job: Job) -> Item:
         part = job.classifier.seen(photo)
         item.picture = resized(part, job.args.output_size or min(max(part.shape[:2]), 1024))
         item.inputs = job.classifier.preprocess(photo)
-        item.record = {"image": item.path, "width": width, "height": height, "method": ",".join(job.args.methods)}
+        item.record = {
+            "image": item.path,
+            "width": width,
+            "height": height,
+            "method": ",".join(job.args.methods),
+        }
     except PhotoError as error:
         item.error = str(error)
     return item
@@ -2201,8 +2972,12 @@ def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Ite
         except (RuntimeError, ValueError, MemoryError) as error:
             if isinstance(error, CallError) or (is_out_of_memory(error) and len(part) > 1):
                 raise
-            if re.search("(CUDA|HIP) error", str(error)) and not is_out_of_memory(error):  # the GPU answers no more
-                raise CallError(f"the GPU has failed: {first_line(error)}; go on with --skip-existing") from error
+            if re.search("(CUDA|HIP) error", str(error)) and not is_out_of_memory(
+                error
+            ):  # the GPU answers no more
+                raise CallError(
+                    f"the GPU has failed: {first_line(error)}; go on with --skip-existing"
+                ) from error
             if len(part) == 1:
                 part[0].error = f"{part[0].path}: the network failed: {first_line(error)}"
             for item in part if len(part) > 1 else ():  # it may be one of them only
@@ -2227,10 +3002,14 @@ def explain(items: Sequence[Item], job: Job) -> None:
         items, inputs = list(itertools.compress(items, wrong)), inputs[wrong]
     truths = [PREDICTED if item.truth is None else item.truth for item in items]
     if TRUTH in job.targets and PREDICTED in truths:
-        warn("where the folder is not named after a class, the prediction is explained instead of the truth")
+        warn(
+            "where the folder is not named after a class, the prediction is explained instead of the truth"
+        )
     targets = [[truth if target == TRUTH else target for target in job.targets] for truth in truths]
     if items:
-        explanation = job.explainer(inputs, targets if job.targets else None, top=job.args.top_k or 1)
+        explanation = job.explainer(
+            inputs, targets if job.targets else None, top=job.args.top_k or 1
+        )
     for index, item in enumerate(items):
         item.explanation = explanation.only(index)
         describe_item(item, job)
@@ -2239,18 +3018,36 @@ def explain(items: Sequence[Item], job: Job) -> None:
 def describe_item(item: Item, job: Job) -> None:
     """Complete the record of a photo that was explained, with the metrics if they are asked for."""
     explanation, classifier = item.explanation, job.classifier
-    p, names = probabilities(torch.from_numpy(explanation.logits))[0].numpy(), classifier.class_names
-    indices, count = [*explanation.targets[0], *np.argsort(-p, kind="stable")[:5]], len(explanation.targets[0])
-    found = [{"index": int(i), "name": names[i], "probability": round(float(p[i]), 6)} for i in indices]
+    p, names = (
+        probabilities(torch.from_numpy(explanation.logits))[0].numpy(),
+        classifier.class_names,
+    )
+    indices, count = (
+        [*explanation.targets[0], *np.argsort(-p, kind="stable")[:5]],
+        len(explanation.targets[0]),
+    )
+    found = [
+        {"index": int(i), "name": names[i], "probability": round(float(p[i]), 6)} for i in indices
+    ]
     classes, top5 = found[:count], found[count:]
-    item.record |= {"prediction": top5[0], "class": classes[0], **({"classes": classes} if job.labels else {})}
+    item.record |= {
+        "prediction": top5[0],
+        "class": classes[0],
+        **({"classes": classes} if job.labels else {}),
+    }
     if item.truth is not None:
         item.record["truth"] = {"index": item.truth, "name": names[item.truth]}
         item.record["right"] = item.truth == top5[0]["index"]
-    item.record |= {"top5": top5, "target_layer": ",".join(job.explainer.target_layers), "options": item.options}
+    item.record |= {
+        "top5": top5,
+        "target_layer": ",".join(job.explainer.target_layers),
+        "options": item.options,
+    }
     item.record |= {"input_size": classifier.input_size, "resize": job.args.resize}
     item.record["box"] = [round(x, 2) for x in item.box]
-    item.record |= {key: [round(x, 6) for x in getattr(classifier.preset, key)] for key in ("mean", "std")}
+    item.record |= {
+        key: [round(x, 6) for x in getattr(classifier.preset, key)] for key in ("mean", "std")
+    }
     item.record |= {"metrics": []} if job.args.metrics else {}
     for index, each in enumerate(classes if job.args.metrics else ()):
         for method, cams in explanation.cams.items():
@@ -2265,31 +3062,62 @@ def draw_item(item: Item, job: Job) -> Item:
     pictures, blocks, args, explanation = {}, [], job.args, item.explanation
     for index, found in enumerate(item.record.get("classes", [item.record["class"]])):
         label = job.labels[found["index"]] if job.labels else ""
-        columns = {"": [("source", item.picture, "")]}  # of the sheet: gb under the source, cam_gb under cam
+        columns = {
+            "": [("source", item.picture, "")]
+        }  # of the sheet: gb under the source, cam_gb under cam
         for output in args.outputs:
             for method in [""] if output == "gb" else args.methods:
-                drawn = draw(output, explanation, item.picture, method, index, colormap=args.colormap, alpha=args.alpha)
+                drawn = draw(
+                    output,
+                    explanation,
+                    item.picture,
+                    method,
+                    index,
+                    colormap=args.colormap,
+                    alpha=args.alpha,
+                )
                 pictures["_".join(filter(None, (method, output, "{}", label)))] = drawn
                 empty = method and not explanation.cams[method][0, index].any()
                 entry = f"{method} {output}".strip(), drawn, "no positive evidence" if empty else ""
                 columns.setdefault(method, []).append(entry)
-        blocks.append((f"explained: {job.shown[found['index']]} {found['probability']:.3f}", list(columns.values())))
+        blocks.append(
+            (
+                f"explained: {job.shown[found['index']]} {found['probability']:.3f}",
+                list(columns.values()),
+            )
+        )
     if args.sheet:
         photo = "".join(c if c in job.glyphs else "?" for c in os.path.basename(item.path))
         best, layer = item.record["prediction"], item.record["target_layer"]
         truth = "" if item.record.get("right", True) else f" (truth: {job.shown[item.truth]})"
         title = f"{photo}   prediction: {job.shown[best['index']]} {best['probability']:.3f}{truth}   layer: {layer}"
         pictures["{}_sheet"] = draw_sheet(title, blocks, job.font, args.colormap)
-    quality = {"jpg": [cv2.IMWRITE_JPEG_QUALITY, args.quality], "webp": [cv2.IMWRITE_WEBP_QUALITY, args.quality]}
+    quality = {
+        "jpg": [cv2.IMWRITE_JPEG_QUALITY, args.quality],
+        "webp": [cv2.IMWRITE_WEBP_QUALITY, args.quality],
+    }
     for name, picture in pictures.items():
         bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
         encoded = cv2.imencode(f".{args.format}", bgr, quality.get(args.format, []))[1]
         item.contents[f"{name}.{args.format}"] = encoded.tobytes()
     if args.save_arrays:
-        arrays, buffer = {} if explanation.guided is None else {"guided": explanation.guided[0]}, io.BytesIO()
-        arrays |= {"methods": args.methods, "classes": explanation.targets[0], "logits": explanation.logits[0]}
-        arrays |= {"cams": [explanation.cams[method][0] for method in args.methods], "box": item.box}
-        arrays |= {"class_names": job.classifier.class_names, "target_layers": job.explainer.target_layers}
+        arrays, buffer = (
+            {} if explanation.guided is None else {"guided": explanation.guided[0]},
+            io.BytesIO(),
+        )
+        arrays |= {
+            "methods": args.methods,
+            "classes": explanation.targets[0],
+            "logits": explanation.logits[0],
+        }
+        arrays |= {
+            "cams": [explanation.cams[method][0] for method in args.methods],
+            "box": item.box,
+        }
+        arrays |= {
+            "class_names": job.classifier.class_names,
+            "target_layers": job.explainer.target_layers,
+        }
         np.savez_compressed(buffer, **arrays)
         item.contents["{}.npz"] = buffer.getvalue()
     item.picture = item.inputs = None
@@ -2308,17 +3136,29 @@ def save_item(item: Item, args: argparse.Namespace, log: Log) -> str:
         log.write_error(item.path, ",".join(args.methods), item.error)
         print_line(f"error: {item.error}", sys.stderr)
         return "failed"
-    prediction, classes = item.record["prediction"], item.record.get("classes", [item.record["class"]])
+    prediction, classes = (
+        item.record["prediction"],
+        item.record.get("classes", [item.record["class"]]),
+    )
     truth = "" if item.record.get("right", True) else f" (truth: {item.record['truth']['name']})"
     parts = [f"{prediction['name']} {prediction['probability']:.3g}{truth}"]
     if classes != [prediction]:
-        parts.append("explained: " + ", ".join(f"{each['name']} {each['probability']:.3g}" for each in classes))
+        parts.append(
+            "explained: "
+            + ", ".join(f"{each['name']} {each['probability']:.3g}" for each in classes)
+        )
     for found in item.record.get("metrics", ()):
         of = f" for {found['class']}" if len(classes) > 1 else ""
-        parts.append(f"{found['method']}{of}: " + ", ".join(f"{name} {found[name]:.3g}" for name in METRICS))
-    print_line(f"{item.path}: {'; '.join(parts)} -> {', '.join(item.record['files']) or 'no files'}")
+        parts.append(
+            f"{found['method']}{of}: " + ", ".join(f"{name} {found[name]:.3g}" for name in METRICS)
+        )
+    print_line(
+        f"{item.path}: {'; '.join(parts)} -> {', '.join(item.record['files']) or 'no files'}"
+    )
     empty = f"map is all zeros: no positive evidence at {item.record['target_layer']}"
-    for method in (method for method, cams in item.explanation.cams.items() if not cams[0].any((1, 2)).all()):
+    for method in (
+        method for method, cams in item.explanation.cams.items() if not cams[0].any((1, 2)).all()
+    ):
         print_line(f"warning: {item.path}: the {method} {empty}", sys.stderr)
     return "done"
 
@@ -2334,7 +3174,11 @@ def finish(args: argparse.Namespace, log: Log, images: Sequence[str]) -> str:
         warn(f"no page of the results: {error}")
     right, known = verdicts.count(True), len(verdicts)
     parts += [f"accuracy {100 * right / known:.1f} % ({right} of {known})"] if known else []
-    parts += [f"the {known - right} wrong ones first in {page}" if right < known else f"see {page}"] if page else []
+    parts += (
+        [f"the {known - right} wrong ones first in {page}" if right < known else f"see {page}"]
+        if page
+        else []
+    )
     return "".join(f"; {part}" for part in parts)
 
 
@@ -2346,18 +3190,32 @@ def run(args: argparse.Namespace) -> int:
             size = " x ".join(map(str, shape)) + "   (default)" * (name in explainer.target_layers)
             print_line(f"{name:40} {kind:24} {size}")
         return 0
-    began, interrupted, log = time.monotonic(), False, Log(args.output, getattr(args, "log_size", None))
+    began, interrupted, log = (
+        time.monotonic(),
+        False,
+        Log(args.output, getattr(args, "log_size", None)),
+    )
     of_torchrun = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
-    rank, local_rank, world_size = (int(os.environ.get(name, value)) for name, value in of_torchrun.items())
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, value)) for name, value in of_torchrun.items()
+    )
     mine, methods = with_options(args, args.photos[rank::world_size]), ",".join(args.methods)
-    todo = [entry for entry in mine if not args.skip_existing or not log.is_done(entry[0], methods, entry[2])]
+    todo = [
+        entry
+        for entry in mine
+        if not args.skip_existing or not log.is_done(entry[0], methods, entry[2])
+    ]
     tally = Counter(skipped=len(mine) - len(todo))
     try:
         job = load_job(args, local_rank if world_size > 1 else None) if todo else None
-        batch_size = BatchSize(args.batch_size or (2 if job is None or job.explainer.device.type == "cpu" else 32))
+        batch_size = BatchSize(
+            args.batch_size or (2 if job is None or job.explainer.device.type == "cpu" else 32)
+        )
         depth = 2 * batch_size.size + THREADS
         items = prefetch(partial(read_item, job=job), todo, depth, THREADS)
-        items = prefetch(partial(draw_item, job=job), explain_items(items, job, batch_size), depth, THREADS)
+        items = prefetch(
+            partial(draw_item, job=job), explain_items(items, job, batch_size), depth, THREADS
+        )
         for item in tqdm(items, total=len(todo), unit="photo", disable=None):
             with tqdm.external_write_mode():
                 tally[save_item(item, args, log)] += 1
@@ -2368,7 +3226,9 @@ def run(args: argparse.Namespace) -> int:
         counts = f"{tally['done']} done, {tally['skipped']} skipped, {tally['failed']} failed"
         go_on = "; stopped, the same command with --skip-existing goes on" if interrupted else ""
         told = finish(args, log, [path for path, *_ in mine])
-        print_line(f"{counts}{of_processes} in {time.monotonic() - began:.1f} s{told}{go_on}", sys.stderr)
+        print_line(
+            f"{counts}{of_processes} in {time.monotonic() - began:.1f} s{told}{go_on}", sys.stderr
+        )
     # torchrun stops all processes as soon as one does not return 0, so there a broken photo has only its line
     return 130 if interrupted else int(tally["failed"] > 0 and world_size == 1)
 
@@ -2383,12 +3243,18 @@ def main(args: argparse.Namespace) -> int:
     except (CallError, RuntimeError, MemoryError) as error:
         if not isinstance(error, CallError) and not is_out_of_memory(error):
             raise
-        why = "" if isinstance(error, CallError) else "the network needs more memory than there is: "
+        why = (
+            "" if isinstance(error, CallError) else "the network needs more memory than there is: "
+        )
         print_line(f"error: {why}{first_line(error)}", sys.stderr)
         return 2
-    except OSError as error:  # stdout: `| head` has read enough, or the disk that it goes to is full
+    except (
+        OSError
+    ) as error:  # stdout: `| head` has read enough, or the disk that it goes to is full
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (its last flush would fail as well)
-        print_line(f"error: stopped, nothing more can be written: {error.strerror or error}", sys.stderr)
+        print_line(
+            f"error: stopped, nothing more can be written: {error.strerror or error}", sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
         return 130

@@ -39,14 +39,24 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cnn_visualizations import METHODS, Explainer, PhotoError, faithfulness, find_photos, load_classifier, read_photo
+from cnn_visualizations import (
+    METHODS,
+    Explainer,
+    PhotoError,
+    faithfulness,
+    find_photos,
+    load_classifier,
+    read_photo,
+)
 
 PROGRAM = ROOT / "cnn_visualizations.py"
 CKPT = ROOT / "tests" / "data" / "dogs_mobilenet_v2.pth"
 DOG = ROOT / "pics" / "dog.jpg"
 LAYERS = {"resnet50": "layer4", "vgg16": "features", "mobilenet_v2": "features", "demo": "features"}
 
-Arrays = dict[str, np.ndarray]  # "cam" (N, H, W), "guided" (N, 3, H, W): what a side computes of the two
+Arrays = dict[
+    str, np.ndarray
+]  # "cam" (N, H, W), "guided" (N, 3, H, W): what a side computes of the two
 Side = Callable[[], Arrays]
 CLOCKS = ("wall", "cpu")
 BATCHES = (1, 8, 32, 128)
@@ -80,7 +90,15 @@ class Result:
         if self.goal is not None:
             reached = self.ratio <= self.goal if self.at_most else self.ratio >= self.goal
             goal = f"at {'most' if self.at_most else 'least'} {self.goal:g}: {'yes' if reached else 'NO'}"
-        cells = (self.work, self.other, self.theirs, self.ours, f"{self.ratio:.3g}", goal, self.details)
+        cells = (
+            self.work,
+            self.other,
+            self.theirs,
+            self.ours,
+            f"{self.ratio:.3g}",
+            goal,
+            self.details,
+        )
         return f"| {' | '.join(cells)} |"
 
 
@@ -136,7 +154,9 @@ def target_of(arch: str, device: str) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def ours(arch: str, device: str, methods: str = "gradcam", guided: bool = True, count: int = 1) -> Side:
+def ours(
+    arch: str, device: str, methods: str = "gradcam", guided: bool = True, count: int = 1
+) -> Side:
     """Our explainer; of several methods, the first one's map is compared."""
     explainer = Explainer(network(arch, device), methods.split(","), LAYERS[arch], guided=guided)
     inputs, target = photos(arch, device, count), target_of(arch, device)
@@ -150,21 +170,32 @@ def ours(arch: str, device: str, methods: str = "gradcam", guided: bool = True, 
 
 
 def grad_cam(
-    arch: str, device: str, kind: str = "GradCAM", guided: bool = True, count: int = 1, **options: Any
+    arch: str,
+    device: str,
+    kind: str = "GradCAM",
+    guided: bool = True,
+    count: int = 1,
+    **options: Any,
 ) -> Side:
     """grad-cam's class as in its README, then its GuidedBackpropReLUModel, which takes one photo at a time."""
     import pytorch_grad_cam
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     for name in ("ablation_cam", "score_cam"):  # their progress bars cost time
-        importlib.import_module(f"pytorch_grad_cam.{name}").tqdm = argparse.Namespace(tqdm=lambda steps: steps)
+        importlib.import_module(f"pytorch_grad_cam.{name}").tqdm = argparse.Namespace(
+            tqdm=lambda steps: steps
+        )
     model = copy.deepcopy(network(arch, device))
     inputs, target = photos(arch, device, count), target_of(arch, device)
 
     def explain() -> Arrays:
         layers = [model.get_submodule(LAYERS[arch])]
         with getattr(pytorch_grad_cam, kind)(model=model, target_layers=layers, **options) as cam:
-            arrays = {"cam": cam(input_tensor=inputs.clone(), targets=[ClassifierOutputTarget(target)] * count)}
+            arrays = {
+                "cam": cam(
+                    input_tensor=inputs.clone(), targets=[ClassifierOutputTarget(target)] * count
+                )
+            }
         if guided:
             guide = pytorch_grad_cam.GuidedBackpropReLUModel(model=model, device=device)
             gradients = [guide(photo.clone(), target_category=target) for photo in inputs.split(1)]
@@ -190,7 +221,11 @@ def torch_cam(arch: str, device: str) -> Side:
     """torch-cam's GradCAM as in its README, its map enlarged to the input as its overlay does."""
     from torchcam.methods import GradCAM
 
-    model, inputs, target = copy.deepcopy(network(arch, device)), photos(arch, device), target_of(arch, device)
+    model, inputs, target = (
+        copy.deepcopy(network(arch, device)),
+        photos(arch, device),
+        target_of(arch, device),
+    )
     extractor = GradCAM(model, target_layer=LAYERS[arch])
 
     def explain() -> Arrays:
@@ -205,7 +240,11 @@ def captum(arch: str, device: str) -> Side:
     """captum's LayerGradCam and GuidedBackprop."""
     from captum.attr import GuidedBackprop, LayerAttribution, LayerGradCam
 
-    model, inputs, target = copy.deepcopy(network(arch, device)), photos(arch, device), target_of(arch, device)
+    model, inputs, target = (
+        copy.deepcopy(network(arch, device)),
+        photos(arch, device),
+        target_of(arch, device),
+    )
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False  # captum's hooks need it
@@ -247,7 +286,9 @@ class Measured:
 
 def median(runs: Sequence[Measured]) -> Measured:
     """Return the last run with the median seconds of all."""
-    return replace(runs[-1], **{name: statistics.median(getattr(run, name) for run in runs) for name in CLOCKS})
+    return replace(
+        runs[-1], **{name: statistics.median(getattr(run, name) for run in runs) for name in CLOCKS}
+    )
 
 
 def measure(side: Side, device: str) -> Measured:
@@ -262,7 +303,12 @@ def measure(side: Side, device: str) -> Measured:
     if on_gpu:
         torch.cuda.synchronize(device)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return Measured(wall, cpu, (torch.cuda.max_memory_allocated(device) - before) / 1e6 if on_gpu else 0.0, arrays)
+    return Measured(
+        wall,
+        cpu,
+        (torch.cuda.max_memory_allocated(device) - before) / 1e6 if on_gpu else 0.0,
+        arrays,
+    )
 
 
 def take_turns(sides: list[Side], device: str, runs: int) -> Iterator[list[Measured]]:
@@ -270,7 +316,9 @@ def take_turns(sides: list[Side], device: str, runs: int) -> Iterator[list[Measu
     for side in sides:
         side()  # warms up
     for _ in range(3):
-        by_side = zip(*[[measure(side, device) for side in sides] for _ in range(runs)], strict=True)
+        by_side = zip(
+            *[[measure(side, device) for side in sides] for _ in range(runs)], strict=True
+        )
         yield [*map(median, by_side)]
 
 
@@ -289,7 +337,9 @@ def compare(
     yield judge(work, other, rounds, goal)
 
 
-def judge(work: str, other: str, rounds: list[list[Measured]], goal: float | None, details: str = "") -> Result:
+def judge(
+    work: str, other: str, rounds: list[list[Measured]], goal: float | None, details: str = ""
+) -> Result:
     """Return the line for the rounds of two sides."""
     rounds = sorted(rounds, key=lambda sides: sides[0].wall / sides[1].wall)
     theirs, our = rounds[len(rounds) // 2]
@@ -299,7 +349,9 @@ def judge(work: str, other: str, rounds: list[list[Measured]], goal: float | Non
         details.append(f"ratios by {name} " + ", ".join(f"{ratio:.3g}" for ratio in ratios))
     for what in sorted(theirs.arrays.keys() & our.arrays.keys()):
         scale = 1 if what == "cam" else np.abs(theirs.arrays[what]).max()
-        details.append(f"{what} differs by {np.abs(our.arrays[what] - theirs.arrays[what]).max() / scale:.0e}")
+        details.append(
+            f"{what} differs by {np.abs(our.arrays[what] - theirs.arrays[what]).max() / scale:.0e}"
+        )
     if our.peak:
         details.append(f"peak memory beyond the weights {theirs.peak:.0f} and {our.peak:.0f} MB")
     times = seconds(theirs.wall), seconds(our.wall)
@@ -311,7 +363,10 @@ def against_grad_cam(
 ) -> Callable[[str], Iterator[Result]]:
     """Return a row: one method by our explainer and by grad-cam's class `kind`."""
     work = f"{method}{' + gb' if guided else ''}, {arch if arch != 'demo' else 'the demo'}"
-    theirs, our = partial(grad_cam, arch, kind=kind, guided=guided), partial(ours, arch, methods=method, guided=guided)
+    theirs, our = (
+        partial(grad_cam, arch, kind=kind, guided=guided),
+        partial(ours, arch, methods=method, guided=guided),
+    )
     return partial(compare, work, "grad-cam", theirs, our, goal, **options)
 
 
@@ -329,7 +384,13 @@ def ablation_cam(device: str) -> Iterator[Result]:
     for none, some, our in take_turns(sides, device, runs=3):
         whole = {name: getattr(none, name) * (1 - 64) + getattr(some, name) * 64 for name in CLOCKS}
         rounds.append([replace(none, arrays={}, **whole), our])
-    yield judge("ablationcam, resnet50 layer4", "grad-cam", rounds, 100, "from 32 of grad-cam's 2,048 channels")
+    yield judge(
+        "ablationcam, resnet50 layer4",
+        "grad-cam",
+        rounds,
+        100,
+        "from 32 of grad-cam's 2,048 channels",
+    )
 
 
 def batches(device: str) -> Iterator[Result]:
@@ -393,7 +454,9 @@ FOLDERS = itertools.count()
 def run_process(*arguments: object) -> Measured:
     """Run Python with these arguments as a process of its own."""
     command = [sys.executable, *map(str, arguments)]
-    finished = subprocess.run([sys.executable, "-c", LAUNCHER, *command], capture_output=True, text=True)
+    finished = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, *command], capture_output=True, text=True
+    )
     if finished.returncode:
         sys.exit(f"{' '.join(command)}\n{finished.stderr}")
     return Measured(*json.loads(finished.stdout))
@@ -430,7 +493,9 @@ def photo_folder(count: int, side: int | None = None) -> Path:
 def our_process(device: str, arch: str, *arguments: object) -> Measured:
     """Run the program, with an output folder of its own."""
     options = ["--ckpt", checkpoint(arch), "--arch", arch, "--device", device]
-    return run_process(PROGRAM, *options, "--output", Path(WORKSHOP.name) / f"out{next(FOLDERS)}", *arguments)
+    return run_process(
+        PROGRAM, *options, "--output", Path(WORKSHOP.name) / f"out{next(FOLDERS)}", *arguments
+    )
 
 
 def plain_process(device: str) -> Measured:
@@ -452,26 +517,51 @@ def startup(device: str) -> Iterator[Result]:
         side()  # fills the disk cache
     runs = zip(*[[side() for side in sides] for _ in range(4)], strict=True)
     bare, plain, program, asked_for_help = map(median, runs)
-    work, peaks = "one photo, resnet50, whole process", f"peak memory {plain.peak:.0f} and {program.peak:.0f} MB"
+    work, peaks = (
+        "one photo, resnet50, whole process",
+        f"peak memory {plain.peak:.0f} and {program.peak:.0f} MB",
+    )
     times = f"{bare.cpu:.2f} s CPU", f"{program.cpu:.2f} s CPU"
     yield Result(work, "import torch alone", *times, program.cpu / bare.cpu, 1.8, at_most=True)
     times = f"{plain.wall:.2f} s", f"{program.wall:.2f} s"
-    yield Result(work, "a grad-cam script", *times, program.wall / plain.wall, 0.6, at_most=True, details=peaks)
-    yield Result("--help", "(seconds)", "", seconds(asked_for_help.wall), asked_for_help.wall, 0.3, at_most=True)
+    yield Result(
+        work,
+        "a grad-cam script",
+        *times,
+        program.wall / plain.wall,
+        0.6,
+        at_most=True,
+        details=peaks,
+    )
+    yield Result(
+        "--help",
+        "(seconds)",
+        "",
+        seconds(asked_for_help.wall),
+        asked_for_help.wall,
+        0.3,
+        at_most=True,
+    )
 
 
 def folder(device: str, count: int = 100) -> Iterator[Result]:
     """Measure a folder of photos on resnet50, and how busy the cores are once the program has started."""
     few, many = photo_folder(count // 5), photo_folder(count)
     runs = [
-        (plain_process(device), our_process(device, "resnet50", few), our_process(device, "resnet50", many))
+        (
+            plain_process(device),
+            our_process(device, "resnet50", few),
+            our_process(device, "resnet50", many),
+        )
         for _ in range(3)
     ]
     plain, short, long = map(median, zip(*runs, strict=True))
     loop, rate = count * plain.wall, (count - count // 5) / (long.wall - short.wall)
     details = f"the loop's time from 3 of its {count} runs; {rate:.1f} photos a second once started"
     work, times = f"folder of {count} photos, resnet50", (seconds(loop), seconds(long.wall))
-    yield Result(work, "a grad-cam script in a shell loop", *times, loop / long.wall, 20, details=details)
+    yield Result(
+        work, "a grad-cam script in a shell loop", *times, loop / long.wall, 20, details=details
+    )
     busy, cores = (long.cpu - short.cpu) / (long.wall - short.wall), os.cpu_count() or 1
     work, times = "cores busy while the photos go through", (f"{cores} cores", f"{busy:.2f} busy")
     yield Result(work, "all of the cores", *times, busy / cores, 0.85)
@@ -480,9 +570,14 @@ def folder(device: str, count: int = 100) -> Iterator[Result]:
 def memory(device: str) -> Iterator[Result]:
     """Measure the peak memory of 500 and of 10,000 small photos through a SqueezeNet."""
     options = ["--input-size", 64, "--output-size", 64]
-    few, many = (our_process(device, "squeezenet1_1", *options, photo_folder(n, 64)).peak for n in (500, 10_000))
+    few, many = (
+        our_process(device, "squeezenet1_1", *options, photo_folder(n, 64)).peak
+        for n in (500, 10_000)
+    )
     times = f"{few:.0f} MB", f"{many:.0f} MB"
-    yield Result("peak memory of 10,000 photos", "of 500 photos", *times, many / few, 1.1, at_most=True)
+    yield Result(
+        "peak memory of 10,000 photos", "of 500 photos", *times, many / few, 1.1, at_most=True
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,7 +591,12 @@ ROWS: dict[str, Callable[[str], Iterator[Result]]] = {
     "heatmap-resnet50": heatmap_alone("resnet50"),
     "heatmap-mobilenet_v2": heatmap_alone("mobilenet_v2"),
     "captum-resnet50": partial(
-        compare, "gradcam + gb, resnet50", "captum", partial(captum, "resnet50"), partial(ours, "resnet50"), 1.8
+        compare,
+        "gradcam + gb, resnet50",
+        "captum",
+        partial(captum, "resnet50"),
+        partial(ours, "resnet50"),
+        1.8,
     ),
     "five-resnet50": partial(
         compare,
@@ -528,9 +628,15 @@ def machine(device: str) -> str:
     """Return the machine and the versions, in one line."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines() if cpu_info.is_file() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
     chip = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu
-    versions = [f"{name} {version_of(name)}" for name in ("torch", "torchvision", "grad-cam", "torchcam", "captum")]
+    versions = [
+        f"{name} {version_of(name)}"
+        for name in ("torch", "torchvision", "grad-cam", "torchcam", "captum")
+    ]
     system = f"{platform.system()}, Python {platform.python_version()}"
     return f"{chip}, {torch.get_num_threads()} threads, {system}; {', '.join(versions)}"
 
@@ -563,24 +669,40 @@ def print_metrics(folder: Path, ckpt: Path, device: str) -> None:
             continue
         explanation = explainer(inputs)
         for method, cams in explanation.cams.items():
-            found[method].append(faithfulness(explainer, inputs, cams[0], int(explanation.targets[0])))
+            found[method].append(
+                faithfulness(explainer, inputs, cams[0], int(explanation.targets[0]))
+            )
     photos_done = found[METHODS[0]]
     if not photos_done:
         sys.exit(f"error: no photo of {folder} can be read")
-    print(f"{len(photos_done)} photos of {folder}, {ckpt.name}\n\n| method | {' | '.join(photos_done[0])} |")
+    print(
+        f"{len(photos_done)} photos of {folder}, {ckpt.name}\n\n| method | {' | '.join(photos_done[0])} |"
+    )
     print(f"|{'---|' * (1 + len(photos_done[0]))}")
     for method, of_photos in found.items():
-        means = [statistics.mean(values) for values in zip(*map(dict.values, of_photos), strict=True)]
+        means = [
+            statistics.mean(values) for values in zip(*map(dict.values, of_photos), strict=True)
+        ]
         print(f"| {method} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"parts of the names of rows: {', '.join(ROWS)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW", help=f"parts of the names of rows: {', '.join(ROWS)}"
+    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--memory", action="store_true", help="also the row that runs 10,000 photos (minutes)")
-    parser.add_argument("--metrics", type=Path, metavar="FOLDER", help="instead: what the maps are worth")
-    parser.add_argument("--ckpt", type=Path, default=CKPT, help="for --metrics, instead of the demo")
+    parser.add_argument(
+        "--memory", action="store_true", help="also the row that runs 10,000 photos (minutes)"
+    )
+    parser.add_argument(
+        "--metrics", type=Path, metavar="FOLDER", help="instead: what the maps are worth"
+    )
+    parser.add_argument(
+        "--ckpt", type=Path, default=CKPT, help="for --metrics, instead of the demo"
+    )
     args = parser.parse_args()
     if args.metrics:
         print_metrics(args.metrics, args.ckpt, args.device)

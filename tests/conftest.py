@@ -1,11 +1,24 @@
 """What all tests share: the demo's files, and the program run as a process."""
 
+import faulthandler
+import json
 import os
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is imported: its threads spin else
+
+import torch
+import torchvision
+from PIL import Image
+from threadpoolctl import threadpool_limits
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "cnn_visualizations.py"
@@ -13,7 +26,109 @@ CKPT = ROOT / "tests" / "data" / "dogs_mobilenet_v2.pth"
 DOG = ROOT / "pics" / "dog.jpg"
 
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported; else its threads spin beside other work
+import cnn_visualizations as program_file
+from cnn_visualizations import LOG_NAME, CallError
+
+posix = pytest.mark.skipif(os.name == "nt", reason="links, FIFOs and limits as on POSIX")
+CLASSES = ["cat", "dog", "狗", "owl", "fox", "eel", "ant"]
+Result = namedtuple("Result", "status stdout stderr")
+
+
+def paint(path, seed=0, size=(90, 70)):
+    """Write a photo of soft blobs that looks different for each seed. Return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def files_in(folder):
+    """Return every file below a folder by its relative path, without the log, its lock and the page of results."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in names if not name.endswith((LOG_NAME, ".lock", "index.html")))
+
+
+def records(folder):
+    """Return the lines of the log in a folder, each of which must be whole."""
+    text = (folder / LOG_NAME).read_text(encoding="utf-8")
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def last_records(folder):
+    """Return the last record of each photo and choice of methods."""
+    return {(record["image"], record["method"]): record for record in records(folder)}
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread for all computation: small inputs gain nothing from more, which wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def end_of_a_hang():
+    """A test that hangs ends the whole run with a traceback of all threads."""
+    faulthandler.dump_traceback_later(900, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The checkpoint of a small network with random weights, which never answers with class 0, and the network."""
+    torch.manual_seed(1)
+    model = torchvision.models.squeezenet1_1(num_classes=len(CLASSES)).eval()
+    with (
+        torch.no_grad()
+    ):  # its logits are ReLUs of the last convolution: that of the first class is always 0
+        model.classifier[1].bias += 0.3
+        model.classifier[1].weight[0], model.classifier[1].bias[0] = 0, -1
+    path = tmp_path_factory.mktemp("tiny") / "tiny.pth"
+    torch.save(
+        {
+            "arch": "squeezenet1_1",
+            "classes": CLASSES,
+            "input_size": 64,
+            "state_dict": model.state_dict(),
+        },
+        path,
+    )
+    return path, model
+
+
+@pytest.fixture
+def explain(tiny, tmp_path, capfd):
+    """Run the program in this process on the small network. Return exit status, stdout and stderr."""
+
+    def run(*words, output=tmp_path / "out", ckpt=tiny[0]):
+        for cached in vars(program_file).values():  # as in a new process
+            getattr(cached, "cache_clear", int)()
+        words = ["--ckpt", ckpt, "--device", "cpu", "--output", output, *words]
+        try:
+            args = program_file.parse_args([str(word) for word in words])
+            args.photos = program_file.find_photos(args.images) if args.images else []
+            args.output.mkdir(parents=True, exist_ok=True)
+            status = program_file.main(args)
+        except (SystemExit, CallError) as stop:
+            status = getattr(stop, "code", 2)
+        return Result(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def photo(tmp_path):
+    return paint(tmp_path / "1.png", 1)
 
 
 @pytest.fixture
@@ -24,7 +139,13 @@ def program():
     """
 
     def run(*args, env=None, **kwargs):
-        environment = {**os.environ, "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120", **(env or {})}
+        environment = {
+            **os.environ,
+            "PYTHONUTF8": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "COLUMNS": "120",
+            **(env or {}),
+        }
         command = [sys.executable, str(PROGRAM), *map(str, args)]
         options = {"cwd": ROOT, "encoding": "utf-8", "timeout": 300, **kwargs}
         return subprocess.run(command, env=environment, capture_output=True, **options)

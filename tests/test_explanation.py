@@ -19,14 +19,21 @@ from conftest import CKPT, DOG, ROOT
 from PIL import Image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
-from test_metrics import one_thread  # noqa: F401  (a fixture)
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer, get_model
 from torchvision.models.convnext import CNBlockConfig
 
 import cnn_visualizations
-from cnn_visualizations import ARCHITECTURES, METHODS, MORE_METHODS, BatchSize, CallError, Explainer, guided_gradients
+from cnn_visualizations import (
+    ARCHITECTURES,
+    METHODS,
+    MORE_METHODS,
+    BatchSize,
+    CallError,
+    Explainer,
+    guided_gradients,
+)
 
 CLASSES = inspect.getmembers(pytorch_grad_cam, inspect.isclass)
 GRAD_CAM = {name.casefold().replace("_", ""): kind for name, kind in CLASSES}
@@ -34,18 +41,34 @@ GRAD_CAM["gradcam++"] = GRAD_CAM["gradcamplusplus"]
 MANY_PASSES = ("scorecam", "ablationcam")
 ONE_PASS = tuple(method for method in METHODS if method not in MANY_PASSES)
 slow = pytest.mark.slow
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
 
 SMALL = {  # narrow ones of the same make
     "small vit": partial(
-        VisionTransformer, image_size=64, patch_size=16, num_layers=3, num_heads=4, hidden_dim=48, mlp_dim=96
+        VisionTransformer,
+        image_size=64,
+        patch_size=16,
+        num_layers=3,
+        num_heads=4,
+        hidden_dim=48,
+        mlp_dim=96,
     ),
-    "small swin": partial(SwinTransformer, [4, 4], embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=[4, 4]),
+    "small swin": partial(
+        SwinTransformer, [4, 4], embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=[4, 4]
+    ),
     "small convnext": partial(ConvNeXt, [CNBlockConfig(16, 32, 2), CNBlockConfig(32, None, 2)]),
 }
-SIZES = {"alexnet": 96, "maxvit_t": 224, "inception_v3": 160, "vit_b_32": 96, "vit_l_32": 96, "vit_h_14": 28}
+SIZES = {
+    "alexnet": 96,
+    "maxvit_t": 224,
+    "inception_v3": 160,
+    "vit_b_32": 96,
+    "vit_l_32": 96,
+    "vit_h_14": 28,
+}
 
 
 def build(arch):
@@ -55,7 +78,9 @@ def build(arch):
     options = {"image_size": size} if arch.startswith("vit_") else {}
     if arch in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": False}
-    return calibrated((SMALL.get(arch) or partial(get_model, arch, weights=None))(num_classes=7, **options), size)
+    return calibrated(
+        (SMALL.get(arch) or partial(get_model, arch, weights=None))(num_classes=7, **options), size
+    )
 
 
 network = cache(build)
@@ -110,7 +135,9 @@ def reshape_of(arch):
     if "swin" in arch:
         return lambda output: output.permute(0, 3, 1, 2)
     if arch.startswith(("vit", "small vit")):
-        return lambda tokens: tokens[:, 1:].transpose(1, 2).unflatten(2, (int((tokens.shape[1] - 1) ** 0.5), -1))
+        return lambda tokens: (
+            tokens[:, 1:].transpose(1, 2).unflatten(2, (int((tokens.shape[1] - 1) ** 0.5), -1))
+        )
     return None
 
 
@@ -119,7 +146,9 @@ def signed_projection(contributions, of_class):
     maps = get_2d_projection(contributions)
     for projection, each in zip(maps, contributions, strict=True):
         with np.errstate(invalid="ignore", divide="ignore"):
-            signed, unsigned = (np.corrcoef(projection.flat, x.sum(0).flat)[0, 1] for x in (each, np.abs(each)))
+            signed, unsigned = (
+                np.corrcoef(projection.flat, x.sum(0).flat)[0, 1] for x in (each, np.abs(each))
+            )
         if (signed if of_class and abs(signed) >= 0.4 else unsigned) < 0:
             projection *= -1
     return maps
@@ -137,7 +166,9 @@ def grad_cams(method, model, layers, inputs, targets, reshape=None, **options):
             patch.setattr(f"{parent.__module__}.get_2d_projection", project, raising=False)
         pairs = zip(inputs.split(1), targets, strict=True)
         cam = kind(model, layers, reshape)
-        return np.concatenate([cam(one, [ClassifierOutputTarget(int(target))], **options) for one, target in pairs])
+        return np.concatenate(
+            [cam(one, [ClassifierOutputTarget(int(target))], **options) for one, target in pairs]
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +191,9 @@ def lifted(model, inputs, target):
 def non_empty_target(model, layer, inputs, method="gradcam", **options):
     """A class for which grad-cam's map is not empty."""
     for target in range(7):
-        if grad_cams(method, lifted(model, inputs, target), [layer], inputs, [target], **options).any():
+        if grad_cams(
+            method, lifted(model, inputs, target), [layer], inputs, [target], **options
+        ).any():
             return target
     raise AssertionError("every map is empty")
 
@@ -168,7 +201,9 @@ def non_empty_target(model, layer, inputs, method="gradcam", **options):
 def map_of_weights(weights, activations, size):
     """The map (H, W) that channel weights (C,) give for activations (C, h, w)."""
     cam = torch.einsum("c,chw->hw", weights, activations).clamp(min=0)[None, None]
-    cam = F.interpolate((cam - cam.min()) / (1e-7 + cam.max() - cam.min()), (size, size), mode="bilinear")[0, 0]
+    cam = F.interpolate(
+        (cam - cam.min()) / (1e-7 + cam.max() - cam.min()), (size, size), mode="bilinear"
+    )[0, 0]
     return ((cam - cam.min()) / (1e-7 + cam.max() - cam.min())).numpy()
 
 
@@ -199,7 +234,9 @@ def ablation_map(model, layer, inputs, target, axis=1, to_map=None):
         score = model(inputs)[0, target]
         with model.get_submodule(layer).register_forward_hook(set_to_zero):
             ablated = model(inputs.expand(len(channels), -1, -1, -1))[:, target]
-    return map_of_weights(score - ablated, (to_map(activations) if to_map else activations)[0], inputs.shape[-1])
+    return map_of_weights(
+        score - ablated, (to_map(activations) if to_map else activations)[0], inputs.shape[-1]
+    )
 
 
 class Rectified(torch.autograd.Function):
@@ -215,8 +252,12 @@ class Rectified(torch.autograd.Function):
 
 
 ACTIVATIONS = [(torch, "relu"), (torch.Tensor, "relu"), (torch.Tensor, "relu_")]
-ACTIVATIONS += [(F, name) for name in ("relu", "relu6", "hardtanh", "leaky_relu", "elu", "elu_", "celu", "selu")]
-ACTIVATIONS += [(F, name) for name in ("gelu", "silu", "hardswish", "mish", "prelu", "softplus", "rrelu")]
+ACTIVATIONS += [
+    (F, name) for name in ("relu", "relu6", "hardtanh", "leaky_relu", "elu", "elu_", "celu", "selu")
+]
+ACTIVATIONS += [
+    (F, name) for name in ("gelu", "silu", "hardswish", "mish", "prelu", "softplus", "rrelu")
+]
 
 
 def guided_reference(model, inputs, target):
@@ -257,7 +298,9 @@ def assert_same_explanation(ours, theirs, tolerance=1e-5):
         np.testing.assert_allclose(ours.cams[method], maps, rtol=0, atol=tolerance, err_msg=method)
     assert (ours.guided is None) == (theirs.guided is None)
     if theirs.guided is not None:
-        np.testing.assert_allclose(ours.guided, theirs.guided, rtol=0, atol=tolerance * np.abs(theirs.guided).max())
+        np.testing.assert_allclose(
+            ours.guided, theirs.guided, rtol=0, atol=tolerance * np.abs(theirs.guided).max()
+        )
 
 
 # --- maps against grad-cam -------------------------------------------------------------------------------------------
@@ -265,10 +308,18 @@ def assert_same_explanation(ours, theirs, tolerance=1e-5):
 LAYERS = {  # a late layer; one with few channels and a minimum of 0, where grad-cam's ablation sets to zero; another
     "resnet18": ("layer4", "layer1", "layer1.0.conv2"),
     "mobilenet_v2": ("features", "features.1.conv.0", "features.2"),
-    "small vit": ("encoder.layers.encoder_layer_2.ln_1", None, "encoder.layers.encoder_layer_2.ln_1"),
+    "small vit": (
+        "encoder.layers.encoder_layer_2.ln_1",
+        None,
+        "encoder.layers.encoder_layer_2.ln_1",
+    ),
     "small swin": ("features.3.1.norm1", None, "features.3.1.norm2"),
     "vgg11": ("features", "features.2", "features.0"),
-    "densenet121": ("features.denseblock4", "features.relu0", "features.denseblock1.denselayer3.conv2"),
+    "densenet121": (
+        "features.denseblock4",
+        "features.relu0",
+        "features.denseblock1.denselayer3.conv2",
+    ),
     "googlenet": ("inception5b", "inception3a.branch3", "inception3a.branch4.0"),
     "mobilenet_v3_small": ("features", "features.2.block.0", "features.4"),
     "efficientnet_b0": ("features", None, "features.2"),
@@ -304,16 +355,22 @@ def test_methods_of_one_pass_equal_grad_cam(arch, layer):
         for method in ONE_PASS:
             theirs = grad_cams(method, model, [layer], inputs, [target], reshape)
             assert theirs.any() or method == "xgradcam"
-            np.testing.assert_allclose(ours.cams[method], theirs, rtol=0, atol=tolerance_of(arch), err_msg=method)
+            np.testing.assert_allclose(
+                ours.cams[method], theirs, rtol=0, atol=tolerance_of(arch), err_msg=method
+            )
 
 
-@pytest.mark.parametrize("method", [*ONE_PASS, *(pytest.param(method, marks=slow) for method in MANY_PASSES)])
+@pytest.mark.parametrize(
+    "method", [*ONE_PASS, *(pytest.param(method, marks=slow) for method in MANY_PASSES)]
+)
 def test_the_demo_equals_grad_cam(method):
     classifier = cnn_visualizations.load_classifier(ckpt=CKPT, device="cpu", input_size=97)
     inputs = classifier.preprocess(cnn_visualizations.read_photo(DOG))[None]
     ours = Explainer(classifier.model, method, guided=False)(inputs)
     model = lifted(classifier.model, inputs, int(ours.targets[0]))
-    assert_same_maps(ours.cams[method], grad_cams(method, model, ["features"], inputs, ours.targets))
+    assert_same_maps(
+        ours.cams[method], grad_cams(method, model, ["features"], inputs, ours.targets)
+    )
 
 
 @pytest.mark.parametrize("method", MANY_PASSES)
@@ -327,25 +384,43 @@ def test_methods_of_many_passes_equal_grad_cam(arch, layer, method):
     assert_same_maps(ours.cams[method], theirs, tolerance_of(arch))
 
 
-@pytest.mark.parametrize(("arch", "layer"), [("densenet121", "features"), ("resnet18", "layer4.1.bn1")])
-def test_activations_are_those_before_an_in_place_relu_where_grad_cam_reads_those_after(arch, layer):
+@pytest.mark.parametrize(
+    ("arch", "layer"), [("densenet121", "features"), ("resnet18", "layer4.1.bn1")]
+)
+def test_activations_are_those_before_an_in_place_relu_where_grad_cam_reads_those_after(
+    arch, layer
+):
     model, inputs = network(arch), photos(1, 96)
     activations, gradients = output_and_gradient(model, layer, inputs, 3)
     right = map_of_weights(gradients.mean((2, 3))[0], activations[0], 96)
-    assert_same_maps(Explainer(model, "gradcam", layer, guided=False)(inputs, 3).cams["gradcam"][0], right)
+    assert_same_maps(
+        Explainer(model, "gradcam", layer, guided=False)(inputs, 3).cams["gradcam"][0], right
+    )
     assert np.abs(grad_cams("gradcam", model, [layer], inputs, [3])[0] - right).max() > 0.01
 
 
 OTHERS = sorted({*MORE_METHODS} - {"randomcam", "finercam"})
 ON_TOKENS = [method for method in OTHERS if method not in ("shapleycam", "fullgrad")]
-OTHER_ROWS = [(arch, method) for arch in LAYERS for method in (ON_TOKENS if reshape_of(arch) else OTHERS)]
-OTHER_ROWS = [row if row[0] in ("resnet18", "small vit") else pytest.param(*row, marks=slow) for row in OTHER_ROWS]
+OTHER_ROWS = [
+    (arch, method) for arch in LAYERS for method in (ON_TOKENS if reshape_of(arch) else OTHERS)
+]
+OTHER_ROWS = [
+    row if row[0] in ("resnet18", "small vit") else pytest.param(*row, marks=slow)
+    for row in OTHER_ROWS
+]
 
 
 @pytest.mark.parametrize(("arch", "method"), OTHER_ROWS)
 def test_the_other_methods_equal_grad_cam(arch, method):
-    model, inputs, layer, reshape = network(arch), inputs_of(arch, 2), LAYERS[arch][0], reshape_of(arch)
-    if method == "fem" and "vit" not in arch:  # which needs more than four positions to find one that stands out
+    model, inputs, layer, reshape = (
+        network(arch),
+        inputs_of(arch, 2),
+        LAYERS[arch][0],
+        reshape_of(arch),
+    )
+    if (
+        method == "fem" and "vit" not in arch
+    ):  # which needs more than four positions to find one that stands out
         inputs = photos(2, 160)
     targets = [non_empty_target(model, layer, inputs[:1], reshape=reshape), 2]
     ours = Explainer(model, method, layer, guided=False)(inputs, targets).cams[method]
@@ -361,7 +436,9 @@ def test_finercam_explains_a_class_against_the_three_with_the_nearest_scores(tar
     target = int(ours.targets[0])
     leaf = output_and_gradient(model, "features", inputs, target)[0].requires_grad_()
     scores = model.classifier(F.relu(leaf).mean((2, 3)))[0]
-    similar = [int(index) for index in (scores - scores[target]).abs().argsort() if index != target][:3]
+    similar = [
+        int(index) for index in (scores - scores[target]).abs().argsort() if index != target
+    ][:3]
     shares = scores.softmax(0)[similar]
     score = (shares * (scores[target] - scores[similar])).sum() / shares.sum()
     weights = torch.autograd.grad(score, leaf)[0][0].mean((1, 2))
@@ -369,13 +446,20 @@ def test_finercam_explains_a_class_against_the_three_with_the_nearest_scores(tar
 
 
 def test_randomcam_depends_neither_on_the_class_nor_on_run_and_batch():
-    explainers = [Explainer(network("resnet18"), "randomcam", "layer2", guided=False) for _ in range(2)]
-    first, again = explainers[0](photos(2), 0).cams["randomcam"], explainers[1](photos(2)[1:], 1).cams["randomcam"]
+    explainers = [
+        Explainer(network("resnet18"), "randomcam", "layer2", guided=False) for _ in range(2)
+    ]
+    first, again = (
+        explainers[0](photos(2), 0).cams["randomcam"],
+        explainers[1](photos(2)[1:], 1).cams["randomcam"],
+    )
     np.testing.assert_allclose(first[1:], again, atol=1e-4)
     assert first.max() > 0.9
 
 
-@pytest.mark.parametrize("method", sorted({*METHODS, *OTHERS} - {"scorecam", "ablationcam", "fullgrad", "shapleycam"}))
+@pytest.mark.parametrize(
+    "method", sorted({*METHODS, *OTHERS} - {"scorecam", "ablationcam", "fullgrad", "shapleycam"})
+)
 def test_several_layers_are_joined_as_in_grad_cam(method):
     model, inputs, layers = network("resnet18"), photos(2, 48), ["layer2.0", "layer3"]
     ours = Explainer(model, method, layers, guided=False)(inputs, [1, 2]).cams[method]
@@ -383,13 +467,16 @@ def test_several_layers_are_joined_as_in_grad_cam(method):
 
 
 @pytest.mark.parametrize(
-    "method", ["gradcam", "layercam", pytest.param("scorecam", marks=slow), "eigencam", "shapleycam"]
+    "method",
+    ["gradcam", "layercam", pytest.param("scorecam", marks=slow), "eigencam", "shapleycam"],
 )
 def test_eigen_smoothing_equals_grad_cam(method):
     model, inputs, layer = network("resnet18"), photos(1, 48), "layer2"
     target = non_empty_target(model, layer, inputs)
     ours, plain = (
-        Explainer(model, method, layer, guided=False, eigen_smooth=smooth)(inputs, target).cams[method]
+        Explainer(model, method, layer, guided=False, eigen_smooth=smooth)(inputs, target).cams[
+            method
+        ]
         for smooth in (True, False)
     )
     assert_same_maps(ours, grad_cams(method, model, [layer], inputs, [target], eigen_smooth=True))
@@ -398,12 +485,19 @@ def test_eigen_smoothing_equals_grad_cam(method):
 
 @pytest.mark.parametrize("method", ["gradcam", "eigengradcam", "ablationcam", "shapleycam"])
 def test_augmentation_smoothing_equals_grad_cam(method):
-    arch, layer = ("mobilenet_v2", "features.1.conv.0") if method == "ablationcam" else ("resnet18", "layer3")
+    arch, layer = (
+        ("mobilenet_v2", "features.1.conv.0") if method == "ablationcam" else ("resnet18", "layer3")
+    )
     model, inputs = network(arch), photos(1, 48)
     target = non_empty_target(model, layer, inputs)
     targets = [[target, (target + 1) % 7]]
-    ours, plain = (Explainer(model, method, layer, aug_smooth=smooth)(inputs, targets) for smooth in (True, False))
-    theirs = grad_cams(method, lifted(model, inputs, target), [layer], inputs, [target], aug_smooth=True)
+    ours, plain = (
+        Explainer(model, method, layer, aug_smooth=smooth)(inputs, targets)
+        for smooth in (True, False)
+    )
+    theirs = grad_cams(
+        method, lifted(model, inputs, target), [layer], inputs, [target], aug_smooth=True
+    )
     assert_same_maps(ours.cams[method][:, 0], theirs)
     assert np.abs(ours.cams[method] - plain.cams[method]).max() > 0.01
     for name in ("guided", "logits", "targets"):
@@ -413,20 +507,30 @@ def test_augmentation_smoothing_equals_grad_cam(method):
 # --- Ablation-CAM ----------------------------------------------------------------------------------------------------
 
 ABLATED = with_layer(2)
-ABLATED += [("resnet18", "layer2.0.downsample.0"), ("resnet18", "layer2.1.conv1")]  # branches, beside which others run
+ABLATED += [
+    ("resnet18", "layer2.0.downsample.0"),
+    ("resnet18", "layer2.1.conv1"),
+]  # branches, beside which others run
 ABLATED += [("resnet18", "layer1.1.relu")]  # called twice in a pass
 
 
 @pytest.mark.parametrize(("arch", "layer"), ABLATED)
 def test_scorecam_and_ablationcam_where_activations_may_be_negative(arch, layer):
     """There grad-cam's Score-CAM is right, but its Ablation-CAM sets channels to minus ten million instead of zero."""
-    model, inputs, axis = network(arch), inputs_of(arch), {"small vit": 2, "small swin": 3}.get(arch, 1)
-    whole = layer.removesuffix(".relu")  # the output of the last call is the block's
-    maps = ((target, ablation_map(model, whole, inputs, target, axis, reshape_of(arch))) for target in range(7))
-    target, right = next((target, cam) for target, cam in maps if cam.any())
-    ours = Explainer(model, MANY_PASSES if layer == LAYERS[arch][2] else "ablationcam", layer, guided=False)(
-        inputs, target
+    model, inputs, axis = (
+        network(arch),
+        inputs_of(arch),
+        {"small vit": 2, "small swin": 3}.get(arch, 1),
     )
+    whole = layer.removesuffix(".relu")  # the output of the last call is the block's
+    maps = (
+        (target, ablation_map(model, whole, inputs, target, axis, reshape_of(arch)))
+        for target in range(7)
+    )
+    target, right = next((target, cam) for target, cam in maps if cam.any())
+    ours = Explainer(
+        model, MANY_PASSES if layer == LAYERS[arch][2] else "ablationcam", layer, guided=False
+    )(inputs, target)
     assert_same_maps(ours.cams["ablationcam"][0], right, tolerance_of(arch))
     if "scorecam" in ours.cams:
         not_in_place = copy.deepcopy(model)  # or grad-cam reads the activations after the ReLU
@@ -441,56 +545,92 @@ def test_scorecam_and_ablationcam_where_activations_may_be_negative(arch, layer)
 
 def test_ablation_is_the_same_for_a_negative_score_where_grad_cams_is_upside_down():
     """A constant added to all scores does not change what the network predicts."""
-    model, inputs, layer = lifted(network("mobilenet_v2"), photos(), 3), photos(), "features.1.conv.0"
+    model, inputs, layer = (
+        lifted(network("mobilenet_v2"), photos(), 3),
+        photos(),
+        "features.1.conv.0",
+    )
     negative, twice = copy.deepcopy(model), 2 * model(inputs)[0, 3].item()
     negative.register_forward_hook(lambda module, args, logits: logits - twice)
-    right, theirs = (grad_cams("ablationcam", each, [layer], inputs, [3]) for each in (model, negative))
+    right, theirs = (
+        grad_cams("ablationcam", each, [layer], inputs, [3]) for each in (model, negative)
+    )
     for each in (model, negative):
-        assert_same_maps(Explainer(each, "ablationcam", layer, guided=False)(inputs, 3).cams["ablationcam"], right)
+        assert_same_maps(
+            Explainer(each, "ablationcam", layer, guided=False)(inputs, 3).cams["ablationcam"],
+            right,
+        )
     assert np.corrcoef(theirs.ravel(), right.ravel())[0, 1] < 0
 
 
 def test_ablation_of_a_layer_that_is_called_twice_runs_only_what_follows_its_last_call():
     torch.manual_seed(0)
     relu, positions, inputs = nn.ReLU(), {}, photos(1, 128)
-    convolutions = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 48, 3, stride=4), nn.Conv2d(48, 8, 3)
+    convolutions = (
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.Conv2d(16, 48, 3, stride=4),
+        nn.Conv2d(48, 8, 3),
+    )
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
     model = nn.Sequential(convolutions[0], relu, convolutions[1], relu, convolutions[2], *head)
     right = ablation_map(nn.Sequential(*model[:3], nn.ReLU(), *model[4:]), "3", inputs, 2)
 
     def count(module, args, output):
         kind = module.in_channels
-        positions[kind] = positions.get(kind, 0) + args[0].shape[0] * args[0].shape[2] * args[0].shape[3]
+        positions[kind] = (
+            positions.get(kind, 0) + args[0].shape[0] * args[0].shape[2] * args[0].shape[3]
+        )
 
     for convolution in convolutions:
         convolution.register_forward_hook(count)
-    assert_same_maps(Explainer(model, "ablationcam", "1", guided=False)(inputs, 2).cams["ablationcam"][0], right)
+    assert_same_maps(
+        Explainer(model, "ablationcam", "1", guided=False)(inputs, 2).cams["ablationcam"][0], right
+    )
     assert positions[48] > 40 * 32 * 32  # what follows runs for (nearly) each of the 48 channels
     assert positions[3] == positions[16] < 6 * 128 * 128  # what comes before does not
 
 
 # --- guided backpropagation and the default layer --------------------------------------------------------------------
 
-DEFAULT_LAYERS = [("alexnet|vgg|densenet|mobilenet|efficientnet|squeezenet|convnext|small convnext", "features")]
-DEFAULT_LAYERS += [("resnet|resnext|wide_resnet", "layer4"), ("googlenet", "inception5b"), ("inception", "Mixed_7c")]
+DEFAULT_LAYERS = [
+    ("alexnet|vgg|densenet|mobilenet|efficientnet|squeezenet|convnext|small convnext", "features")
+]
+DEFAULT_LAYERS += [
+    ("resnet|resnext|wide_resnet", "layer4"),
+    ("googlenet", "inception5b"),
+    ("inception", "Mixed_7c"),
+]
 DEFAULT_LAYERS += [("maxvit", "blocks.3"), ("mnasnet", "layers"), ("regnet", "trunk_output")]
 DEFAULT_LAYERS += [("shufflenet", "conv5"), ("swin|small swin", "permute")]
 DEPTHS = [("vit_b", 12), ("vit_l", 24), ("vit_h", 32), ("small vit", 3)]
-DEFAULT_LAYERS += [(arch, f"encoder.layers.encoder_layer_{depth - 1}.ln_1") for arch, depth in DEPTHS]
-QUICK = ("resnet18", "squeezenet1_1", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "shufflenet_v2_x0_5")
+DEFAULT_LAYERS += [
+    (arch, f"encoder.layers.encoder_layer_{depth - 1}.ln_1") for arch, depth in DEPTHS
+]
+QUICK = (
+    "resnet18",
+    "squeezenet1_1",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "efficientnet_b0",
+    "shufflenet_v2_x0_5",
+)
 QUICK += ("densenet121", "googlenet", *SMALL)
 # so deep that with random weights rounding to float32 alone changes more than 5 percent, also without the program
 CHAOTIC = ("efficientnet_b5", "efficientnet_b6", "efficientnet_b7", "efficientnet_v2_m")
 
 
-@pytest.mark.parametrize("arch", [a if a in QUICK else pytest.param(a, marks=slow) for a in (*ARCHITECTURES, *SMALL)])
+@pytest.mark.parametrize(
+    "arch", [a if a in QUICK else pytest.param(a, marks=slow) for a in (*ARCHITECTURES, *SMALL)]
+)
 def test_default_layer_and_guided_gradients_of_each_architecture(arch):
     """With random weights, float32 alone makes an error of up to 0.002; plain gradients one of 0.03 and more."""
     model, inputs = (network if arch in QUICK else build)(arch), inputs_of(arch)
     explainer = Explainer(model, "eigencam")
     explanation = explainer(inputs)
     target, ours = int(explanation.targets[0]), explanation.guided
-    assert explainer.target_layers == (next(layer for names, layer in DEFAULT_LAYERS if re.match(names, arch)),)
+    assert explainer.target_layers == (
+        next(layer for names, layer in DEFAULT_LAYERS if re.match(names, arch)),
+    )
     del explainer  # of the largest networks there is not room for three
     right = guided_reference(model, inputs, target)
     assert relative_error(plain_gradient(model, inputs, target), right) > 0.03
@@ -501,8 +641,24 @@ def test_default_layer_and_guided_gradients_of_each_architecture(arch):
 
 
 MODULES = [
-    *(nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardtanh(-0.1, 0.3), nn.LeakyReLU(0.1), nn.ELU(), nn.CELU()),
-    *(nn.SELU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.Hardswish(), nn.Mish(), nn.Softplus()),
+    *(
+        nn.ReLU(),
+        nn.ReLU(inplace=True),
+        nn.ReLU6(),
+        nn.Hardtanh(-0.1, 0.3),
+        nn.LeakyReLU(0.1),
+        nn.ELU(),
+        nn.CELU(),
+    ),
+    *(
+        nn.SELU(),
+        nn.GELU(),
+        nn.GELU(approximate="tanh"),
+        nn.SiLU(),
+        nn.Hardswish(),
+        nn.Mish(),
+        nn.Softplus(),
+    ),
     *(nn.PReLU(8), nn.RReLU()),
 ]
 GATES = [
@@ -535,7 +691,11 @@ def assert_guided(model, plain=False):
 
 def test_methods_inputs_and_classes_together_equal_each_alone():
     methods = (*METHODS, "layercam", "fem", "fullgrad", "finercam")
-    model, inputs, targets = network("small convnext"), photos(2, 32), torch.tensor([[4, 0, 2], [1, 4, 6]])
+    model, inputs, targets = (
+        network("small convnext"),
+        photos(2, 32),
+        torch.tensor([[4, 0, 2], [1, 4, 6]]),
+    )
     together = Explainer(model, methods)(inputs, targets)
     assert list(together.cams) == list(methods)
     assert together.targets.tolist() == targets.tolist()
@@ -549,7 +709,9 @@ def test_methods_inputs_and_classes_together_equal_each_alone():
         explainer = Explainer(model, method)
         for i, k in ((0, 0), (0, 2), (1, 1)):
             alone = explainer(inputs[i : i + 1], targets[i, k])
-            np.testing.assert_allclose(together.cams[method][i, k], alone.cams[method][0], atol=2e-5, err_msg=method)
+            np.testing.assert_allclose(
+                together.cams[method][i, k], alone.cams[method][0], atol=2e-5, err_msg=method
+            )
             assert relative_error(together.guided[i, k], alone.guided[0]) < 1e-4
             np.testing.assert_allclose(together.logits[i], alone.logits[0], atol=1e-5)
 
@@ -557,7 +719,10 @@ def test_methods_inputs_and_classes_together_equal_each_alone():
 @pytest.mark.parametrize("arch", ["resnet18", "googlenet", "mobilenet_v2"])
 def test_logits_are_those_of_the_model_and_the_same_result_comes_twice(arch):
     model, inputs = network(arch), photos(2)
-    right, explainer = model(inputs).detach().numpy(), Explainer(model, ["gradcam", "xgradcam", "eigencam"])
+    right, explainer = (
+        model(inputs).detach().numpy(),
+        Explainer(model, ["gradcam", "xgradcam", "eigencam"]),
+    )
     unfolded, first, again = explainer.logits(inputs).numpy(), explainer(inputs), explainer(inputs)
     for logits in (unfolded, first.logits, explainer.logits(inputs).numpy()):
         np.testing.assert_allclose(logits, right, rtol=1e-4, atol=1e-4)
@@ -579,7 +744,18 @@ def test_targets_in_any_form(targets):
     assert explanation.only(1).cams["gradcam"].shape == (1, *right.shape[1:], 12, 12)
 
 
-WRONG_TARGETS = [5, -2, [0, 5], [0, -2], torch.tensor([7, 0]), [0, 1, 2], [[0], [1], [2]], [[[0]]], [], [0.5, 1.0]]
+WRONG_TARGETS = [
+    5,
+    -2,
+    [0, 5],
+    [0, -2],
+    torch.tensor([7, 0]),
+    [0, 1, 2],
+    [[0], [1], [2]],
+    [[[0]]],
+    [],
+    [0.5, 1.0],
+]
 
 
 @pytest.mark.parametrize("targets", [*WRONG_TARGETS, [True, False]])
@@ -602,7 +778,9 @@ def test_minus_one_stands_for_the_prediction_and_a_class_asked_for_twice_is_kept
 @pytest.mark.parametrize(("top", "count"), [(1, 1), (3, 3), (9, 5)])
 def test_top_explains_the_classes_with_the_highest_logits_in_order(top, count):
     explanation = Explainer(Tiny())(photos(2, 12), top=top)
-    assert explanation.targets.tolist() == [list(np.argsort(-logits)[:count]) for logits in explanation.logits]
+    assert explanation.targets.tolist() == [
+        list(np.argsort(-logits)[:count]) for logits in explanation.logits
+    ]
 
 
 # --- the model, the caller's settings and memory stay as they were ---------------------------------------------------
@@ -614,8 +792,13 @@ def condition(model):
     return {
         "modules": [(name, id(module), module.training) for name, module in model.named_modules()],
         "hooks": [len(getattr(module, kind)) for module in model.modules() for kind in hooks],
-        "parameters": [(id(p), p.requires_grad, p.dtype, p.stride(), p.grad) for p in model.parameters()],
-        "versions": [(tensor._version, tensor.data_ptr()) for tensor in (*model.parameters(), *model.buffers())],
+        "parameters": [
+            (id(p), p.requires_grad, p.dtype, p.stride(), p.grad) for p in model.parameters()
+        ],
+        "versions": [
+            (tensor._version, tensor.data_ptr())
+            for tensor in (*model.parameters(), *model.buffers())
+        ],
     }
 
 
@@ -630,7 +813,9 @@ def test_model_and_inputs_come_out_as_they_went_in(training):
     assert condition(model) == before
     assert torch.equal(inputs, values)
     assert not inputs.requires_grad
-    np.testing.assert_allclose(ours.logits, model.eval()(inputs).detach(), atol=1e-4)  # as in eval mode
+    np.testing.assert_allclose(
+        ours.logits, model.eval()(inputs).detach(), atol=1e-4
+    )  # as in eval mode
 
 
 @pytest.mark.parametrize("method", [*METHODS, "shapleycam"])
@@ -664,8 +849,17 @@ MODES = [torch.no_grad, torch.inference_mode, torch.enable_grad, partial(torch.a
 @pytest.mark.parametrize("mode", MODES)
 def test_the_mode_and_the_settings_of_the_caller_do_not_matter_and_stay(mode):
     def settings():
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
-        numbers = torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision(), np.geterr()
+        modes = (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"),
+        )
+        numbers = (
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.get_float32_matmul_precision(),
+            np.geterr(),
+        )
         return modes, numbers, torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
 
     methods = (*METHODS, *MORE_METHODS)
@@ -680,8 +874,13 @@ def test_the_mode_and_the_settings_of_the_caller_do_not_matter_and_stay(mode):
 
 
 OLD = [(torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")]
-NEW = [(getattr(torch.backends.cudnn, "conv", None), "fp32_precision"), (torch.backends.cuda.matmul, "fp32_precision")]
-SETTINGS = NEW if hasattr(torch.backends.cuda.matmul, "fp32_precision") else OLD  # the new ones since torch 2.9
+NEW = [
+    (getattr(torch.backends.cudnn, "conv", None), "fp32_precision"),
+    (torch.backends.cuda.matmul, "fp32_precision"),
+]
+SETTINGS = (
+    NEW if hasattr(torch.backends.cuda.matmul, "fp32_precision") else OLD
+)  # the new ones since torch 2.9
 
 
 @pytest.mark.parametrize("way", ["old", "new"] if SETTINGS is NEW else ["old"])
@@ -712,7 +911,9 @@ def test_one_method_and_one_layer_by_name_or_module_also_in_data_parallel():
     right = Explainer(model, ["gradcam"], ["layer3"])(inputs)
     for wrapped in (model, nn.DataParallel(model)):
         for layer in ("layer3", "module.layer3", model.layer3):
-            assert_same_explanation(Explainer(wrapped, methods="gradcam", target_layers=layer)(inputs), right, 1e-6)
+            assert_same_explanation(
+                Explainer(wrapped, methods="gradcam", target_layers=layer)(inputs), right, 1e-6
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -736,7 +937,9 @@ def returning(how, outputs=5):
     return model
 
 
-@pytest.mark.parametrize("how", [lambda y: y, lambda y: y[:, 0], lambda y: y[:, :, None, None]], ids=["N,1", "N", "4d"])
+@pytest.mark.parametrize(
+    "how", [lambda y: y, lambda y: y[:, 0], lambda y: y[:, :, None, None]], ids=["N,1", "N", "4d"]
+)
 def test_of_a_single_output_the_positive_side_is_explained(how):
     inputs, model = photos(2, 12), returning(how, outputs=1)
     ours = Explainer(model, METHODS)(inputs)
@@ -763,7 +966,9 @@ RESULTS = {
 def test_logits_inside_of_another_result(kind):
     model, inputs = returning(RESULTS[kind]), photos(2, 12)
     model(inputs)
-    assert_same_explanation(Explainer(model, METHODS)(inputs), Explainer(Tiny(), METHODS)(inputs), 1e-6)
+    assert_same_explanation(
+        Explainer(model, METHODS)(inputs), Explainer(Tiny(), METHODS)(inputs), 1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -791,7 +996,11 @@ class Normed(nn.Module):
     def __init__(self, kind, beside):
         super().__init__()
         torch.manual_seed(0)
-        self.conv, self.norm, self.head = kind(nn.Conv2d(3, 8, 3)), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.conv, self.norm, self.head = (
+            kind(nn.Conv2d(3, 8, 3)),
+            nn.BatchNorm2d(8),
+            nn.Linear(8, 4),
+        )
         self.beside = beside
 
     def forward(self, x):
@@ -800,10 +1009,18 @@ class Normed(nn.Module):
         return self.head(z.mean((2, 3)))
 
 
-KINDS = [nn.Sequential, hooked, nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.spectral_norm]
+KINDS = [
+    nn.Sequential,
+    hooked,
+    nn.utils.parametrizations.weight_norm,
+    nn.utils.weight_norm,
+    nn.utils.spectral_norm,
+]
 
 
-@pytest.mark.parametrize(("kind", "beside"), [*((kind, False) for kind in KINDS), (nn.Sequential, True)])
+@pytest.mark.parametrize(
+    ("kind", "beside"), [*((kind, False) for kind in KINDS), (nn.Sequential, True)]
+)
 @pytest.mark.parametrize("layer", ["conv", "norm"])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 def test_folding_of_batch_norms_changes_nothing(kind, beside, layer):
@@ -820,10 +1037,15 @@ def test_folding_of_batch_norms_changes_nothing(kind, beside, layer):
 
 NO_TENSORS = (Image.new("RGB", (12, 12)), np.zeros((12, 12, 3), np.uint8), "a.jpg")
 TOLD = r"^inputs are a tensor, not \w+; use classifier\.preprocess\(photo\)\[None\]$"
-NO_BATCHES = [(torch.zeros(3, 12, 12), r"one photo: inputs\[None\]$"), (torch.zeros(0, 3, 12, 12), "input")]
+NO_BATCHES = [
+    (torch.zeros(3, 12, 12), r"one photo: inputs\[None\]$"),
+    (torch.zeros(0, 3, 12, 12), "input"),
+]
 
 
-@pytest.mark.parametrize(("wrong", "message"), [*((wrong, TOLD) for wrong in NO_TENSORS), *NO_BATCHES])
+@pytest.mark.parametrize(
+    ("wrong", "message"), [*((wrong, TOLD) for wrong in NO_TENSORS), *NO_BATCHES]
+)
 def test_inputs_that_are_no_batch_are_a_call_error(wrong, message):
     with pytest.raises(CallError, match=message):
         Explainer(Tiny())(wrong)
@@ -879,7 +1101,9 @@ def test_a_network_without_a_spatial_map_and_a_method_that_does_not_fit_are_call
     with pytest.raises(CallError, match="no layer has a spatial map"):
         Explainer(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4)))(photos(1, 8))
     with pytest.raises(CallError, match="shapleycam does not work on layer 'encoder"):
-        Explainer(network("small vit"), "shapleycam", "encoder.layers.encoder_layer_1.ln_1")(photos())
+        Explainer(network("small vit"), "shapleycam", "encoder.layers.encoder_layer_1.ln_1")(
+            photos()
+        )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -906,7 +1130,11 @@ def test_maps_are_finite_where_something_is_zero_and_zero_without_positive_evide
     cams = explanation.cams[method]
     assert 0 <= cams.min() <= cams.max() <= 1
     assert zero == "positive evidence" or not explanation.guided.any()
-    assert not (zero == "positive evidence" and method in ("gradcam", "gradcam++", "xgradcam") and cams.any())
+    assert not (
+        zero == "positive evidence"
+        and method in ("gradcam", "gradcam++", "xgradcam")
+        and cams.any()
+    )
 
 
 # --- memory and start-up ---------------------------------------------------------------------------------------------
@@ -925,11 +1153,19 @@ def limited(most, error, message):
     return function, asked
 
 
-ALLOCATION = "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried to"
-SHORTAGES = [(torch.OutOfMemoryError, "CUDA out of memory"), (MemoryError, ""), (RuntimeError, ALLOCATION)]
+ALLOCATION = (
+    "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried to"
+)
+SHORTAGES = [
+    (torch.OutOfMemoryError, "CUDA out of memory"),
+    (MemoryError, ""),
+    (RuntimeError, ALLOCATION),
+]
 
 
-@pytest.mark.parametrize(("error", "message"), [*SHORTAGES, (RuntimeError, "CUDNN_STATUS_ALLOC_FAILED")])
+@pytest.mark.parametrize(
+    ("error", "message"), [*SHORTAGES, (RuntimeError, "CUDNN_STATUS_ALLOC_FAILED")]
+)
 def test_batches_are_halved_where_memory_does_not_suffice(error, message, capsys):
     function, asked = limited(3, error, message)
     batch_size = BatchSize(8)
@@ -939,7 +1175,9 @@ def test_batches_are_halved_where_memory_does_not_suffice(error, message, capsys
     assert re.fullmatch("warning: .*memory.*smaller.*\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(("most", "message"), [(0, "CUDA out of memory"), (3, "sizes do not match")])
+@pytest.mark.parametrize(
+    ("most", "message"), [(0, "CUDA out of memory"), (3, "sizes do not match")]
+)
 def test_other_errors_and_too_little_memory_for_one_item_are_raised(most, message):
     function, asked = limited(most, RuntimeError, message)
     with pytest.raises(RuntimeError, match=message):
@@ -957,7 +1195,9 @@ def test_scorecam_and_logits_go_on_with_smaller_batches():
     model.register_forward_pre_hook(refuse)
     explainer = Explainer(model, "scorecam", batch_size=16)
     assert_same_explanation(explainer(inputs), right)
-    np.testing.assert_allclose(explainer.logits(inputs.repeat(7, 1, 1, 1)), right.logits.repeat(7, 0), atol=1e-4)
+    np.testing.assert_allclose(
+        explainer.logits(inputs.repeat(7, 1, 1, 1)), right.logits.repeat(7, 0), atol=1e-4
+    )
 
 
 START = """
@@ -991,10 +1231,16 @@ def test_the_compiler_is_not_imported_by_a_run_and_works_afterwards(tmp_path):
         tmp_path,
         DOG,
     ]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / f"gradcam_cam_{DOG.stem}.jpg").is_file()
-    assert json.loads(done.stdout.splitlines()[-1]) == [[], 2.0 * sum(range(13)), [2.5, 4.5, 10.5, 12.5]]
+    assert json.loads(done.stdout.splitlines()[-1]) == [
+        [],
+        2.0 * sum(range(13)),
+        [2.5, 4.5, 10.5, 12.5],
+    ]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")

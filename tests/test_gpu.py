@@ -1,10 +1,9 @@
-# ruff: noqa: F401  (fixtures of test_output.py)
 """Section 7 on a CUDA GPU; tests/test_explanation.py compares the methods. Skipped where there is none."""
 
 import numpy as np
 import pytest
 import torch
-from test_output import explain, files_in, last_records, paint, pixels, tiny
+from conftest import files_in, last_records, paint, pixels
 
 from cnn_visualizations import Explainer, load_classifier
 
@@ -23,7 +22,15 @@ def test_a_checkpoint_is_loaded_onto_the_gpu(tiny, device):
 def test_the_program_writes_the_cpus_pictures_and_records(explain, tmp_path):
     for seed in range(5):
         paint(tmp_path / "album" / f"{seed}.png", seed)
-    options = ["--format", "png", "--method", "gradcam,scorecam", "--metrics", "--target-class", "owl"]
+    options = [
+        "--format",
+        "png",
+        "--method",
+        "gradcam,scorecam",
+        "--metrics",
+        "--target-class",
+        "owl",
+    ]
     for device in ("cpu", "cuda"):
         result = explain(*options, "--device", device, tmp_path / "album", output=tmp_path / device)
         assert (result.status, result.stderr.splitlines()[0].endswith(device)) == (0, True)
@@ -33,7 +40,9 @@ def test_the_program_writes_the_cpus_pictures_and_records(explain, tmp_path):
         assert difference.mean() < 1, name
     of_cpu, of_gpu = (last_records(tmp_path / device) for device in ("cpu", "cuda"))
     for key, record in of_cpu.items():
-        assert of_gpu[key]["prediction"]["probability"] == pytest.approx(record["prediction"]["probability"], abs=1e-3)
+        assert of_gpu[key]["prediction"]["probability"] == pytest.approx(
+            record["prediction"]["probability"], abs=1e-3
+        )
         for found, expected in zip(of_gpu[key]["metrics"], record["metrics"], strict=True):
             assert found == pytest.approx(expected, abs=0.02)
 

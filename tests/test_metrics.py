@@ -10,10 +10,16 @@ import torch
 from conftest import CKPT, DOG
 from pytorch_grad_cam.metrics.road import NoisyLinearImputer, ROADCombined
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
-from threadpoolctl import threadpool_limits
 from torch import nn
 
-from cnn_visualizations import Explainer, faithfulness, impute, load_classifier, probabilities, read_photo
+from cnn_visualizations import (
+    Explainer,
+    faithfulness,
+    impute,
+    load_classifier,
+    probabilities,
+    read_photo,
+)
 
 
 class Corner(nn.Module):
@@ -39,16 +45,7 @@ def area(curve):
     return (sum(curve) - (curve[0] + curve[-1]) / 2) / (len(curve) - 1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Inputs as small as these gain nothing from more threads, which wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpool_limits(1):
-        yield
-    torch.set_num_threads(before)
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 ONES = torch.ones(1, 3, 8, 8)
 CORNER = np.zeros((8, 8), np.float32)
 CORNER[:4, :4] = 1
@@ -60,14 +57,23 @@ def test_a_map_of_all_the_evidence_and_nothing_else(model):
     assert list(values) == ["average_drop", "increase", "deletion", "insertion", "road"]
     assert (values["average_drop"], values["increase"]) == (0, 0)
     # In 16 steps of 4 pixels: the hottest 16 pixels hold all evidence, and they are gone (or there) after 4 steps.
-    assert values["deletion"] == pytest.approx(area([p(max(16 - 4 * step, 0)) for step in range(17)]), abs=1e-5)
-    assert values["insertion"] == pytest.approx(area([p(min(4 * step, 16)) for step in range(17)]), abs=1e-5)
+    assert values["deletion"] == pytest.approx(
+        area([p(max(16 - 4 * step, 0)) for step in range(17)]), abs=1e-5
+    )
+    assert values["insertion"] == pytest.approx(
+        area([p(min(4 * step, 16)) for step in range(17)]), abs=1e-5
+    )
 
 
 def test_a_map_of_none_of_the_evidence():
     values = faithfulness(Explainer(Corner(), guided=False), ONES, 1 - CORNER, 0)
-    assert (values["average_drop"], values["increase"]) == (pytest.approx((p(16) - 0.5) / p(16), abs=1e-5), 0)
-    assert values["deletion"] == pytest.approx(area([p(min(64 - 4 * step, 16)) for step in range(17)]), abs=1e-5)
+    assert (values["average_drop"], values["increase"]) == (
+        pytest.approx((p(16) - 0.5) / p(16), abs=1e-5),
+        0,
+    )
+    assert values["deletion"] == pytest.approx(
+        area([p(min(64 - 4 * step, 16)) for step in range(17)]), abs=1e-5
+    )
 
 
 def test_a_map_that_hides_what_lowers_the_score_increases_the_probability():
@@ -88,7 +94,9 @@ def test_pixels_are_removed_in_the_order_of_their_heat_and_equal_ones_from_the_t
 
 @pytest.mark.parametrize("value", [0, 1])
 def test_a_map_that_is_the_same_everywhere_has_finite_metrics(value):
-    values = faithfulness(Explainer(Corner(), guided=False), ONES, np.full((8, 8), value, np.float32), 0)
+    values = faithfulness(
+        Explainer(Corner(), guided=False), ONES, np.full((8, 8), value, np.float32), 0
+    )
     assert all(map(math.isfinite, values.values()))
     assert values["average_drop"] == pytest.approx(0 if value else 1 - 0.5 / p(16), abs=1e-5)
     assert abs(values["road"]) < 0.01
@@ -102,7 +110,9 @@ def test_missing_pixels_become_the_mean_of_their_neighbours():
     for kept in (island, edges):
         filled = impute(ramp, kept)
         assert (filled.shape, filled.dtype) == ((3, 30, 40), np.float32)
-        assert np.abs(filled - ramp).max() < 0.1  # a plane is its own mean; what is left is the noise of 0.01
+        assert (
+            np.abs(filled - ramp).max() < 0.1
+        )  # a plane is its own mean; what is left is the noise of 0.01
         assert np.abs(filled - ramp).max() > 0.01
         np.testing.assert_array_equal(filled[:, kept], ramp[:, kept])
     np.testing.assert_array_equal(impute(ramp, np.ones((30, 40), bool)), ramp)
@@ -110,7 +120,9 @@ def test_missing_pixels_become_the_mean_of_their_neighbours():
 
 def test_probabilities_are_softmax_or_sigmoid():
     logits = torch.tensor([[1.0, 3.0]])
-    np.testing.assert_allclose(probabilities(logits), [[1 / (1 + math.exp(2)), 1 / (1 + math.exp(-2))]], rtol=1e-6)
+    np.testing.assert_allclose(
+        probabilities(logits), [[1 / (1 + math.exp(2)), 1 / (1 + math.exp(-2))]], rtol=1e-6
+    )
     np.testing.assert_allclose(probabilities(logits[:, :1]), [[1 / (1 + math.exp(-1))]], rtol=1e-6)
 
 
@@ -119,15 +131,22 @@ def explained():
     classifier = load_classifier(ckpt=CKPT, device="cpu", input_size=129)
     inputs = classifier.preprocess(read_photo(DOG))[None]
     explainer = Explainer(classifier.model, ["gradcam", "layercam"], guided=False)
-    return SimpleNamespace(model=classifier.model, inputs=inputs, explainer=explainer, found=explainer(inputs, top=2))
+    return SimpleNamespace(
+        model=classifier.model, inputs=inputs, explainer=explainer, found=explainer(inputs, top=2)
+    )
 
 
-@pytest.mark.parametrize(("method", "column"), [("gradcam", 0), pytest.param("layercam", 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("method", "column"), [("gradcam", 0), pytest.param("layercam", 1, marks=pytest.mark.slow)]
+)
 def test_road_equals_grad_cam(method, column):
     demo = explained()
     cam, target = demo.found.cams[method][:, column], int(demo.found.targets[0, column])
     torch.manual_seed(0)
-    road, wanted = ROADCombined(percentiles=[20, 40, 60, 80]), [ClassifierOutputSoftmaxTarget(target)]
+    road, wanted = (
+        ROADCombined(percentiles=[20, 40, 60, 80]),
+        [ClassifierOutputSoftmaxTarget(target)],
+    )
     theirs = float(road(demo.inputs, cam, wanted, demo.model)[0])
     ours = faithfulness(demo.explainer, demo.inputs, cam[0], target)["road"]
     assert ours == pytest.approx(theirs, abs=0.02)  # both add noise of their own
@@ -140,5 +159,7 @@ def test_imputation_equals_grad_cam(share):
     inputs = explained().inputs[0]
     theirs = NoisyLinearImputer(noise=0)(inputs, torch.from_numpy(kept).float()).numpy()
     difference = np.abs(impute(inputs.numpy(), kept) - theirs)[:, ~kept]
-    assert 0.007 < difference.mean() < 0.009  # of noise with a standard deviation of 0.01 it is 0.008
+    assert (
+        0.007 < difference.mean() < 0.009
+    )  # of noise with a standard deviation of 0.01 it is 0.008
     assert difference.max() < 0.06

@@ -48,7 +48,9 @@ class ParametersOnMeta(TorchFunctionMode):
     """Networks built in this mode have parameters on the meta device; their buffers are real."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+        return func(
+            *args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})}
+        )
 
 
 def random_weights(key, tensor, generator):
@@ -61,7 +63,9 @@ def random_weights(key, tensor, generator):
         center = 1.0 if key.endswith(("weight", "layer_scale")) else 0.0
         return center + 0.1 * torch.randn(tensor.shape, generator=generator)
     strides = (5, 3, 2, 1)[-tensor.ndim :]
-    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+    length = 1 + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True)
+    )
     values = torch.randn(length, generator=generator) / math.sqrt(tensor[0].numel())
     return values.as_strided(tensor.shape, strides)
 
@@ -137,9 +141,13 @@ def logits_of(model, side=64):
 
 def assert_same_logits(classifier, model, side=64):
     expected = logits_of(model, side)
-    assert expected.isfinite().all() and expected.std() > 1e-4  # a dead network would agree with anything
+    assert (
+        expected.isfinite().all() and expected.std() > 1e-4
+    )  # a dead network would agree with anything
     scale = expected.abs().max().item()
-    torch.testing.assert_close(logits_of(classifier.model, side), expected, rtol=1e-4, atol=1e-4 * scale)
+    torch.testing.assert_close(
+        logits_of(classifier.model, side), expected, rtol=1e-4, atol=1e-4 * scale
+    )
 
 
 def assert_is_resnet18(path):
@@ -152,29 +160,88 @@ def assert_is_resnet18(path):
 # Where the weights are in the file
 
 
-ENTRIES = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "ema", "module", "my_best")
-PREFIXES = (
-    *("module.", "_orig_mod.", "model.", "backbone.", "net.", "base.", "encoder.", "features.", "my_resnet.cnn.", "0."),
-    *("module._orig_mod.", "_orig_mod.module.", "model.backbone.", "_orig_mod.module.model.", "model._orig_mod."),
+ENTRIES = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "network",
+    "weights",
+    "params",
+    "ema",
+    "module",
+    "my_best",
 )
-OTHER = {key: tensor + 1 for key, tensor in state18().items()}  # another network of the same architecture
+PREFIXES = (
+    *(
+        "module.",
+        "_orig_mod.",
+        "model.",
+        "backbone.",
+        "net.",
+        "base.",
+        "encoder.",
+        "features.",
+        "my_resnet.cnn.",
+        "0.",
+    ),
+    *(
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "model.backbone.",
+        "_orig_mod.module.model.",
+        "model._orig_mod.",
+    ),
+)
+OTHER = {
+    key: tensor + 1 for key, tensor in state18().items()
+}  # another network of the same architecture
 MOMENTS = {i: {"exp_avg": torch.zeros(9, 9), "step": torch.tensor(1.0)} for i in range(200)}
-TRAINING_OPTIONS = argparse.Namespace(model="resnet18", data_path="/data", lr=0.1, device="cuda", amp=False, test=None)
+TRAINING_OPTIONS = argparse.Namespace(
+    model="resnet18", data_path="/data", lr=0.1, device="cuda", amp=False, test=None
+)
 KINDS = {
     "bare": lambda state: state,
-    **{f"entry {entry}": lambda state, entry=entry: {"epoch": 3, entry: state, "acc": 0.9} for entry in ENTRIES},
-    **{f"prefix {prefix}": lambda state, prefix=prefix: {"state_dict": under(prefix, state)} for prefix in PREFIXES},
+    **{
+        f"entry {entry}": lambda state, entry=entry: {"epoch": 3, entry: state, "acc": 0.9}
+        for entry in ENTRIES
+    },
+    **{
+        f"prefix {prefix}": lambda state, prefix=prefix: {"state_dict": under(prefix, state)}
+        for prefix in PREFIXES
+    },
     "two levels": lambda state: {"checkpoint": {"model": state}, "epoch": 3},
-    "parameters": lambda state: {k: nn.Parameter(t, t.is_floating_point()) for k, t in state.items()},
-    "bare, values beside": lambda state: {**state, "epoch": 3, "lr": 0.1, "metric": torch.tensor(0.9)},
+    "parameters": lambda state: {
+        k: nn.Parameter(t, t.is_floating_point()) for k, t in state.items()
+    },
+    "bare, values beside": lambda state: {
+        **state,
+        "epoch": 3,
+        "lr": 0.1,
+        "metric": torch.tensor(0.9),
+    },
     "DataParallel": lambda state: nn.DataParallel(resnet18()).state_dict(),
-    "AveragedModel": lambda state: {"model_ema": torch.optim.swa_utils.AveragedModel(resnet18()).state_dict()},
+    "AveragedModel": lambda state: {
+        "model_ema": torch.optim.swa_utils.AveragedModel(resnet18()).state_dict()
+    },
     "average beside": lambda state: {"model_ema": OTHER, "model": state},
-    "average of timm": lambda state: {"arch": "resnet18", "state_dict_ema": OTHER, "state_dict": state},
-    "average in one dict": lambda state: {"state_dict": under("model.", state) | under("ema.module.", OTHER)},
+    "average of timm": lambda state: {
+        "arch": "resnet18",
+        "state_dict_ema": OTHER,
+        "state_dict": state,
+    },
+    "average in one dict": lambda state: {
+        "state_dict": under("model.", state) | under("ema.module.", OTHER)
+    },
     "the same twice": lambda state: {"best": state, "last": OrderedDict(state)},
-    "optimizer": lambda state: {"optimizer": {"state": MOMENTS}, "optim_d": {"w": torch.ones(3, 3)}, "x": state},
-    "before batches were counted": lambda state: {k: t for k, t in state.items() if "num_batches" not in k},
+    "optimizer": lambda state: {
+        "optimizer": {"state": MOMENTS},
+        "optim_d": {"w": torch.ones(3, 3)},
+        "x": state,
+    },
+    "before batches were counted": lambda state: {
+        k: t for k, t in state.items() if "num_batches" not in k
+    },
     "torchvision's training script": lambda state: {
         "model": state,
         "optimizer": torch.optim.SGD(resnet18().parameters(), lr=0.1, momentum=0.9).state_dict(),
@@ -185,7 +252,11 @@ KINDS = {
     "Lightning": lambda state: {
         "epoch": 3,
         "pytorch-lightning_version": "2.5.0",
-        "state_dict": {**under("model.", state), "loss_fn.pos_weight": torch.ones(5), "acc.total": torch.ones(5)},
+        "state_dict": {
+            **under("model.", state),
+            "loss_fn.pos_weight": torch.ones(5),
+            "acc.total": torch.ones(5),
+        },
         "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 3}}}},
         "callbacks": {"EarlyStopping{'monitor': 'val_loss'}": {"best_score": torch.tensor(0.2)}},
         "optimizer_states": [{"state": MOMENTS, "param_groups": [{"lr": 0.1}]}],
@@ -210,7 +281,9 @@ def test_a_head_beside_the_backbone_is_found_at_every_depth(outer, name, saved):
 @pytest.mark.parametrize("given", [None, "resnet18"])
 def test_a_loss_beside_the_network_is_left_out_with_a_warning(outer, given, saved, capsys):
     loss = {"criterion.weight": torch.ones(5), "criterion.mean": torch.zeros(512)}
-    classifier = load(saved({"state_dict": under(outer, under("model.", state18()) | loss)}), arch=given)
+    classifier = load(
+        saved({"state_dict": under(outer, under("model.", state18()) | loss)}), arch=given
+    )
     assert_same_logits(classifier, resnet18())
     assert (classifier.preset.mean, classifier.preset.std) == IMAGENET
     assert re.fullmatch(r"warning: .*criterion\.weight.*\n", capsys.readouterr().err)
@@ -224,7 +297,10 @@ def test_a_layer_in_front_that_normalises_its_inputs_becomes_the_preprocessing(s
 
 @pytest.mark.parametrize("name", ["classifier", "head", "linear"])
 def test_a_head_behind_the_outputs_of_a_whole_network_is_not_dropped(name, saved):
-    state = under("model.", state18()) | {f"{name}.weight": torch.ones(3, 5), f"{name}.bias": torch.ones(3)}
+    state = under("model.", state18()) | {
+        f"{name}.weight": torch.ones(3, 5),
+        f"{name}.bias": torch.ones(3),
+    }
     assert re.search(rf"{name}\.weight.*5 outputs.*net\.py:build", refusal(saved(state)))
 
 
@@ -234,7 +310,10 @@ def test_of_two_networks_in_a_file_none_is_taken_by_chance(teacher, saved):
     message = refusal(saved(under("student.", state18()) | under("teacher.", theirs)))
     assert "student." in message or "teacher." in message
     if teacher == "resnet18":
-        assert re.search("several networks.*student.*teacher", refusal(saved({"student": state18(), "teacher": OTHER})))
+        assert re.search(
+            "several networks.*student.*teacher",
+            refusal(saved({"student": state18(), "teacher": OTHER})),
+        )
 
 
 # What the weights and the values beside them may be
@@ -302,7 +381,9 @@ def test_safetensors_are_read_and_a_broken_file_is_refused(tmp_path):
 def test_the_demo_is_read_as_torchvision_reads_it():
     content = torch.load(CKPT, weights_only=True)
     model = get_model("mobilenet_v2", weights=None, num_classes=19).eval()
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in content["state_dict"].items()})
+    model.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in content["state_dict"].items()}
+    )
     classifier = load(CKPT)
     assert (classifier.arch, list(classifier.class_names)) == ("mobilenet_v2", content["classes"])
     transforms = get_model_weights("mobilenet_v2").DEFAULT.transforms
@@ -331,7 +412,9 @@ MAKERS = {
     "no bias": lambda inputs: nn.Linear(inputs, 5, bias=False),
     "sequence": lambda inputs: nn.Sequential(nn.Linear(inputs, 5)),
     "dropout": lambda inputs: nn.Sequential(nn.Dropout(), nn.Linear(inputs, 5)),
-    "two dropouts": lambda inputs: nn.Sequential(nn.Dropout(0.2), nn.Dropout(0.1), nn.Linear(inputs, 5)),
+    "two dropouts": lambda inputs: nn.Sequential(
+        nn.Dropout(0.2), nn.Dropout(0.1), nn.Linear(inputs, 5)
+    ),
 }
 HEADS = """
     resnet18 fc no bias; resnet18 fc sequence; resnet18 fc dropout; resnet18 fc two dropouts;
@@ -348,7 +431,10 @@ MORE_HEADS = """
     vit_b_32 heads linear; vit_b_32 heads dropout; vit_b_32 heads.head dropout;
 """
 CASES = [case.split(maxsplit=2) for case in HEADS.split(";")[:-1]]
-CASES += [pytest.param(*case.split(maxsplit=2), marks=pytest.mark.slow) for case in MORE_HEADS.split(";")[:-1]]
+CASES += [
+    pytest.param(*case.split(maxsplit=2), marks=pytest.mark.slow)
+    for case in MORE_HEADS.split(";")[:-1]
+]
 
 
 @pytest.mark.parametrize(("arch", "name", "maker"), CASES)
@@ -356,7 +442,9 @@ def test_a_replaced_head_with_one_linear_layer_is_used(arch, name, maker, saved)
     model = network(arch, classes=1000, change=replaced(name, MAKERS[maker]))
     classifier = load(saved(model.state_dict()))
     assert (classifier.arch, len(classifier.class_names)) == (arch, 5)
-    assert_same_logits(classifier, model, {"maxvit_t": 224, "vit_b_32": 224, "inception_v3": 96}.get(arch, 64))
+    assert_same_logits(
+        classifier, model, {"maxvit_t": 224, "vit_b_32": 224, "inception_v3": 96}.get(arch, 64)
+    )
 
 
 def test_a_replaced_convolution_of_squeezenet_is_used(saved):
@@ -386,7 +474,9 @@ def test_a_single_output_is_the_second_of_two_classes(saved):
         logits, sure = classifier.model(inputs), model(inputs).sigmoid()
     torch.testing.assert_close(logits.softmax(1), torch.cat([1 - sure, sure], 1))
     explanation, expected = Explainer(classifier.model)(inputs, [0, 1, 0]), Explainer(model)(inputs)
-    np.testing.assert_allclose(explanation.cams["gradcam"][1], expected.cams["gradcam"][1], atol=1e-5)
+    np.testing.assert_allclose(
+        explanation.cams["gradcam"][1], expected.cams["gradcam"][1], atol=1e-5
+    )
     np.testing.assert_allclose(explanation.guided[1], expected.guided[1] / 2, atol=1e-6)
     assert np.abs(explanation.cams["gradcam"][0] - expected.cams["gradcam"][0]).max() > 0.1
 
@@ -411,7 +501,9 @@ def test_class_names_in_the_checkpoint_are_used_and_given_ones_win(entry, saved)
 
 
 @pytest.mark.parametrize(
-    "classes", [5, "abcde", ["a", "b"], {"a": 0, "b": 7}, {"a": None}, [], {}, {"x": [1]}, [None] * 5], ids=str
+    "classes",
+    [5, "abcde", ["a", "b"], {"a": 0, "b": 7}, {"a": None}, [], {}, {"x": [1]}, [None] * 5],
+    ids=str,
 )
 def test_class_names_that_cannot_be_right_are_left_out_with_a_warning(classes, saved, capsys):
     classifier = load(saved({"state_dict": state18(), "classes": classes}))
@@ -443,12 +535,18 @@ def test_mean_and_std_of_the_checkpoint_are_used_and_given_ones_win(of, saved):
     ):
         transforms = get_model_weights("resnet18").DEFAULT.transforms(mean=mean, std=std)
         expected = transforms(Image.fromarray(PHOTO))
-        torch.testing.assert_close(load(path, **options).preprocess(PHOTO), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            load(path, **options).preprocess(PHOTO), expected, rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
     ("mean", "std"),
-    [([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]), ([104, 117, 123], [1, 1, 1]), ([0, 0, 0], [255] * 3)],
+    [
+        ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),
+        ([104, 117, 123], [1, 1, 1]),
+        ([0, 0, 0], [255] * 3),
+    ],
 )
 def test_mean_and_std_of_colours_up_to_255_are_understood(mean, std, saved):
     colours = get_model_weights("resnet18").DEFAULT.transforms(mean=[0, 0, 0], std=[1, 1, 1])
@@ -461,7 +559,9 @@ def test_mean_and_std_of_colours_up_to_255_are_understood(mean, std, saved):
 
 def test_the_architecture_entry_of_the_checkpoint_is_used_if_it_has_a_meaning(saved):
     for arch in (5, None, "no_such_network", ["resnet18"], {"a": 1}):
-        assert_is_resnet18(saved({"state_dict": state18(), "arch": arch, "args": 5, "model_name": []}))
+        assert_is_resnet18(
+            saved({"state_dict": state18(), "arch": arch, "args": 5, "model_name": []})
+        )
     for entry in ("arch", "model_name"):
         classifier = load(saved({"state_dict": state18(), entry: "ResNet18"}))
         assert classifier.describe().startswith("resnet18 (from best.pth)")
@@ -476,10 +576,34 @@ META = torch.zeros(3, device="meta")
 BAD_ENTRIES = {
     "input_size": ["x", 0, -224, 10**9, 10**400, (3, 224, 160), [], {"h": 1}, 1.5, True, META],
     "mean": [
-        *([1], "abc", ["a", "b", "c"], {"r": 1}, [math.nan] * 3, [10**400] * 3, 10**400, [None] * 3, [1, [2, 3]], META),
-        *([0.4, 0.5, 0.6, -1.0], torch.zeros(4), torch.zeros(1).expand(10**9), torch.zeros(3, dtype=torch.complex64)),
+        *(
+            [1],
+            "abc",
+            ["a", "b", "c"],
+            {"r": 1},
+            [math.nan] * 3,
+            [10**400] * 3,
+            10**400,
+            [None] * 3,
+            [1, [2, 3]],
+            META,
+        ),
+        *(
+            [0.4, 0.5, 0.6, -1.0],
+            torch.zeros(4),
+            torch.zeros(1).expand(10**9),
+            torch.zeros(3, dtype=torch.complex64),
+        ),
     ],
-    "std": [[0, 0, 0], [-1.0, 1.0, 1.0], [math.nan] * 3, 5, [1e-300] * 3, 1e-300, torch.ones(3).to_sparse()],
+    "std": [
+        [0, 0, 0],
+        [-1.0, 1.0, 1.0],
+        [math.nan] * 3,
+        5,
+        [1e-300] * 3,
+        1e-300,
+        torch.ones(3).to_sparse(),
+    ],
 }
 
 
@@ -507,8 +631,14 @@ def test_deeply_shared_containers_are_one_line(make, saved, no_hang, capsys):
     for content in (shared(make), make([shared(make)] * 3)):
         for entry in ("mean", "std", "input_size"):
             assert entry in refusal(saved({"state_dict": state18(), entry: content}))
-    for content in (shared(make), make([shared(make)] * 5), {str(i): shared(make) for i in range(5)}):
-        assert load(saved({"state_dict": state18(), "classes": content})).class_names[0] == "class 0"
+    for content in (
+        shared(make),
+        make([shared(make)] * 5),
+        {str(i): shared(make) for i in range(5)},
+    ):
+        assert (
+            load(saved({"state_dict": state18(), "classes": content})).class_names[0] == "class 0"
+        )
     assert all(line.startswith("warning: ") for line in capsys.readouterr().err.splitlines())
 
 
@@ -521,7 +651,9 @@ def test_dicts_that_are_nested_in_themselves_are_visited_once(saved, no_hang):
 
 
 def test_a_file_of_many_tensors_is_refused(saved, no_hang):
-    content = {f"n{i}.conv1.weight": torch.zeros(1) for i in range(3000)} | {"a." * 5000 + "weight": torch.zeros(2, 2)}
+    content = {f"n{i}.conv1.weight": torch.zeros(1) for i in range(3000)} | {
+        "a." * 5000 + "weight": torch.zeros(2, 2)
+    }
     assert "fits no torchvision classifier" in refusal(saved(content))
 
 
@@ -532,7 +664,9 @@ CHANGES = {
     "complex": lambda tensor: tensor.to(torch.complex64),
     "int8": lambda tensor: tensor.to(torch.int8),
     "quantised": lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
-    "float4": lambda tensor: torch.zeros(tensor.shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+    "float4": lambda tensor: torch.zeros(tensor.shape, dtype=torch.uint8).view(
+        torch.float4_e2m1fn_x2
+    ),
     "number": lambda tensor: torch.tensor(5.0),
     "vector": lambda tensor: torch.zeros(len(tensor)),
     "empty": lambda tensor: tensor[:0],
@@ -547,7 +681,9 @@ def test_unusable_weights_are_refused_by_name(change, key, saved):
         pytest.skip("this torch has no float4")
     if change in ("number", "vector", "empty") and key != "fc.weight":
         pytest.skip("one key of another shape is enough")
-    assert key in refusal(saved({**state18(), key: CHANGES[change](state18()[key])}), arch="resnet18")
+    assert key in refusal(
+        saved({**state18(), key: CHANGES[change](state18()[key])}), arch="resnet18"
+    )
 
 
 # Files that are not checkpoints, or not of this network
@@ -579,14 +715,27 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, saved):
 @pytest.mark.filterwarnings("ignore")
 def test_whole_networks_are_refused_with_how_to_save_their_weights(saved, tmp_path):
     for zipped in (True, False):
-        message = refusal(saved(nn.Sequential(nn.Linear(2, 2)), _use_new_zipfile_serialization=zipped))
-        assert re.search(r"best\.pth.*(Sequential|Linear).*torch\.save\(model\.state_dict\(\)", message)
+        message = refusal(
+            saved(nn.Sequential(nn.Linear(2, 2)), _use_new_zipfile_serialization=zipped)
+        )
+        assert re.search(
+            r"best\.pth.*(Sequential|Linear).*torch\.save\(model\.state_dict\(\)", message
+        )
     torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "best.pt"))
-    assert re.search(r"TorchScript.*torch\.save\(model\.state_dict\(\)", refusal(tmp_path / "best.pt"))
+    assert re.search(
+        r"TorchScript.*torch\.save\(model\.state_dict\(\)", refusal(tmp_path / "best.pt")
+    )
 
 
 def test_a_file_that_is_not_a_whole_checkpoint_is_refused(saved, tmp_path):
-    contents = [b"", b"hello, I am a text file\n", b"\x80", b"PK\x03\x04", bytes(1000), DOG.read_bytes()]
+    contents = [
+        b"",
+        b"hello, I am a text file\n",
+        b"\x80",
+        b"PK\x03\x04",
+        bytes(1000),
+        DOG.read_bytes(),
+    ]
     for zipped in (True, False):
         whole = saved(state18(), _use_new_zipfile_serialization=zipped).read_bytes()
         contents += [whole[: int(len(whole) * share)] for share in (0.01, 0.5, 0.99)]
@@ -598,16 +747,30 @@ def test_a_file_that_is_not_a_whole_checkpoint_is_refused(saved, tmp_path):
 
 
 def test_a_checkpoint_without_weights_is_refused_with_what_it_holds(saved):
-    for content in ({}, [], None, 5, torch.zeros(3, 3), {"epoch": 3, "best": {}}, {"state_dict": [torch.ones(3, 3)]}):
+    for content in (
+        {},
+        [],
+        None,
+        5,
+        torch.zeros(3, 3),
+        {"epoch": 3, "best": {}},
+        {"state_dict": [torch.ones(3, 3)]},
+    ):
         assert "no weights" in refusal(saved(content))
-    message = refusal(saved({"optimizer": torch.optim.Adam(resnet18().parameters()).state_dict(), "epoch": 3}))
+    message = refusal(
+        saved({"optimizer": torch.optim.Adam(resnet18().parameters()).state_dict(), "epoch": 3})
+    )
     assert "no weights" in message and "optimizer, epoch" in message
 
 
 def test_the_wrong_architecture_is_refused_with_what_differs_and_what_would_fit(saved):
     message = refusal(saved(state18()), arch="resnet50")
     ours, theirs = state18(), network("resnet50").state_dict()
-    backbone = [key for key in theirs if not key.endswith("num_batches_tracked") and not key.startswith("fc.")]
+    backbone = [
+        key
+        for key in theirs
+        if not key.endswith("num_batches_tracked") and not key.startswith("fc.")
+    ]
     missing = [key for key in backbone if key not in ours]
     differ = [key for key in backbone if key in ours and theirs[key].shape != ours[key].shape]
     assert f"{len(missing)} missing ({missing[0]}" in message
@@ -622,7 +785,8 @@ def test_a_wrong_number_of_classes_is_refused_with_both_numbers(saved):
 
 
 @pytest.mark.parametrize(
-    ("arch", "meant"), [("resnet5", "resnet50"), ("mobilnet_v2", "mobilenet_v2"), ("vit_b", "vit_b_16")]
+    ("arch", "meant"),
+    [("resnet5", "resnet50"), ("mobilnet_v2", "mobilenet_v2"), ("vit_b", "vit_b_16")],
 )
 def test_an_unknown_architecture_is_refused_with_close_matches(arch, meant):
     assert re.search(f"'{arch}'.*did you mean.*{meant}", refusal(arch=arch))
@@ -639,7 +803,9 @@ OTHER_TASKS = ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fcn_resnet5
 OTHER_TASKS += ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"]
 
 
-@pytest.mark.parametrize("arch", [OTHER_TASKS[0], *(pytest.param(a, marks=pytest.mark.slow) for a in OTHER_TASKS[1:])])
+@pytest.mark.parametrize(
+    "arch", [OTHER_TASKS[0], *(pytest.param(a, marks=pytest.mark.slow) for a in OTHER_TASKS[1:])]
+)
 def test_a_network_for_another_task_is_named_as_such(arch, saved):
     with torch.device("meta"):
         state = get_model(arch, weights=None, weights_backbone=None).state_dict()
@@ -653,15 +819,28 @@ def test_a_vit_takes_the_size_that_its_position_embedding_has_and_no_other(size,
         model = get_model("vit_b_16", weights=None, num_classes=3, image_size=size)
     state = {key: torch.zeros(tensor.shape) for key, tensor in model.state_dict().items()}
     assert load(saved(state)).input_size == size
-    for fault in (refusal(saved(state), input_size=224), refusal(saved({"state_dict": state, "input_size": 224}))):
-        assert re.search(f"takes inputs of {size} x {size} pixels only, not .*input.size 224", fault)
+    for fault in (
+        refusal(saved(state), input_size=224),
+        refusal(saved({"state_dict": state, "input_size": 224})),
+    ):
+        assert re.search(
+            f"takes inputs of {size} x {size} pixels only, not .*input.size 224", fault
+        )
 
 
 # All of torchvision's architectures
 
 
 DEFAULT_ARCHITECTURES = (
-    *("convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "mnasnet0_5", "swin_t"),
+    *(
+        "convnext_tiny",
+        "densenet121",
+        "efficientnet_b0",
+        "googlenet",
+        "inception_v3",
+        "mnasnet0_5",
+        "swin_t",
+    ),
     *("mobilenet_v3_small", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1"),
 )
 
@@ -673,13 +852,21 @@ class CountRandomNumbers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if torch.Tag.nondeterministic_seeded in func.tags and isinstance(result, torch.Tensor) and not result.is_meta:
+        if (
+            torch.Tag.nondeterministic_seeded in func.tags
+            and isinstance(result, torch.Tensor)
+            and not result.is_meta
+        ):
             self.drawn += result.numel()
         return result
 
 
 @pytest.mark.parametrize(
-    "arch", [pytest.param(a, marks=[] if a in DEFAULT_ARCHITECTURES else pytest.mark.slow) for a in ARCHITECTURES]
+    "arch",
+    [
+        pytest.param(a, marks=[] if a in DEFAULT_ARCHITECTURES else pytest.mark.slow)
+        for a in ARCHITECTURES
+    ],
 )
 def test_an_architecture_is_recognised_loaded_prepared_for_and_explained(arch, saved, capfd):
     transforms = get_model_weights(arch).DEFAULT.transforms()
@@ -687,7 +874,9 @@ def test_an_architecture_is_recognised_loaded_prepared_for_and_explained(arch, s
     side = transforms.crop_size[0] if own_size else 96 if arch == "inception_v3" else 64
     model = network(arch, classes=7, **({"image_size": side} if arch.startswith("vit") else {}))
     state = model.state_dict()
-    *_, last = [key for key, tensor in state.items() if key.endswith("weight") and tensor.shape[:1] == (7,)]
+    *_, last = [
+        key for key, tensor in state.items() if key.endswith("weight") and tensor.shape[:1] == (7,)
+    ]
     state[last] = state[last].clone()
     state[last][1] = -state[last][0]  # so that of two classes one map is not empty
     model.load_state_dict(state, assign=True)
@@ -696,7 +885,9 @@ def test_an_architecture_is_recognised_loaded_prepared_for_and_explained(arch, s
         warnings.simplefilter("error")
         classifier = load(path)
     assert numbers.drawn < 5000  # of a plain torchvision network: one for each weight
-    assert classifier.arch == arch and classifier.class_names == tuple(f"class {i}" for i in range(7))
+    assert classifier.arch == arch and classifier.class_names == tuple(
+        f"class {i}" for i in range(7)
+    )
     assert not any(module.training for module in classifier.model.modules())
     assert capfd.readouterr() == ("", "")
     inputs = classifier.preprocess(PHOTO)
@@ -705,7 +896,9 @@ def test_an_architecture_is_recognised_loaded_prepared_for_and_explained(arch, s
     if arch in HUGE:
         return
     assert_same_logits(classifier, model, side)
-    inputs = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(2)).expand(2, -1, -1, -1)
+    inputs = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(2)).expand(
+        2, -1, -1, -1
+    )
     explanation = Explainer(classifier.model)(inputs, targets=[0, 1])
     maps = explanation.cams["gradcam"]
     assert maps.shape == (2, side, side) and maps.min() >= 0 and 0.99 < maps.max() <= 1
@@ -714,13 +907,19 @@ def test_an_architecture_is_recognised_loaded_prepared_for_and_explained(arch, s
 
 
 def test_the_architectures_are_torchvisions():
-    assert set(ARCHITECTURES) == set(list_models(module=torchvision.models)) and len(ARCHITECTURES) >= 80
+    assert (
+        set(ARCHITECTURES) == set(list_models(module=torchvision.models))
+        and len(ARCHITECTURES) >= 80
+    )
     with CountRandomNumbers() as numbers:
         get_model("squeezenet1_1", weights=None)
     assert numbers.drawn > 1_000_000  # the counter of the test above does count
 
 
-VIT_SIZES = [("vit_b_32", 96), *(pytest.param("vit_b_16", side, marks=pytest.mark.slow) for side in (64, 96, 384))]
+VIT_SIZES = [
+    ("vit_b_32", 96),
+    *(pytest.param("vit_b_16", side, marks=pytest.mark.slow) for side in (64, 96, 384)),
+]
 
 
 def test_a_size_that_maxvit_cannot_take_is_one_line(saved):
@@ -740,7 +939,9 @@ def test_at_another_size_the_margin_around_the_crop_is_in_proportion(saved):
 
 def test_squashing_shows_the_whole_photo(saved):
     classifier = load(saved(state18()), resize="squash")
-    small = functional.pil_to_tensor(functional.resize(Image.fromarray(PHOTO), [224, 224], antialias=True))
+    small = functional.pil_to_tensor(
+        functional.resize(Image.fromarray(PHOTO), [224, 224], antialias=True)
+    )
     expected = functional.normalize(small / 255, *IMAGENET)
     torch.testing.assert_close(classifier.preprocess(PHOTO), expected, rtol=0, atol=1e-6)
     assert classifier.seen_box(97, 131) == (0, 0, 131, 97)
@@ -758,23 +959,34 @@ def test_the_seen_box_is_the_part_that_the_preset_crops(height, width, side, sav
     seen = classifier.preprocess(ramp)
     left, top, right, bottom = classifier.seen_box(height, width)
     middle = seen.shape[1] // 2
-    shown = (seen[0, middle, [0, -1]] * width).tolist() + (seen[1, [0, -1], middle] * height).tolist()
-    np.testing.assert_allclose(shown, [left, right, top, bottom], atol=1.5 * max(height, width) / (side or 224))
+    shown = (seen[0, middle, [0, -1]] * width).tolist() + (
+        seen[1, [0, -1], middle] * height
+    ).tolist()
+    np.testing.assert_allclose(
+        shown, [left, right, top, bottom], atol=1.5 * max(height, width) / (side or 224)
+    )
 
 
 def test_one_line_tells_all_that_is_assumed_and_where_it_comes_from(saved):
-    bare, full = saved(state18(), "bare.pth"), saved({"state_dict": state18(), "input_size": 96, "classes": NAMES})
+    bare, full = (
+        saved(state18(), "bare.pth"),
+        saved({"state_dict": state18(), "input_size": 96, "classes": NAMES}),
+    )
     line = load(bare).describe(["layer4"])
     assert re.match(r"resnet18 \(recognised\), 5 classes .*, layer4, input 224 x 224 crop \(", line)
     assert re.search("not in bare.pth; pass --input-size.*, ImageNet mean and std, cpu", line)
     line = load(full, arch="resnet18", mean=[0, 0, 0], std=[1, 1, 1]).describe()
-    assert line.startswith("resnet18, 5 classes, input 96 x 96 crop (from best.pth), ") and "ImageNet" not in line
+    assert (
+        line.startswith("resnet18, 5 classes, input 96 x 96 crop (from best.pth), ")
+        and "ImageNet" not in line
+    )
     line = repr(load(full, input_size=112, resize="squash"))
     assert "input 112 x 112 squash, " in line and "\n" not in line and "pass --" not in line
 
 
 @pytest.mark.parametrize(
-    ("wanted", "index"), [("cat", 2), ("CAT", 2), ("bee", 1), ("elk", 4), ("0", 0), ("4", 4), ("哈士奇", 5), ("7", 6)]
+    ("wanted", "index"),
+    [("cat", 2), ("CAT", 2), ("bee", 1), ("elk", 4), ("0", 0), ("4", 4), ("哈士奇", 5), ("7", 6)],
 )
 def test_a_class_is_found_by_name_in_any_case_or_by_index(wanted, index):
     assert find_class(wanted, [*NAMES, "哈士奇", "7"]) == index
@@ -865,7 +1077,9 @@ def test_of_an_embedding_and_logits_those_with_the_number_of_classes_are_taken(o
     assert len(load(path, arch=arch, num_classes=2).class_names) == 2
 
 
-@pytest.mark.parametrize("text", ["def Net(): return 5", "def Net(): 1 / 0", "raise SystemExit(3)", "def other(): 0"])
+@pytest.mark.parametrize(
+    "text", ["def Net(): return 5", "def Net(): 1 / 0", "raise SystemExit(3)", "def other(): 0"]
+)
 def test_a_file_that_builds_no_network_is_one_line(text, own, saved, tmp_path):
     arch = own()
     (tmp_path / "net.py").write_text(text)
@@ -880,7 +1094,11 @@ def test_buffers_called_mean_and_std_are_not_the_preprocessing(size, own, saved)
         classifier = load(saved(content), arch=arch)
         assert (classifier.preset.mean, classifier.preset.std) == IMAGENET
         assert torch.equal(classifier.model.mean, state["mean"])
-    assert load(saved({"model": state, "mean": [0.5, 0.5, 0.5]}), arch=arch).preset.mean == [0.5, 0.5, 0.5]
+    assert load(saved({"model": state, "mean": [0.5, 0.5, 0.5]}), arch=arch).preset.mean == [
+        0.5,
+        0.5,
+        0.5,
+    ]
 
 
 # Without a checkpoint
@@ -913,7 +1131,10 @@ def test_without_a_checkpoint_torchvisions_weights_and_names_are_used(arch, fake
     fake_download(model)
     classifier = load_classifier(arch, device="cpu")
     assert classifier.arch == (arch or "resnet50")
-    assert list(classifier.class_names) == get_model_weights(classifier.arch).DEFAULT.meta["categories"]
+    assert (
+        list(classifier.class_names)
+        == get_model_weights(classifier.arch).DEFAULT.meta["categories"]
+    )
     assert "pass --" not in classifier.describe()
     assert_same_logits(classifier, model, side=96)
     assert re.search(r"--num-classes\D*2\b.*\b1000 classes", refusal(arch=arch, num_classes=2))
@@ -921,7 +1142,10 @@ def test_without_a_checkpoint_torchvisions_weights_and_names_are_used(arch, fake
 
 def test_1000_classes_without_names_are_imagenets(saved):
     classifier = load(saved(network("squeezenet1_1", classes=1000).state_dict()))
-    assert list(classifier.class_names) == get_model_weights("squeezenet1_1").DEFAULT.meta["categories"]
+    assert (
+        list(classifier.class_names)
+        == get_model_weights("squeezenet1_1").DEFAULT.meta["categories"]
+    )
 
 
 # The device, and memory
@@ -989,7 +1213,9 @@ def test_only_missing_memory_makes_batches_smaller(message):
 
     batches = BatchSize(8)
     if MISSING_MEMORY[message]:
-        assert [each for batch in batches.run(square, range(10)) for each in batch] == [i**2 for i in range(10)]
+        assert [each for batch in batches.run(square, range(10)) for each in batch] == [
+            i**2 for i in range(10)
+        ]
         assert batches.size == 2
     else:
         with pytest.raises(RuntimeError, match=re.escape(message)):

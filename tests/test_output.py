@@ -1,10 +1,8 @@
 """Section 6, Output: what is drawn, the names and the content of files, and the log that says which are done."""
 
-import faulthandler
 import json
 import os
 import re
-from collections import namedtuple
 from pathlib import Path
 
 import cv2
@@ -12,107 +10,23 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import CLASSES, files_in, last_records, paint, pixels, posix, records
 from matplotlib import colormaps, font_manager
 from PIL import Image, ImageDraw
 
-import cnn_visualizations as program_file
-from cnn_visualizations import LOG_NAME, CallError, Explainer, draw_cam, draw_gradients, load_classifier, read_photo
+from cnn_visualizations import (
+    LOG_NAME,
+    Explainer,
+    draw_cam,
+    draw_gradients,
+    load_classifier,
+    read_photo,
+)
 
-posix = pytest.mark.skipif(os.name == "nt", reason="links, FIFOs and limits as on POSIX")
-CLASSES = ["cat", "dog", "狗", "owl", "fox", "eel", "ant"]
 THREE = ["gradcam_cam_1.jpg", "gb_1.jpg", "gradcam_cam_gb_1.jpg"]
 CHEAP = ["gradcam", "gradcam++", "xgradcam", "eigencam", "eigengradcam"]
 CHEAP += ["hirescam", "layercam", "gradcamelementwise", "fem", "randomcam"]
-Result = namedtuple("Result", "status stdout stderr")
-
-
-# Helpers, which test_run.py uses as well
-
-
-def paint(path, seed=0, size=(90, 70)):
-    """Write a photo of soft blobs that looks different for each seed. Return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
-    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path)
-    return path
-
-
-def pixels(path):
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB")).astype(int)
-
-
-def files_in(folder):
-    """Return every file below a folder by its relative path, without the log, its lock and the page of results."""
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    return sorted(name for name in names if not name.endswith((LOG_NAME, ".lock", "index.html")))
-
-
-def records(folder):
-    """Return the lines of the log in a folder, each of which must be whole."""
-    text = (folder / LOG_NAME).read_text(encoding="utf-8")
-    assert text.endswith("\n")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def last_records(folder):
-    """Return the last record of each photo and choice of methods."""
-    return {(record["image"], record["method"]): record for record in records(folder)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So small a network gains nothing from a second thread, and beside other work they wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def end_of_a_hang():
-    """A test that hangs ends the whole run with a traceback of all threads."""
-    faulthandler.dump_traceback_later(900, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """The checkpoint of a small network with random weights, which never answers with class 0, and the network."""
-    torch.manual_seed(1)
-    model = torchvision.models.squeezenet1_1(num_classes=len(CLASSES)).eval()
-    with torch.no_grad():  # its logits are ReLUs of the last convolution: that of the first class is always 0
-        model.classifier[1].bias += 0.3
-        model.classifier[1].weight[0], model.classifier[1].bias[0] = 0, -1
-    path = tmp_path_factory.mktemp("tiny") / "tiny.pth"
-    torch.save({"arch": "squeezenet1_1", "classes": CLASSES, "input_size": 64, "state_dict": model.state_dict()}, path)
-    return path, model
-
-
-@pytest.fixture
-def explain(tiny, tmp_path, capfd):
-    """Run the program in this process on the small network. Return exit status, stdout and stderr."""
-
-    def run(*words, output=tmp_path / "out", ckpt=tiny[0]):
-        for cached in vars(program_file).values():  # as in a new process
-            getattr(cached, "cache_clear", int)()
-        words = ["--ckpt", ckpt, "--device", "cpu", "--output", output, *words]
-        try:
-            args = program_file.parse_args([str(word) for word in words])
-            args.photos = program_file.find_photos(args.images) if args.images else []
-            args.output.mkdir(parents=True, exist_ok=True)
-            status = program_file.main(args)
-        except (SystemExit, CallError) as stop:
-            status = getattr(stop, "code", 2)
-        return Result(status, *capfd.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def photo(tmp_path):
-    return paint(tmp_path / "1.png", 1)
+pytestmark = pytest.mark.usefixtures("one_thread", "end_of_a_hang")
 
 
 # Drawing
@@ -139,11 +53,15 @@ def test_the_colours_of_the_map_are_mixed_with_the_photo(alpha):
 
 def test_every_colormap_of_opencv_gives_its_colours():
     ramp = np.arange(256, dtype=np.uint8)[None]
-    theirs = {name[9:].lower(): getattr(cv2, name) for name in dir(cv2) if name.startswith("COLORMAP_")}
+    theirs = {
+        name[9:].lower(): getattr(cv2, name) for name in dir(cv2) if name.startswith("COLORMAP_")
+    }
     assert {"jet", "turbo", "viridis", "twilight_shifted"} <= set(theirs)
     for name, number in theirs.items():
         expected = cv2.applyColorMap(ramp, number)[:, :, ::-1]
-        np.testing.assert_array_equal(draw_cam(grey(1, 256), np.float32(ramp / 255), name, 1), expected)
+        np.testing.assert_array_equal(
+            draw_cam(grey(1, 256), np.float32(ramp / 255), name, 1), expected
+        )
 
 
 def test_the_map_is_enlarged_linearly():
@@ -157,25 +75,42 @@ def test_the_hottest_place_is_where_the_map_has_it(height, width, cell):
     picture, cam = grey(height, width), np.zeros((8, 8), np.float32)
     cam[cell] = 1
     given = picture.copy(), cam.copy()
-    warmth = np.subtract(*draw_cam(picture, cam).astype(int).transpose(2, 0, 1)[::2])  # red less blue
+    warmth = np.subtract(
+        *draw_cam(picture, cam).astype(int).transpose(2, 0, 1)[::2]
+    )  # red less blue
     hottest = np.argwhere(warmth == warmth.max()).mean(0) / (height / 8, width / 8)
     assert np.abs(hottest - np.add(cell, 0.5)).max() <= 0.5
-    assert (np.array_equal(picture, given[0]), np.array_equal(cam, given[1])) == (True, True)  # not changed
+    assert (np.array_equal(picture, given[0]), np.array_equal(cam, given[1])) == (
+        True,
+        True,
+    )  # not changed
 
 
 @pytest.mark.parametrize("colormap", ["jet", "bone"])
 def test_a_map_of_zeros_leaves_the_photo_as_it_is(colormap):
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-    np.testing.assert_array_equal(draw_cam(picture, np.zeros((8, 8), np.float32), colormap, 0.9), picture)
+    np.testing.assert_array_equal(
+        draw_cam(picture, np.zeros((8, 8), np.float32), colormap, 0.9), picture
+    )
 
 
 @pytest.mark.parametrize("unit", [1, 1e-20, 1e20])
 def test_gradients_are_bright_where_positive_dark_where_negative_and_grey_at_zero(unit):
     values = np.zeros((3, 40, 40), np.float32)
     values[:, :4] = 2 * unit  # a tenth, so that this is the 99.5th percentile
-    values[0, 10], values[1, 11], values[2, 12], values[:, 13, 5] = unit, -unit, -2 * unit, 1e6 * unit
+    values[0, 10], values[1, 11], values[2, 12], values[:, 13, 5] = (
+        unit,
+        -unit,
+        -2 * unit,
+        1e6 * unit,
+    )
     drawn = draw_gradients(values, 40, 40).astype(int)
-    expected = {(0, 0): (255, 255, 255), (10, 0): (191, 128, 128), (11, 0): (128, 64, 128), (12, 0): (128, 128, 0)}
+    expected = {
+        (0, 0): (255, 255, 255),
+        (10, 0): (191, 128, 128),
+        (11, 0): (128, 64, 128),
+        (12, 0): (128, 128, 0),
+    }
     for place, colour in {**expected, (13, 5): (255, 255, 255), (30, 30): (128, 128, 128)}.items():
         assert np.abs(drawn[place] - colour).max() <= 1, place
 
@@ -197,15 +132,24 @@ def places(sheet, picture):
     sheet, picture = np.uint8(sheet), np.uint8(picture)
     height, width = picture.shape[:2]
     near = np.argwhere(cv2.matchTemplate(sheet, picture, cv2.TM_SQDIFF) < 1e5)
-    return [(int(x), int(y)) for y, x in near if np.array_equal(sheet[y : y + height, x : x + width], picture)]
+    return [
+        (int(x), int(y))
+        for y, x in near
+        if np.array_equal(sheet[y : y + height, x : x + width], picture)
+    ]
 
 
 LONG = [((1500, 1000), "", (683, 1024)), ((500, 1025), "", (1024, 500)), ((30, 20), "", (20, 30))]
-LONG += [((30, 20), "--output-size 300", (200, 300)), ((1500, 1000), "--output-size 1200", (800, 1200))]
+LONG += [
+    ((30, 20), "--output-size 300", (200, 300)),
+    ((1500, 1000), "--output-size 1200", (800, 1200)),
+]
 
 
 @pytest.mark.parametrize(("size", "options", "expected"), [*LONG, ((1500, 15), "", (10, 1024))])
-def test_the_long_side_is_the_photos_or_1024_or_what_is_asked_for(explain, tmp_path, size, options, expected):
+def test_the_long_side_is_the_photos_or_1024_or_what_is_asked_for(
+    explain, tmp_path, size, options, expected
+):
     options = ["--resize", "squash", "--outputs", "cam", *options.split()]
     assert explain(*options, paint(tmp_path / "1.png", 1, size)).status == 0
     assert pixels(tmp_path / "out" / THREE[0]).shape == (*expected, 3)
@@ -225,14 +169,37 @@ def test_the_picture_shows_what_the_network_sees_pixel_by_pixel(explain, tmp_pat
 
 
 def test_the_pictures_are_drawn_from_the_arrays_that_are_saved(explain, tiny, tmp_path):
-    photo, classes = paint(tmp_path / "1.png", 1, (64, 64)), ["--target-class", "owl", "--target-class", "4"]
-    options = ["--resize", "squash", "--alpha", "1", "--format", "png", "--save-arrays", "--method", "gradcam,fem"]
+    photo, classes = (
+        paint(tmp_path / "1.png", 1, (64, 64)),
+        ["--target-class", "owl", "--target-class", "4"],
+    )
+    options = [
+        "--resize",
+        "squash",
+        "--alpha",
+        "1",
+        "--format",
+        "png",
+        "--save-arrays",
+        "--method",
+        "gradcam,fem",
+    ]
     assert explain(*options, *classes, photo).status == 0
     with np.load(tmp_path / "out" / "1.npz", allow_pickle=False) as saved:
         arrays = dict(saved)
-    kinds = {"cams": "f4 (2, 2, 64, 64)", "guided": "f4 (2, 3, 64, 64)", "logits": "f4 (7,)", "classes": "i8 (2,)"}
+    kinds = {
+        "cams": "f4 (2, 2, 64, 64)",
+        "guided": "f4 (2, 3, 64, 64)",
+        "logits": "f4 (7,)",
+        "classes": "i8 (2,)",
+    }
     assert {name: f"{arrays[name].dtype.str[1:]} {arrays[name].shape}" for name in kinds} == kinds
-    lists = {"methods": ["gradcam", "fem"], "classes": [3, 4], "class_names": CLASSES, "target_layers": ["features"]}
+    lists = {
+        "methods": ["gradcam", "fem"],
+        "classes": [3, 4],
+        "class_names": CLASSES,
+        "target_layers": ["features"],
+    }
     assert {name: arrays[name].tolist() for name in lists} == lists
     classifier = load_classifier(ckpt=tiny[0], device="cpu", resize="squash")
     assert arrays["box"].tolist() == [0, 0, 64, 64]
@@ -244,7 +211,9 @@ def test_the_pictures_are_drawn_from_the_arrays_that_are_saved(explain, tiny, tm
     for index, label in enumerate(("owl", "fox")):
         cam, guided = arrays["cams"][0, index], arrays["guided"][index]
         np.testing.assert_allclose(guided, found.guided[0, index], atol=1e-3 * np.abs(guided).max())
-        assert np.abs(pixels(tmp_path / "out" / f"gradcam_cam_1_{label}.png") - jet(cam)).max() <= 10
+        assert (
+            np.abs(pixels(tmp_path / "out" / f"gradcam_cam_1_{label}.png") - jet(cam)).max() <= 10
+        )
         for name, values in {"gb": guided, "gradcam_cam_gb": guided * cam}.items():
             drawn = pixels(tmp_path / "out" / f"{name}_1_{label}.png")
             np.testing.assert_array_equal(drawn, draw_gradients(values, 64, 64))
@@ -270,7 +239,11 @@ def test_a_map_of_zeros_is_drawn_without_colour_and_told(explain, photo, tmp_pat
     options = ["--resize", "squash", "--format", "png", "--method", "gradcamelementwise,eigencam"]
     result, out = explain("--sheet", "--target-class", "cat", *options, photo), tmp_path / "out"
     warning = f"warning: {photo}: the gradcamelementwise map is all zeros: no positive evidence at features\n"
-    assert (result.status, result.stderr.count("warning: "), warning in result.stderr) == (0, 1, True)
+    assert (result.status, result.stderr.count("warning: "), warning in result.stderr) == (
+        0,
+        1,
+        True,
+    )
     np.testing.assert_array_equal(pixels(out / "gradcamelementwise_cam_1_cat.png"), pixels(photo))
     assert np.isin(pixels(out / "gradcamelementwise_cam_gb_1_cat.png"), (127, 128)).all()
     assert (pixels(out / "eigencam_cam_1_cat.png") != pixels(photo)).any()
@@ -285,13 +258,24 @@ def test_a_map_of_zeros_is_drawn_without_colour_and_told(explain, photo, tmp_pat
     [
         ("", THREE),
         ("--top-k 1 --outputs gb,cam", [THREE[1], THREE[0]]),
-        ("--method eigencam --method gradcam++ --outputs cam,gb", ["eigencam_cam_1", "gradcam++_cam_1", "gb_1"]),
+        (
+            "--method eigencam --method gradcam++ --outputs cam,gb",
+            ["eigencam_cam_1", "gradcam++_cam_1", "gb_1"],
+        ),
         ("--target-class OWL", ["gradcam_cam_1_owl", "gb_1_owl", "gradcam_cam_gb_1_owl"]),
-        ("--target-class 2 --target-class cat --outputs cam", ["gradcam_cam_1_狗", "gradcam_cam_1_cat"]),
-        ("--sheet --save-arrays --outputs cam --format png", ["gradcam_cam_1.png", "1_sheet.png", "1.npz"]),
+        (
+            "--target-class 2 --target-class cat --outputs cam",
+            ["gradcam_cam_1_狗", "gradcam_cam_1_cat"],
+        ),
+        (
+            "--sheet --save-arrays --outputs cam --format png",
+            ["gradcam_cam_1.png", "1_sheet.png", "1.npz"],
+        ),
     ],
 )
-def test_files_are_named_after_method_photo_and_the_classes_asked_for(explain, photo, tmp_path, options, names):
+def test_files_are_named_after_method_photo_and_the_classes_asked_for(
+    explain, photo, tmp_path, options, names
+):
     names = [name if "." in name else f"{name}.jpg" for name in names]
     result = explain(*options.split(), photo)
     assert result.status == 0
@@ -307,7 +291,9 @@ def test_another_class_in_another_run_overwrites_nothing(explain, photo, tmp_pat
     explain("--target-class", "fox", photo)
     explain(photo)
     assert len(files_in(tmp_path / "out")) == 9
-    assert all((tmp_path / "out" / name).read_bytes() == content for name, content in before.items())
+    assert all(
+        (tmp_path / "out" / name).read_bytes() == content for name, content in before.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -319,7 +305,9 @@ def test_another_class_in_another_run_overwrites_nothing(explain, photo, tmp_pat
         (f"../../etc|{'狗' * 300}|{'狗' * 301}|\n|\0|..|g", None),
     ],
 )
-def test_class_names_become_labels_that_differ_and_can_stand_in_file_names(explain, photo, tmp_path, names, labels):
+def test_class_names_become_labels_that_differ_and_can_stand_in_file_names(
+    explain, photo, tmp_path, names, labels
+):
     (tmp_path / "names.json").write_text(json.dumps(names.split("|")), encoding="utf-8")
     options = ["--class-names", tmp_path / "names.json", "--top-k", "7", "--outputs", "gb", photo]
     assert explain(*options).status == 0
@@ -337,16 +325,22 @@ def texts(monkeypatch):
     written, write = [], ImageDraw.ImageDraw.text
 
     def record(pen, place, text, *args, **kwargs):
-        written.append((text, place[1], next(a for a in (*args, *kwargs.values()) if hasattr(a, "getlength"))))
+        written.append(
+            (text, place[1], next(a for a in (*args, *kwargs.values()) if hasattr(a, "getlength")))
+        )
         return write(pen, place, text, *args, **kwargs)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
     return written
 
 
-def test_a_sheet_has_a_block_for_each_class_with_source_and_gb_once(explain, photo, tmp_path, texts):
+def test_a_sheet_has_a_block_for_each_class_with_source_and_gb_once(
+    explain, photo, tmp_path, texts
+):
     options = ["--sheet", "--format", "png", "--output-size", "320", "--method", "gradcam,layercam"]
-    result = explain("--target-class", "fox", "--target-class", "owl", "--alpha", "0.7", *options, photo)
+    result = explain(
+        "--target-class", "fox", "--target-class", "owl", "--alpha", "0.7", *options, photo
+    )
     assert result.status == 0
     out = tmp_path / "out"
     sheet = pixels(out / "1_sheet.png")
@@ -359,7 +353,9 @@ def test_a_sheet_has_a_block_for_each_class_with_source_and_gb_once(explain, pho
         before = left
         for method in ("gradcam", "layercam"):
             ((cam_left, cam_top),) = places(sheet, pixels(out / f"{method}_cam_1_{label}.png"))
-            ((product_left, product_top),) = places(sheet, pixels(out / f"{method}_cam_gb_1_{label}.png"))
+            ((product_left, product_top),) = places(
+                sheet, pixels(out / f"{method}_cam_gb_1_{label}.png")
+            )
             assert (cam_top, product_top) == (top, gb_top)
             assert cam_left == product_left >= before + 320
             before = cam_left
@@ -389,12 +385,23 @@ def test_ten_methods_fit_on_a_slide(explain, photo, tmp_path, texts):
 
 
 @pytest.mark.parametrize(
-    "methods", ["gradcam", pytest.param(",".join([*CHEAP, "kpcacam", "segeigencam"]), marks=pytest.mark.slow)]
+    "methods",
+    ["gradcam", pytest.param(",".join([*CHEAP, "kpcacam", "segeigencam"]), marks=pytest.mark.slow)],
 )
 def test_a_sheet_of_many_classes_is_no_taller_than_a_webp_can_be(explain, photo, tmp_path, methods):
     model = torchvision.models.squeezenet1_1(num_classes=30)
     torch.save(model.state_dict(), tmp_path / "30.pth")
-    options = ["--input-size", "64", "--output-size", "64", "--top-k", "30", "--sheet", "--format", "webp"]
+    options = [
+        "--input-size",
+        "64",
+        "--output-size",
+        "64",
+        "--top-k",
+        "30",
+        "--sheet",
+        "--format",
+        "webp",
+    ]
     options += ["--outputs", "cam,cam_gb", "--method", methods]
     result = explain(*options, photo, ckpt=tmp_path / "30.pth")
     assert (result.status, "warning: a sheet has room for" in result.stderr) == (0, True)
@@ -428,9 +435,13 @@ def test_a_font_that_has_the_names_is_looked_for(explain, tmp_path, texts, name,
     assert classes.isascii() or has_glyphs(title[2], shown)
 
 
-def test_without_a_font_for_them_class_names_show_with_their_index(explain, tmp_path, texts, monkeypatch):
+def test_without_a_font_for_them_class_names_show_with_their_index(
+    explain, tmp_path, texts, monkeypatch
+):
     (tmp_path / "broken.ttf").write_bytes(b"not a font")
-    monkeypatch.setattr(font_manager, "findSystemFonts", lambda *args, **kwargs: [str(tmp_path / "broken.ttf")])
+    monkeypatch.setattr(
+        font_manager, "findSystemFonts", lambda *args, **kwargs: [str(tmp_path / "broken.ttf")]
+    )
     result = explain("--sheet", "--target-class", "狗", paint(tmp_path / "照片.png", 1))
     assert (result.status, "狗" in result.stdout) == (0, True)
     shown = [text for text, _, _ in texts]
@@ -453,7 +464,12 @@ def test_a_later_run_that_fails_drops_nothing_from_the_log(explain, photo, tmp_p
 def test_the_log_only_grows_and_the_last_line_counts(explain, photo, tmp_path):
     log, before = tmp_path / "out" / LOG_NAME, b""
     options = ["--outputs", "cam", photo, "--method"]
-    for method, alpha in (("gradcam", "0.5"), ("eigencam", "0.5"), ("gradcam", "0.5"), ("gradcam", "0.2")):
+    for method, alpha in (
+        ("gradcam", "0.5"),
+        ("eigencam", "0.5"),
+        ("gradcam", "0.5"),
+        ("gradcam", "0.2"),
+    ):
         explain(*options, method, "--alpha", alpha)
         content = log.read_bytes()
         assert content.startswith(before)
@@ -465,7 +481,10 @@ def test_the_log_only_grows_and_the_last_line_counts(explain, photo, tmp_path):
         ("gradcam", "0.2", 0),
         ("eigencam", "0.5", 0),
     ):
-        assert len(explain("--skip-existing", "--alpha", alpha, *options, method).stdout.splitlines()) == done, (
+        assert (
+            len(explain("--skip-existing", "--alpha", alpha, *options, method).stdout.splitlines())
+            == done
+        ), (
             method,
             alpha,
         )
@@ -475,7 +494,9 @@ HOSTILE = [
     b'{"epoch": 1, "loss": 0.3}\nmy notes\n\n',
     b"[" * 200_000 + b"\n",
     b'{"image": "caf\xe9", "method": "gradcam"}\n\x00\x00\x00\n\xef\xbb\xbf{}\n',
-    b'{"image": 7, "method": "gradcam"}\n{"image": "1.png", "method": ["gradcam"]}\n' + b"9" * 5000 + b"\nnull\n",
+    b'{"image": 7, "method": "gradcam"}\n{"image": "1.png", "method": ["gradcam"]}\n'
+    + b"9" * 5000
+    + b"\nnull\n",
     b'{"image": "1.png", "method": "gradcam", "files": null, "options": {}}\n',
     b'{"image": "1.png", "method": "", "source": 7}\n',
     b'{"image": "a\\u0000b", "method": "gradcam", "files": ["a\\u0000b", "\\ud800"], "output_stem": "../../\\u0000"}\n',
@@ -494,7 +515,9 @@ def test_lines_that_are_not_ours_stay_and_do_no_harm(explain, tmp_path, content)
     options = ["--outputs", "cam", "--skip-existing", folder]
     assert explain(*options, output=folder).status == 0
     assert (folder / LOG_NAME).read_bytes().startswith(content)
-    assert json.loads((folder / LOG_NAME).read_bytes().splitlines()[-1])["image"] == str(folder / "1.png")
+    assert json.loads((folder / LOG_NAME).read_bytes().splitlines()[-1])["image"] == str(
+        folder / "1.png"
+    )
     assert files_in(folder) == ["1.png", THREE[0]]
     assert "0 done, 1 skipped, 0 failed" in explain(*options, output=folder).stderr
 
@@ -514,7 +537,10 @@ def put(kind, place):
         place.symlink_to(victim if kind == "link" else victim.with_name("nowhere"))
 
     def state():
-        contents = [victim.read_bytes(), place.read_bytes() if kind == "file" else victim.with_name("nowhere").exists()]
+        contents = [
+            victim.read_bytes(),
+            place.read_bytes() if kind == "file" else victim.with_name("nowhere").exists(),
+        ]
         return os.lstat(place).st_mode, os.lstat(place).st_ino, contents
 
     before = state()
@@ -548,7 +574,10 @@ def test_what_is_not_ours_is_never_overwritten(explain, photo, tmp_path, kind, n
     if earlier:
         explain("--outputs", "cam_gb", photo)
     is_unchanged = put(kind, out / name)
-    expected = {*files_in(out), *(other.replace("1", "1_2") for other in (*THREE, "1_sheet.jpg", "1.npz"))}
+    expected = {
+        *files_in(out),
+        *(other.replace("1", "1_2") for other in (*THREE, "1_sheet.jpg", "1.npz")),
+    }
     for _ in range(2):
         assert explain(*options).status == 0
         assert (is_unchanged(), set(files_in(out))) == (True, expected)
@@ -557,7 +586,12 @@ def test_what_is_not_ours_is_never_overwritten(explain, photo, tmp_path, kind, n
 
 @posix
 def test_no_temporary_name_can_be_foretold(explain, photo, tmp_path):
-    names = [f"{dot}{name}.{end}" for name in (*THREE, LOG_NAME) for end in ("part", "tmp") for dot in ("", ".")]
+    names = [
+        f"{dot}{name}.{end}"
+        for name in (*THREE, LOG_NAME)
+        for end in ("part", "tmp")
+        for dot in ("", ".")
+    ]
     unchanged = [put("link", tmp_path / "out" / name) for name in names]
     assert explain(photo).status == 0
     assert all(is_unchanged() for is_unchanged in unchanged)
@@ -566,17 +600,26 @@ def test_no_temporary_name_can_be_foretold(explain, photo, tmp_path):
 
 def test_photos_called_dot_and_dot_dot_write_inside_of_the_output_folder(explain, tmp_path):
     folder = tmp_path / "album"
-    photos = [paint(folder / "1.jpg", 1).rename(folder / name) for name in ("..jpg", "...jpg", "1.x.jpg")]
+    photos = [
+        paint(folder / "1.jpg", 1).rename(folder / name) for name in ("..jpg", "...jpg", "1.x.jpg")
+    ]
     assert explain("--sheet", "--save-arrays", *photos).status == 0
     assert len(files_in(tmp_path / "out")) == 5 * 3
     assert len(files_in(tmp_path)) == 6 * 3
 
 
-@pytest.mark.parametrize(("length", "outputs", "fits"), [(244, "gb", 1), (244, "gb,cam_gb", 0), (253, "gb", 0)])
-def test_a_name_too_long_for_one_file_is_an_error_before_the_first(explain, tmp_path, length, outputs, fits):
+@pytest.mark.parametrize(
+    ("length", "outputs", "fits"), [(244, "gb", 1), (244, "gb,cam_gb", 0), (253, "gb", 0)]
+)
+def test_a_name_too_long_for_one_file_is_an_error_before_the_first(
+    explain, tmp_path, length, outputs, fits
+):
     photo = paint(tmp_path / "1.png", 1).rename(tmp_path / ("x" * (length - 4) + ".png"))
     result = explain("--outputs", outputs, photo, paint(tmp_path / "2.png", 2))
-    assert (result.status, len(files_in(tmp_path / "out"))) == (1 - fits, len(outputs.split(",")) + fits)
+    assert (result.status, len(files_in(tmp_path / "out"))) == (
+        1 - fits,
+        len(outputs.split(",")) + fits,
+    )
     assert result.stderr.count(f"error: {photo}: its results cannot be written: ") == 1 - fits
     assert ("error" in last_records(tmp_path / "out")[str(photo), "gradcam"]) == (not fits)
 
@@ -586,7 +629,10 @@ def test_a_name_too_long_for_one_file_is_an_error_before_the_first(explain, tmp_
 
 def test_photos_of_one_name_keep_their_own_files_in_all_runs(explain, tmp_path):
     """Whatever is passed with them, in whatever order, and also when they are passed one by one."""
-    photos = [paint(tmp_path / place, seed) for seed, place in enumerate(["x/1.png", "y/1.png", "1.jpg", "y/1_2.png"])]
+    photos = [
+        paint(tmp_path / place, seed)
+        for seed, place in enumerate(["x/1.png", "y/1.png", "1.jpg", "y/1_2.png"])
+    ]
     out, options = tmp_path / "out", ["--outputs", "gb"]
     first = [photos[1], photos[0], photos[3]]
     explain(*options, *first)
@@ -604,7 +650,9 @@ def test_photos_of_one_name_keep_their_own_files_in_all_runs(explain, tmp_path):
 def test_names_that_only_differ_in_case_are_two_photos(explain, tmp_path):
     for seed, name in enumerate(("a.jpg", "A.jpg", "Stra\u00dfe.jpg", "STRASSE.jpg")):
         paint(tmp_path / "album" / name, seed)
-    count = len(list((tmp_path / "album").iterdir()))  # two or three, where the file system ignores case
+    count = len(
+        list((tmp_path / "album").iterdir())
+    )  # two or three, where the file system ignores case
     for skipped in (0, count, count):
         result = explain("--outputs", "cam", "--skip-existing", tmp_path / "album")
         assert f"{count - skipped} done, {skipped} skipped" in result.stderr
@@ -626,8 +674,12 @@ def test_a_picture_of_one_photo_that_is_named_like_one_of_another_is_kept(explai
     assert all(os.path.isfile(file) for file in files)
 
 
-def test_a_photo_is_known_from_whatever_folder_the_program_is_called(explain, tmp_path, monkeypatch):
-    photos = [paint(tmp_path / folder / "1.png", seed) for seed, folder in enumerate(("cats", "dogs"))]
+def test_a_photo_is_known_from_whatever_folder_the_program_is_called(
+    explain, tmp_path, monkeypatch
+):
+    photos = [
+        paint(tmp_path / folder / "1.png", seed) for seed, folder in enumerate(("cats", "dogs"))
+    ]
     for photo in photos:
         monkeypatch.chdir(photo.parent)
         assert explain("--outputs", "cam", "1.png", output=Path("..") / "out").status == 0
@@ -647,7 +699,9 @@ def test_folders_that_are_moved_together_are_gone_on_with(explain, tmp_path):
 
 
 @pytest.mark.parametrize("inner", [".", "results", "x"])
-def test_in_the_photos_own_folder_no_photo_is_overwritten_and_no_picture_is_a_photo(explain, tmp_path, inner):
+def test_in_the_photos_own_folder_no_photo_is_overwritten_and_no_picture_is_a_photo(
+    explain, tmp_path, inner
+):
     album = tmp_path / "album"
     photos = ["1.jpg", "gb_1.jpg", "gradcam_cam_2.jpg", "2.png", "x/3.jpg"]
     before = [paint(album / name, seed).read_bytes() for seed, name in enumerate(photos)]
@@ -677,22 +731,30 @@ def file_size_limit():
 
 
 @posix
-def test_a_full_disk_is_an_error_for_each_photo_and_leaves_only_whole_files(explain, photo, tmp_path, file_size_limit):
+def test_a_full_disk_is_an_error_for_each_photo_and_leaves_only_whole_files(
+    explain, photo, tmp_path, file_size_limit
+):
     other = paint(tmp_path / "2.png", 2)
     explain("--output-size", "100", photo)
     before = {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")}
     file_size_limit(3000)  # enough for the records, not for the pictures
     result = explain("--output-size", "1000", "--no-gallery", photo, other)
     file_size_limit(None)
-    full = [f"error: {path}: its results cannot be written: File too large" for path in (photo, other)]
+    full = [
+        f"error: {path}: its results cannot be written: File too large" for path in (photo, other)
+    ]
     assert (result.status, result.stdout, result.stderr.splitlines()[1:-1]) == (1, "", full)
-    assert {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")} == before
+    assert {
+        name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")
+    } == before
     assert [error["image"] for error in records(tmp_path / "out")[1:]] == [str(photo), str(other)]
     assert "2 done" in explain("--output-size", "1000", "--skip-existing", photo, other).stderr
 
 
 @posix
-def test_a_record_for_which_there_was_no_room_is_written_by_the_next_run(explain, tmp_path, file_size_limit):
+def test_a_record_for_which_there_was_no_room_is_written_by_the_next_run(
+    explain, tmp_path, file_size_limit
+):
     photos = [str(paint(tmp_path / "album" / f"{n}.png", n)) for n in range(3)]
     (tmp_path / "out").mkdir()
     notes = b"my notes\n" * 20_000

@@ -9,7 +9,6 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from test_metrics import one_thread  # noqa: F401  (a fixture)
 from torchvision.models import get_model
 from train_shapes import ARCH, CKPT, CLASSES, accuracy, held_out, pointing_game
 
@@ -18,6 +17,7 @@ from cnn_visualizations import METHODS, MORE_METHODS, Explainer, load_classifier
 # The least share of peaks on the shape: where there is one, and on the one asked for where there are two. At random
 # both are 0.07. The network was trained to have its evidence where the shape is, so the first tells whether a map is
 # put in the right place, and the second whether it is the map of the class: one that is the same for all has 0.5 there.
+pytestmark = pytest.mark.usefixtures("one_thread")
 THRESHOLDS = {  # measured on 300 of each:
     "gradcam": (0.85, 0.8),  # 0.95 0.91
     "scorecam": (0.85, 0.58),  # 0.96 0.71
@@ -39,7 +39,10 @@ THRESHOLDS = {  # measured on 300 of each:
 }
 SLOW = {"scorecam": 60, "fullgrad": 20, "segeigencam": 60, "kpcacam": 60}  # scenes
 QUICK = [method for method in METHODS if method not in SLOW]
-EVERY = [method if method in QUICK else pytest.param(method, marks=pytest.mark.slow) for method in THRESHOLDS]
+EVERY = [
+    method if method in QUICK else pytest.param(method, marks=pytest.mark.slow)
+    for method in THRESHOLDS
+]
 
 
 network = cache(lambda: load_classifier(ckpt=CKPT, device="cpu").model)

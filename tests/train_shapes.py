@@ -52,16 +52,29 @@ in_place = 1.0  # weight of the loss's second term: no evidence where the shape 
 
 def make_background(rng, hard=1.0):
     """Return noise from coarse to fine, lines and soft blobs, float32 (SIDE, SIDE, 3); with hard=0 plain and dark."""
-    picture = np.full((SIDE, SIDE, 3), hard * rng.uniform(0.2, 0.8, 3) + (1 - hard) * 0.2, np.float32)
+    picture = np.full(
+        (SIDE, SIDE, 3), hard * rng.uniform(0.2, 0.8, 3) + (1 - hard) * 0.2, np.float32
+    )
     for cells in (2, 5, 12, 40, SIDE):
-        noise = rng.standard_normal((cells, cells, 3), np.float32) * np.float32(hard * rng.uniform(0.02, 0.06))
+        noise = rng.standard_normal((cells, cells, 3), np.float32) * np.float32(
+            hard * rng.uniform(0.02, 0.06)
+        )
         picture += cv2.resize(noise, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
     for _ in range(round(hard * rng.integers(2, 6))):
         points = rng.uniform(0, SIDE, (1, rng.integers(2, 4), 2)).astype(np.int32)
-        cv2.polylines(picture, points, False, rng.uniform(0, 1, 3).tolist(), int(rng.integers(1, 4)), cv2.LINE_AA)
+        cv2.polylines(
+            picture,
+            points,
+            False,
+            rng.uniform(0, 1, 3).tolist(),
+            int(rng.integers(1, 4)),
+            cv2.LINE_AA,
+        )
     for _ in range(round(hard * rng.integers(0, 3))):
         width = SIDE * rng.uniform(0.04, 0.09)
-        rows, columns = (np.exp(-(((np.arange(SIDE) - at) / width) ** 2) / 2) for at in rng.uniform(0, SIDE, 2))
+        rows, columns = (
+            np.exp(-(((np.arange(SIDE) - at) / width) ** 2) / 2) for at in rng.uniform(0, SIDE, 2)
+        )
         blob = np.outer(rows, columns).astype(np.float32)[..., None]
         picture += blob * (rng.uniform(0, 1, 3).astype(np.float32) - picture)
     return picture
@@ -69,22 +82,33 @@ def make_background(rng, hard=1.0):
 
 def outline(shape, angle):
     """Return the corners of a shape in the unit circle, (corners, 2)."""
-    radii = {"square": [1] * 4, "triangle": [1] * 3, "star": [1, 0.45] * 5, "cross": [1, 1, 0.4] * 4}
+    radii = {
+        "square": [1] * 4,
+        "triangle": [1] * 3,
+        "star": [1, 0.45] * 5,
+        "cross": [1, 1, 0.4] * 4,
+    }
     radii = np.array(radii.get(shape, [1] * 48))
     angles = 2 * np.pi * np.arange(len(radii)) / len(radii)
     if shape == "cross":  # two corners at the end of each arm, one between the arms
-        angles = np.concatenate([quarter + np.array([-0.3, 0.3, np.pi / 4]) for quarter in np.arange(4) * np.pi / 2])
+        angles = np.concatenate(
+            [quarter + np.array([-0.3, 0.3, np.pi / 4]) for quarter in np.arange(4) * np.pi / 2]
+        )
     return np.stack([np.cos(angles + angle), np.sin(angles + angle)], 1) * radii[:, None]
 
 
 def draw_shape(picture, rng, shape, centre, radius, hard=1.0):
     """Draw into the picture. Return the mask of the shape's convex hull: a peak in the hole of a ring is right."""
-    corners = np.int32(16 * (centre + radius * outline(shape, rng.uniform(0, 2 * np.pi))))  # in sixteenths of a pixel
+    corners = np.int32(
+        16 * (centre + radius * outline(shape, rng.uniform(0, 2 * np.pi)))
+    )  # in sixteenths of a pixel
     inside, alpha = np.zeros((2, SIDE, SIDE), np.uint8)
     cv2.fillConvexPoly(inside, cv2.convexHull(corners), 255, cv2.LINE_AA, 4)
     cv2.fillPoly(alpha, [corners], 255, cv2.LINE_AA, 4)
     if shape == "ring":
-        cv2.fillPoly(alpha, [np.int32(16 * (centre + 0.6 * radius * outline(shape, 0)))], 0, cv2.LINE_AA, 4)
+        cv2.fillPoly(
+            alpha, [np.int32(16 * (centre + 0.6 * radius * outline(shape, 0)))], 0, cv2.LINE_AA, 4
+        )
     mask, colour = inside > 127, rng.uniform(0, 1, 3)
     while np.abs(colour - picture[mask].mean(0)).max() < 0.5:  # too little contrast
         colour = rng.uniform(0, 1, 3)
@@ -103,7 +127,9 @@ def make_shapes(rng, count, hard=1.0):
         centre = rng.uniform(radius, SIDE - radius, 2)
         if all(np.hypot(*(centre - other)) > radius + size + SIDE / 20 for other, size in places):
             places.append((centre, radius))
-            masks.append(draw_shape(picture, rng, CLASSES[labels[len(masks)]], centre, radius, hard))
+            masks.append(
+                draw_shape(picture, rng, CLASSES[labels[len(masks)]], centre, radius, hard)
+            )
     return np.uint8(255 * picture.clip(0, 1)), labels, np.stack(masks)
 
 
@@ -116,8 +142,12 @@ def make_scene(rng, hard=1.0):
 def held_out(count):
     """Return scenes of one shape that are not trained on, and as many of two shapes, asked for one after the other."""
     scenes = [make_scene(np.random.default_rng((seed, 0, number))) for number in range(count)]
-    pairs = [make_shapes(np.random.default_rng((seed, 1, number)), 2) for number in range(count // 2)]
-    return scenes, [(pixels, int(labels[i]), masks[i]) for pixels, labels, masks in pairs for i in (0, 1)]
+    pairs = [
+        make_shapes(np.random.default_rng((seed, 1, number)), 2) for number in range(count // 2)
+    ]
+    return scenes, [
+        (pixels, int(labels[i]), masks[i]) for pixels, labels, masks in pairs for i in (0, 1)
+    ]
 
 
 def as_inputs(pixels):
@@ -150,30 +180,43 @@ def find_peaks(explainer, scenes):
 
 def share_on(masks, peaks):
     """Return the share of the peaks that are on their masks; a map of zeros has no peak and is a miss."""
-    return float(np.mean([at is not None and mask[at] for mask, at in zip(masks, peaks, strict=True)]))
+    return float(
+        np.mean([at is not None and mask[at] for mask, at in zip(masks, peaks, strict=True)])
+    )
 
 
 def pointing_game(explainer, scenes):
     """Return for each method of the explainer the share of scenes in which the map's peak is on the shape."""
     masks = [mask for _, _, mask in scenes]
-    return {method: share_on(masks, peaks) for method, peaks in find_peaks(explainer, scenes).items()}
+    return {
+        method: share_on(masks, peaks) for method, peaks in find_peaks(explainer, scenes).items()
+    }
 
 
 def print_table(count=300):
     """Print the shares of all methods as a Markdown table, with those of a peak at random in the last line."""
     torch.set_num_threads(1)  # so small a network gains nothing from a second one
     scenes, pairs = held_out(count)
-    methods = [*METHODS, *(method for method in MORE_METHODS if method != "fullgrad")]  # which takes a second each
-    explainer = Explainer(load_classifier(ckpt=CKPT, device="cpu").model, methods, guided=False, batch_size=32)
+    methods = [
+        *METHODS,
+        *(method for method in MORE_METHODS if method != "fullgrad"),
+    ]  # which takes a second each
+    explainer = Explainer(
+        load_classifier(ckpt=CKPT, device="cpu").model, methods, guided=False, batch_size=32
+    )
     masks, asked = ([mask for _, _, mask in side] for side in (scenes, pairs))
     other = [asked[index ^ 1] for index in range(count)]
     of_scenes, of_pairs = find_peaks(explainer, scenes), find_peaks(explainer, pairs)
-    print("| method | one shape: peak on it | two: on the one asked for | on the other one |\n|---|---|---|---|")
+    print(
+        "| method | one shape: peak on it | two: on the one asked for | on the other one |\n|---|---|---|---|"
+    )
     for method in methods:
         sides = (masks, of_scenes), (asked, of_pairs), (other, of_pairs)
         shares = [share_on(wanted, peaks[method]) for wanted, peaks in sides]
         print(f"| {method} | {' | '.join(f'{100 * share:.0f} %' for share in shares)} |")
-    print(f"| (at random) | {' | '.join(f'{100 * np.mean(wanted):.0f} %' for wanted in (masks, asked, other))} |")
+    print(
+        f"| (at random) | {' | '.join(f'{100 * np.mean(wanted):.0f} %' for wanted in (masks, asked, other))} |"
+    )
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -189,35 +232,61 @@ def train():
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # the same sums in the same order, on any number of cores
     model = get_model(ARCH, num_classes=len(CLASSES)).to(memory_format=torch.channels_last)
-    model.conv5[1].weight.data[channels:] = 0  # zero before a ReLU they get no gradient, and stay zero
+    model.conv5[1].weight.data[channels:] = (
+        0  # zero before a ReLU they get no gradient, and stay zero
+    )
     activations = []
-    model.conv5.register_forward_hook(lambda module, args, output: activations.append(output[:, :channels]))
+    model.conv5.register_forward_hook(
+        lambda module, args, output: activations.append(output[:, :channels])
+    )
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.02)
     steps = rounds * 2 * 512 // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
     hard = 0.0
     for number in range(rounds):
-        scenes = [make_scene(np.random.default_rng((seed, 2 + number, index)), hard) for index in range(512)]
-        inputs, labels = as_inputs([pixels for pixels, _, _ in scenes]), torch.tensor([label for _, label, _ in scenes])
+        scenes = [
+            make_scene(np.random.default_rng((seed, 2 + number, index)), hard)
+            for index in range(512)
+        ]
+        inputs, labels = (
+            as_inputs([pixels for pixels, _, _ in scenes]),
+            torch.tensor([label for _, label, _ in scenes]),
+        )
         masks = torch.from_numpy(np.stack([mask for _, _, mask in scenes])).float()
-        outside = nn.functional.interpolate(masks[:, None], (6, 6), mode="area")  # the cells of the last layer
+        outside = nn.functional.interpolate(
+            masks[:, None], (6, 6), mode="area"
+        )  # the cells of the last layer
         outside = 1 - outside / outside.amax((2, 3), keepdim=True)
         right = 0
-        for quarters, batch in enumerate(torch.cat([torch.randperm(512), torch.randperm(512)]).split(batch_size)):
+        for quarters, batch in enumerate(
+            torch.cat([torch.randperm(512), torch.randperm(512)]).split(batch_size)
+        ):
             x = torch.rot90(inputs[batch], quarters, (2, 3))[:, torch.randperm(3)]
             logits = model(x.contiguous(memory_format=torch.channels_last))
             loss = nn.functional.cross_entropy(logits, labels[batch])
-            loss = loss + in_place * (activations.pop() * torch.rot90(outside[batch], quarters, (2, 3))).mean()
+            loss = (
+                loss
+                + in_place
+                * (activations.pop() * torch.rot90(outside[batch], quarters, (2, 3))).mean()
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             right += (logits.argmax(1) == labels[batch]).sum().item()
-        print(f"round {number + 1} of {rounds}: hardness {hard:.1f}, {right / 1024:.3f} right", flush=True)
+        print(
+            f"round {number + 1} of {rounds}: hardness {hard:.1f}, {right / 1024:.3f} right",
+            flush=True,
+        )
         if right / 1024 > 0.7:
             hard = min(1.0, hard + 0.1)
-        state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
-        torch.save({"arch": ARCH, "classes": list(CLASSES), "input_size": SIDE, "state_dict": state}, CKPT)
+        state = {
+            key: value.half() if value.is_floating_point() else value
+            for key, value in model.state_dict().items()
+        }
+        torch.save(
+            {"arch": ARCH, "classes": list(CLASSES), "input_size": SIDE, "state_dict": state}, CKPT
+        )
 
 
 @torch.inference_mode()
@@ -228,9 +297,15 @@ def accuracy(model, scenes):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="play the pointing game with the trained network")
-    parser.add_argument("--scenes", type=Path, metavar="FOLDER", help="write 300 scenes, in a folder for each class")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="play the pointing game with the trained network"
+    )
+    parser.add_argument(
+        "--scenes", type=Path, metavar="FOLDER", help="write 300 scenes, in a folder for each class"
+    )
     args = parser.parse_args()
     if args.table:
         print_table()
@@ -240,4 +315,6 @@ if __name__ == "__main__":
             Image.fromarray(pixels).save(args.scenes / CLASSES[label] / f"{number:03}.png")
     else:
         train()
-        print(f"held-out accuracy {accuracy(load_classifier(ckpt=CKPT, device='cpu').model, held_out(1000)[0]):.3f}")
+        print(
+            f"held-out accuracy {accuracy(load_classifier(ckpt=CKPT, device='cpu').model, held_out(1000)[0]):.3f}"
+        )
