@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Show why a convolutional network answered as it did: heatmap (CAM), guided backpropagation, and their product.
+"""Show why a convolutional network answered as it did.
+
+It draws a heatmap (CAM), guided backpropagation, and their product.
 
     python cnn_visualizations.py --ckpt best.pth 33.jpg
-    python cnn_visualizations.py --arch resnet50 --ckpt best.pth --num-classes 2 --method gradcam --output out photos/
+    python cnn_visualizations.py --arch resnet50 --ckpt best.pth --method gradcam photos/
 
 From Python:
 
@@ -10,7 +12,8 @@ From Python:
     explainer = Explainer(classifier.model, methods=["gradcam"])
     explanation = explainer(inputs)  # inputs: float32 (N, 3, H, W), normalised
 
-Sections, each using only those above it: command line, images, model, explanation, metrics, output, gallery, run.
+Sections, each using only those above it: command line, images, checkpoint, model, explanation,
+metrics, output, gallery, run.
 """
 
 from __future__ import annotations
@@ -26,12 +29,13 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1  Command line. Only the standard library, so that --help and a mistyped option do not wait for torch.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 1  Command line. Standard library only, so that --help and a wrong option do not wait for torch.
+# --------------------------------------------------------------------------------------------------
 
 METHODS = (
     "gradcam",
@@ -43,40 +47,57 @@ METHODS = (
     "eigengradcam",
 )
 MORE_METHODS = (
-    *("hirescam", "layercam", "gradcamelementwise", "fullgrad", "fem", "kpcacam"),
-    *("shapleycam", "finercam", "segeigencam", "randomcam", "refinecam"),
+    "hirescam",
+    "layercam",
+    "gradcamelementwise",
+    "fullgrad",
+    "fem",
+    "kpcacam",
+    "shapleycam",
+    "finercam",
+    "segeigencam",
+    "randomcam",
+    "refinecam",
 )
 OUTPUTS = ("cam", "gb", "cam_gb")
+
+# Options of other programs, and what to pass instead.
 SYNONYMS = {
     "--model": "--arch",
     "--cuda": "--device cuda",
     "--weights": "--ckpt",
     "--checkpoint": "--ckpt",
 }
+
+DESCRIPTION = (
+    "Show why a convolutional network answered as it did: "
+    "heatmap (CAM), guided backpropagation, and their product."
+)
 EXAMPLES = """\
 examples:
   python cnn_visualizations.py --ckpt best.pth --class-names cat,dog 33.jpg
-  python cnn_visualizations.py --ckpt best.pth --target-class 0 --target-class 1 --method all --sheet photos/
+  python cnn_visualizations.py --ckpt best.pth --target-class 0 --target-class 1 --sheet photos/
 """
 
 
-class CallError(
-    ValueError, argparse.ArgumentTypeError
-):  # argparse prints the message of an ArgumentTypeError
-    """The call cannot be carried out. The message is one line that says what to do. Exit status 2."""
+class CallError(Exception):
+    """The call cannot be carried out. The message is one line that says what to do. Status 2."""
 
 
-class PhotoError(ValueError):
-    """One photo cannot be explained; the others can. The message is one line. Exit status 1."""
+class PhotoError(Exception):
+    """One photo cannot be explained; the others can. The message is one line. Status 1."""
+
+
+def escape(character: str) -> str:
+    """Return a character as it is printed: a control character as its escape sequence."""
+    if character.isprintable():
+        return character
+    return repr(character)[1:-1]
 
 
 def print_line(text: str, stream: Any = None) -> None:
-    """Print one line, on stdout by default; control characters, as in a file name, are escaped."""
-    print(
-        "".join(c if c.isprintable() or c == " " else repr(c)[1:-1] for c in text),
-        file=stream,
-        flush=True,
-    )
+    """Print one line, on stdout by default. Control characters, as in a file name, are escaped."""
+    print("".join(map(escape, text)), file=stream, flush=True)
 
 
 @functools.cache
@@ -87,335 +108,500 @@ def warn(message: str) -> None:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    message = str(error).strip()
+    if not message:
+        return type(error).__name__
+    return message.splitlines()[0]
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean ...?" with up to three known names that contain `name` or resemble it, or ""."""
+    """Return "; did you mean ...?" with up to three known names that resemble `name`, or ""."""
+    if not name:
+        return ""
+
     known = list(known)
-    near = [each for each in known if name and name.casefold() in each.casefold()][:3]
-    near += [each for each in difflib.get_close_matches(name, known) if each not in near]
-    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+    similar = [word for word in known if name.casefold() in word.casefold()][:3]
+    similar += difflib.get_close_matches(name, known)
+    if not similar:
+        return ""
+
+    suggestions = list(dict.fromkeys(similar))[:3]
+    return f"; did you mean {' or '.join(suggestions)}?"
 
 
-# Types of options: a text becomes a value, or CallError says what is wrong with it.
+# Option types: each turns the text of an option into its value. Raises CallError: it is wrong.
 
 
-def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
-    """Return an option type: a number of that kind from `low` to `high`."""
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """Return an option type: a whole number from `low` to `high`."""
 
-    def parse(text: str) -> Any:
-        pattern, name = (r"\d+", "whole number") if kind is int else (r"\d*\.?\d+|\d+\.", "number")
-        if not re.fullmatch(pattern, text) or not low <= kind(text) <= high:
-            raise CallError(f"'{text}' is not a {name} from {low} to {high}")
-        return kind(text)
+    def parse(text: str) -> int:
+        if re.fullmatch(r"[0-9]{1,12}", text):
+            value = int(text)
+            if low <= value <= high:
+                return value
+        raise CallError(f"'{text}' is not a whole number from {low} to {high}")
+
+    return parse
+
+
+def decimal_number(low: float, high: float) -> Callable[[str], float]:
+    """Return an option type: a number from `low` to `high`, without an exponent."""
+
+    def parse(text: str) -> float:
+        if re.fullmatch(r"[0-9]*\.?[0-9]+|[0-9]+\.", text):
+            value = float(text)
+            if low <= value <= high:
+                return value
+        raise CallError(f"'{text}' is not a number from {low} to {high}")
 
     return parse
 
 
 def three_numbers(low: float) -> Callable[[str], list[float]]:
     """Return an option type: three numbers from `low` to 255, "R,G,B", or one for all three."""
+    parse_number = decimal_number(low, 255)
 
     def parse(text: str) -> list[float]:
-        values = [number(float, low, 255)(each.strip()) for each in text.split(",")]
-        if len(values) not in (1, 3):
+        values = [parse_number(word.strip()) for word in text.split(",")]
+        if len(values) == 1:
+            return values * 3
+        if len(values) != 3:
             raise CallError(f"'{text}' is neither one number nor three with commas between them")
-        return values * (3 // len(values))
+        return values
 
     return parse
 
 
-def names_from(
-    known: Sequence[str], kind: str, everything: Sequence[str]
-) -> Callable[[str], list[str]]:
-    """Return an option type: known names with commas between them, or "all"."""
+def input_size(text: str) -> tuple[int, int]:
+    """Option type: height and width, "256x128", or one number for both."""
+    sides = text.lower().split("x")
+    if len(sides) > 2:
+        raise CallError(f"'{text}' is neither one number nor HEIGHTxWIDTH")
+
+    parse_side = whole_number(8, 4096)
+    height = parse_side(sides[0])
+    width = parse_side(sides[-1])
+    return height, width
+
+
+def resize_mode(text: str) -> str | int:
+    """Option type: "crop", "squash" or the length of the short side before the crop."""
+    mode = text.lower()
+    if mode in ("crop", "squash"):
+        return mode
+    if not text.isdigit():
+        raise CallError(f"'{text}' is neither crop nor squash nor a whole number from 8 to 8192")
+    return whole_number(8, 8192)(text)
+
+
+def names_from(known: Sequence[str], kind: str, every: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return an option type: known names with commas between them; "all" stands for `every`."""
 
     def parse(text: str) -> list[str]:
-        names = [name.strip().lower() for name in text.split(",") if name.strip()] or [""]
-        for name in names if names != ["all"] else ():
+        if text.strip().lower() == "all":
+            return list(every)
+
+        words = [word.strip().lower() for word in text.split(",")]
+        names = [word for word in words if word] or [""]
+        for name in names:
             if name not in known:
-                raise CallError(
-                    f"unknown {kind} '{name}'{closest(name, known)} (known: {', '.join(known)})"
-                )
-        return names if names != ["all"] else list(everything)
+                suggestion = closest(name, known)
+                raise CallError(f"unknown {kind} '{name}'{suggestion} (known: {', '.join(known)})")
+        return names
 
     return parse
 
 
 def some_text(text: str) -> str:
-    """Text that is not empty."""
+    """Option type: text that is not empty."""
     if not text.strip():
         raise CallError("the value is empty; leave the option out or pass a value")
     return text
 
 
 def existing_file(text: str) -> Path:
-    """The path of a file that exists and is not empty."""
+    """Option type: the path of a file that exists and is not empty."""
     path = Path(some_text(text))
-    if not path.is_file() or path.stat().st_size == 0:
-        fault = (
-            "is a folder, not a file"
-            if path.is_dir()
-            else "is empty"
-            if path.exists()
-            else "no such file"
-        )
-        raise CallError(f"{text}: {fault}")
+    if path.is_dir():
+        raise CallError(f"{text}: is a folder, not a file")
+    if not path.is_file():
+        raise CallError(f"{text}: no such file")
+    if path.stat().st_size == 0:
+        raise CallError(f"{text}: is empty")
     return path
 
 
 def class_names(text: str) -> list[str]:
-    """Names with commas between them, or a file of them, one a line or JSON (see `ordered_names`)."""
-    path = None if "," in text and not os.path.exists(text) else existing_file(text)
+    """Option type: names with commas between them, or a file of names (see `names_in`)."""
+    is_list = "," in text and not os.path.exists(text)
     try:
-        content = path.read_text(encoding="utf-8-sig") if path else text.replace(",", "\n")
-        lines = [line.strip() for line in content.splitlines() if line.strip()]
-        return ordered_names(json.loads(content) if content.lstrip()[:1] in ("[", "{") else lines)
+        if is_list:
+            return names_in(text.replace(",", "\n"))
+        return names_in(existing_file(text).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CallError(
-            f"{text}: not class names in UTF-8, one a line or as JSON: {first_line(error)}"
-        ) from error
+        reason = first_line(error)
+        message = f"{text}: not class names in UTF-8, one a line or as JSON: {reason}"
+        raise CallError(message) from error
+
+
+def names_in(content: str) -> list[str]:
+    """Return the class names in a text: one a line, or JSON. Raises ValueError or TypeError."""
+    if content.lstrip().startswith(("[", "{")):
+        return ordered_names(json.loads(content))
+
+    lines = [line.strip() for line in content.splitlines()]
+    return ordered_names([line for line in lines if line])
 
 
 def ordered_names(classes: Any) -> list[str]:
-    """Return class names in order, from ["cat", "dog"], {"0": "cat"}, {"cat": 0} or {"0": ["n02123045", "tabby"]}.
+    """Return class names in the order of their indices.
 
+    `classes` is ["cat", "dog"], {"0": "cat"}, {"cat": 0} or {"0": ["n02123045", "tabby"]}.
     Raises ValueError or TypeError: anything else.
     """
     if isinstance(classes, Mapping):
-        by_index = {
-            v if isinstance(v, int) else int(k): k if isinstance(v, int) else v
-            for k, v in classes.items()
-        }
-        if len(by_index) < len(classes) or sorted(by_index) != list(range(len(by_index))):
-            raise ValueError("the indices are not 0, 1, 2 ...")
-        classes = [by_index[index] for index in range(len(by_index))]
-    names = [name[-1] if isinstance(name, (list, tuple)) and name else name for name in classes]
-    if (
-        isinstance(classes, str)
-        or not names
-        or not all(isinstance(name, (str, int, float)) for name in names)
-    ):
-        raise ValueError("neither a list nor a dict of names")
-    return [str(name) for name in names]
+        classes = sorted_by_index(classes)
+    if isinstance(classes, str):
+        raise ValueError("a text, neither a list nor a dict of names")
+
+    names = []
+    for name in classes:
+        if isinstance(name, (list, tuple)) and name:
+            name = name[-1]
+        if not isinstance(name, (str, int, float)):
+            raise ValueError("neither a list nor a dict of names")
+        names.append(str(name))
+
+    if not names:
+        raise ValueError("no names in it")
+    return names
+
+
+def sorted_by_index(classes: Mapping[Any, Any]) -> list[Any]:
+    """Return the names of a dict {index: name} or {name: index}. Raises ValueError or TypeError."""
+    by_index = {}
+    for key, value in classes.items():
+        if isinstance(value, int):
+            by_index[value] = key
+        else:
+            by_index[int(key)] = value
+
+    indices = sorted(by_index)
+    if indices != list(range(len(classes))):
+        raise ValueError("the indices are not 0, 1, 2 ...")
+    return [by_index[index] for index in indices]
+
+
+METHOD_LIST = names_from((*METHODS, *MORE_METHODS), "method", METHODS)
+OUTPUT_LIST = names_from(OUTPUTS, "output", OUTPUTS)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser whose errors are one line, and whose option types raise CallError."""
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with status 2."""
-        print_line(f"error: {' '.join(message.split())}", sys.stderr)
+        line = " ".join(message.split())
+        print_line(f"error: {line}", sys.stderr)
         self.exit(2)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except CallError as error:
+            raise argparse.ArgumentError(action, str(error)) from error
 
 
 def add_network_options(parser: Parser) -> None:
-    """Add the options of the network and of what it sees."""
+    """Add the options of the network."""
     add = parser.add_argument_group("the network").add_argument
-    text = "A torchvision architecture, or net.py:build, your own function. Default: recognised from the checkpoint."
-    add("--arch", type=some_text, metavar="NAME", help=text)
-    text = "Your checkpoint: .pth, .pt, .ckpt or .safetensors. Default: torchvision's ImageNet weights are downloaded."
-    add("--ckpt", type=existing_file, metavar="FILE", help=text)
+
     add(
-        "--num-classes",
-        type=number(int, 1, 10**6),
-        metavar="N",
-        help="How many classes. Default: the checkpoint's.",
+        "--arch",
+        type=some_text,
+        metavar="NAME",
+        help="A torchvision architecture, or net.py:build, your own function. "
+        "Default: recognised from the checkpoint.",
     )
-    text = "Class names in the order of training: cat,dog or a file, one a line or JSON. Default: the checkpoint's."
-    add("--class-names", type=class_names, metavar="NAMES", help=text)
-    text = "cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. Default: the CUDA GPU if there is one, else the CPU."
-    add("--device", type=some_text, metavar="NAME", help=text)
+
     add(
-        "--batch-size",
-        type=number(int, 1, 4096),
-        metavar="N",
-        help="Photos at once. Default: GPU 32, CPU 2.",
+        "--ckpt",
+        type=existing_file,
+        metavar="FILE",
+        help="Your checkpoint: .pth, .pt, .ckpt or .safetensors. "
+        "Default: torchvision's ImageNet weights are downloaded.",
     )
+
+    text = "How many classes. Default: the checkpoint's."
+    add("--num-classes", type=whole_number(1, 10**6), metavar="N", help=text)
+
+    add(
+        "--class-names",
+        type=class_names,
+        metavar="NAMES",
+        help="Class names in the order of training: cat,dog or a file, one a line or JSON. "
+        "Default: the checkpoint's.",
+    )
+
+    text = "Each output is a sigmoid of its own: a photo may show several classes or none."
+    add("--multi-label", action="store_true", help=text)
+
+    add(
+        "--device",
+        type=some_text,
+        metavar="NAME",
+        help="cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. "
+        "Default: the CUDA GPU if there is one, else the CPU.",
+    )
+
+    text = "Photos at once. Default: GPU 32, CPU 2."
+    add("--batch-size", type=whole_number(1, 4096), metavar="N", help=text)
+
+
+def add_input_options(parser: Parser) -> None:
+    """Add the options of what the network sees."""
     add = parser.add_argument_group("what the network sees").add_argument
-    text = "Side of the network's square input. Default: the checkpoint's entry, else torchvision's preset."
-    add("--input-size", type=number(int, 8, 4096), metavar="PX", help=text)
-    text = "crop: the central square (default). squash: the whole photo, aspect ratio not kept."
-    add("--resize", type=str.lower, choices=("crop", "squash"), default="crop", help=text)
-    text = "Mean that is subtracted, R,G,B from 0 to 1 or to 255, or one number. ToTensor() alone: --mean 0 --std 1."
-    add("--mean", type=three_numbers(0), metavar="R,G,B", help=text)
+
     add(
-        "--std",
-        type=three_numbers(1e-6),
-        metavar="R,G,B",
-        help="Standard deviation that is divided by, likewise.",
+        "--input-size",
+        type=input_size,
+        metavar="PX",
+        help="Side of the network's square input, or HxW, its height and width. "
+        "Default: the checkpoint's entry, else torchvision's preset.",
     )
 
+    add(
+        "--resize",
+        type=resize_mode,
+        default="crop",
+        metavar="crop|squash|PX",
+        help="crop: the centre of the photo (default). PX: likewise, with the photo's short side "
+        "resized to that length before. squash: the whole photo, aspect ratio not kept.",
+    )
 
-def add_other_options(parser: Parser) -> None:
-    """Add the options of the explanation and of the files."""
+    add(
+        "--mean",
+        type=three_numbers(0),
+        metavar="R,G,B",
+        help="Mean that is subtracted, R,G,B from 0 to 1 or to 255, or one number. "
+        "ToTensor() alone: --mean 0 --std 1.",
+    )
+
+    text = "Standard deviation that is divided by, likewise."
+    add("--std", type=three_numbers(1e-6), metavar="R,G,B", help=text)
+
+
+def add_explanation_options(parser: Parser) -> None:
+    """Add the options of the explanation."""
     add = parser.add_argument_group("the explanation").add_argument
-    text = f"{', '.join(METHODS)} (default: gradcam); several with commas; all for these. Or {', '.join(MORE_METHODS)}."
-    parse = names_from((*METHODS, *MORE_METHODS), "method", METHODS)
-    add("--method", type=parse, action="extend", metavar="LIST", dest="methods", help=text)
-    text = "Layer to explain, such as layer4; repeat it to average several. Default: the last with a spatial map."
+
+    add(
+        "--method",
+        type=METHOD_LIST,
+        action="extend",
+        metavar="LIST",
+        dest="methods",
+        help=f"{', '.join(METHODS)} (default: gradcam); several with commas; all for these. "
+        f"Or {', '.join(MORE_METHODS)}.",
+    )
+
     add(
         "--target-layer",
         type=some_text,
         action="append",
         metavar="NAME",
         dest="target_layers",
-        help=text,
+        help="Layer to explain, such as layer4; repeat it to average several. "
+        "Default: the last with a spatial map.",
     )
-    text = "Class to explain: name, index, truth or predicted; repeat it for several. Default: each photo's prediction."
+
     add(
         "--target-class",
         type=some_text,
         action="append",
         metavar="CLASS",
         dest="target_classes",
-        help=text,
+        help="Class to explain: name, index, truth or predicted; repeat it for several. "
+        "Default: each photo's prediction.",
     )
-    add(
-        "--top-k",
-        type=number(int, 1, 10**6),
-        metavar="N",
-        help="Explain the N classes of highest probability.",
-    )
-    add(
-        "--aug-smooth",
-        action="store_true",
-        help="Average over six variants of the photo: smoother, six times slower.",
-    )
-    add(
-        "--eigen-smooth",
-        action="store_true",
-        help="Take the first principal component over the channels: less noise.",
-    )
-    add(
-        "--metrics",
-        action="store_true",
-        help="Measure each map: average drop, increase, deletion, insertion, ROAD.",
-    )
-    add = parser.add_argument_group("the files").add_argument
-    add(
-        "--output",
-        type=some_text,
-        default="out",
-        metavar="FOLDER",
-        help="Where the files go. Default: out.",
-    )
+
+    text = "Explain the N classes of highest probability."
+    add("--top-k", type=whole_number(1, 10**6), metavar="N", help=text)
+
+    text = "Average over six variants of the photo: smoother, six times slower."
+    add("--aug-smooth", action="store_true", help=text)
+
+    text = "Take the first principal component over the channels: less noise."
+    add("--eigen-smooth", action="store_true", help=text)
+
+    text = "Measure each map: average drop, increase, deletion, insertion, ROAD."
+    add("--metrics", action="store_true", help=text)
+
+
+def add_picture_options(parser: Parser) -> None:
+    """Add the options of the pictures."""
+    add = parser.add_argument_group("the pictures").add_argument
+
     text = "Which pictures: cam, gb, cam_gb. Default: all three. cam alone is the fastest."
-    add(
-        "--outputs",
-        type=names_from(OUTPUTS, "output", OUTPUTS),
-        action="extend",
-        metavar="LIST",
-        help=text,
-    )
+    add("--outputs", type=OUTPUT_LIST, action="extend", metavar="LIST", help=text)
+
     text = "Long side of the pictures. Default: the photo's own resolution, at most 1024."
-    add("--output-size", type=number(int, 16, 8192), metavar="PX", help=text)
-    add(
-        "--sheet",
-        action="store_true",
-        help="Also write one picture with all methods and classes of a photo.",
+    add("--output-size", type=whole_number(16, 8192), metavar="PX", help=text)
+
+    text = "Also write one picture with all methods and classes of a photo."
+    add("--sheet", action="store_true", help=text)
+
+    text = "OpenCV's: jet (default), turbo, viridis ..."
+    add("--colormap", type=some_text, default="jet", metavar="NAME", help=text)
+
+    text = "Opacity of the heatmap. Default: 0.5."
+    add("--alpha", type=decimal_number(0, 1), default=0.5, metavar="A", help=text)
+
+    text = "The heat's opacity grows with the map: cold places show the photo as it is."
+    add("--fade", action="store_true", help=text)
+
+    formats = ("jpg", "png", "webp")
+    add("--format", type=str.lower, choices=formats, default="jpg", help="Default: jpg.")
+
+    text = "Of jpg and webp. Default: 98."
+    add("--quality", type=whole_number(1, 100), default=98, metavar="Q", help=text)
+
+
+def add_file_options(parser: Parser) -> None:
+    """Add the options of the files, and of which photos get them."""
+    add = parser.add_argument_group("the files").add_argument
+
+    text = "Where the files go. Default: out."
+    add("--output", type=some_text, default="out", metavar="FOLDER", help=text)
+
+    text = "Also write maps, gradients and logits as NumPy's .npz."
+    add("--save-arrays", action="store_true", help=text)
+
+    text = "Skip what an earlier run with the same options has finished."
+    add("--skip-existing", action="store_true", help=text)
+
+    text = "Pictures only where the prediction is not the class of the folder."
+    add("--only-wrong", action="store_true", help=text)
+
+    text = "No index.html, the page of all results."
+    add("--no-gallery", action="store_false", dest="gallery", help=text)
+
+    text = "Print the layers with the size of their maps, and end."
+    add("--list-layers", action="store_true", help=text)
+
+
+def make_parser() -> Parser:
+    """Return the parser of all options."""
+    parser = Parser(
+        "cnn_visualizations.py", description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False
     )
-    add(
-        "--save-arrays",
-        action="store_true",
-        help="Also write maps, gradients and logits as NumPy's .npz.",
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+    parser.add_argument(
+        "images",
+        nargs="*",
+        metavar="IMAGE",
+        help="Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders, patterns, "
+        "or - to read paths from standard input.",
     )
-    add(
-        "--colormap",
-        type=some_text,
-        default="jet",
-        metavar="NAME",
-        help="OpenCV's: jet (default), turbo, viridis ...",
-    )
-    add(
-        "--alpha",
-        type=number(float, 0, 1),
-        default=0.5,
-        metavar="A",
-        help="Opacity of the heatmap. Default: 0.5.",
-    )
-    add(
-        "--format",
-        type=str.lower,
-        choices=("jpg", "png", "webp"),
-        default="jpg",
-        help="Default: jpg.",
-    )
-    add(
-        "--quality",
-        type=number(int, 1, 100),
-        default=98,
-        metavar="Q",
-        help="Of jpg and webp. Default: 98.",
-    )
-    add(
-        "--skip-existing",
-        action="store_true",
-        help="Skip what an earlier run with the same options has finished.",
-    )
-    add(
-        "--only-wrong",
-        action="store_true",
-        help="Pictures only where the prediction is not the class of the folder.",
-    )
-    add(
-        "--no-gallery",
-        action="store_false",
-        dest="gallery",
-        help="No index.html, the page of all results.",
-    )
-    add(
-        "--list-layers",
-        action="store_true",
-        help="Print the layers with the size of their maps, and end.",
-    )
+
+    add_network_options(parser)
+    add_input_options(parser)
+    add_explanation_options(parser)
+    add_picture_options(parser)
+    add_file_options(parser)
+    return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the command line as a namespace. Raises SystemExit: 0 after --help, 2 where an option is wrong."""
-    parser = Parser(
-        "cnn_visualizations.py",
-        description=__doc__.splitlines()[0],
-        epilog=EXAMPLES,
-        allow_abbrev=False,
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    text = "Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders, patterns, or - to read paths from standard input."
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help=text)
-    add_network_options(parser)
-    add_other_options(parser)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    end = argv.index("--") if "--" in argv else len(argv)
-    args, rest = parser.parse_known_args(argv[:end])
-    for option in (word.split("=")[0] for word in rest if word.startswith("-") and word != "-"):
-        known = [each for action in parser._actions for each in action.option_strings]
-        meant = f"; pass {SYNONYMS[option]}" if option in SYNONYMS else closest(option, known)
-        parser.error(f"unknown option {option}{meant} (see --help)")
-    args.images += rest + argv[end + 1 :]  # photos stand on both sides of the options
+    """Return the command line as a namespace.
+
+    Raises SystemExit: status 0 after --help, 2 where an option is wrong.
+    """
+    parser = make_parser()
+    if argv is None:
+        argv = sys.argv[1:]
+
+    # Photos may stand on both sides of the options, and after "--".
+    words = list(argv)
+    names = []
+    if "--" in words:
+        end = words.index("--")
+        names = words[end + 1 :]
+        words = words[:end]
+    args, rest = parser.parse_known_args(words)
+    check_options(parser, rest)
+    args.images += rest + names
+
     args.methods = list(dict.fromkeys(args.methods or ["gradcam"]))
     args.outputs = list(dict.fromkeys(args.outputs or OUTPUTS))
     args.output = Path(args.output)
+
     if args.top_k and args.target_classes:
         parser.error("--top-k and --target-class exclude each other: pass one of the two")
-    if not (args.images or args.list_layers) or not all(name.strip() for name in args.images):
-        parser.error("no photo given, or an empty name; pass photos or folders (see --help)")
-    for name in args.images:
-        if name.lower().endswith((".pth", ".pt", ".ckpt", ".safetensors")):
-            parser.error(f"{name}: this is a checkpoint, not a photo; pass --ckpt {name}")
+    check_images(parser, args)
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2  Images. Paths become decoded photos; memory stays bounded whatever a file contains.
-# ---------------------------------------------------------------------------------------------------------------------
+def check_options(parser: Parser, words: Sequence[str]) -> None:
+    """Report an unknown option among the words that the parser left over."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    for word in words:
+        if word == "-" or not word.startswith("-"):
+            continue
 
+        option = word.split("=")[0]
+        advice = closest(option, known)
+        if option in SYNONYMS:
+            advice = f"; pass {SYNONYMS[option]}"
+        parser.error(f"unknown option {option}{advice} (see --help)")
+
+
+def check_images(parser: Parser, args: argparse.Namespace) -> None:
+    """Report missing photos, and checkpoints among them."""
+    if not args.images and not args.list_layers:
+        parser.error("no photo given; pass photos or folders (see --help)")
+
+    for name in args.images:
+        if not name.strip():
+            parser.error("an empty name among the photos; pass photos or folders (see --help)")
+        if name.lower().endswith((".pth", ".pt", ".ckpt", ".safetensors")):
+            parser.error(f"{name}: this is a checkpoint, not a photo; pass --ckpt {name}")
+
+
+# --------------------------------------------------------------------------------------------------
+# 2  Images. Paths become decoded photos; memory stays bounded whatever a file contains.
+# --------------------------------------------------------------------------------------------------
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 NOT_READ = (".heic", ".heif", ".avif")  # Pillow needs further packages for these
 MAX_PIXELS = 70_000_000  # decoded to RGB, copied and resized they take 0.9 GB
 MAX_DEEP_PIXELS = 30_000_000  # of photos with 16 or 32 bits a value
 MIN_SIDE = 8  # pixels
-LONGEST_STRIP = 100  # times as long as wide; the short side is enlarged to the network's input, the long one with it
+LONGEST_STRIP = 100  # long side : short side; resizing enlarges both to the network's input
 LOG_NAME = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo that was found."""
+
+    path: str
+    folder: str = ""  # where its files go, relative to --output
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line and the environment ask for."""
+
+    args: argparse.Namespace
+    photos: list[Photo]
+    log_size: int = 0  # bytes of results.jsonl when the program started
+    rank: int = 0  # torchrun: the number of this process
+    local_rank: int = 0  # torchrun: its number on this machine
+    world_size: int = 1  # torchrun: how many processes share the photos
 
 
 def photo_fault(path: str | Path) -> str:
@@ -423,172 +609,295 @@ def photo_fault(path: str | Path) -> str:
     with contextlib.suppress(OSError, ValueError):
         if os.path.isfile(path):
             return "" if os.path.getsize(path) else "the file is empty"
+
     if "://" in str(path):
         return "this is a URL; download the photo and pass the file"
     if glob.has_magic(str(path)):
         return "no file matches this pattern"
-    return "not a file" if os.path.exists(path) else "no such file"
+    if os.path.exists(path):
+        return "not a file"
+    return "no such file"
 
 
-def find_photos(inputs: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the photos that files, folders, patterns and `-` stand for, each with its folder below --output.
+def find_photos(inputs: Sequence[str]) -> list[Photo]:
+    """Return the photos that files, folders, patterns and `-` stand for, each one once.
 
-    A folder is walked in sorted order and its tree mirrored; of several folders, the part of their paths in which they
-    differ is kept. A path that does not exist stays in the list, for its error line. Raises CallError: no photos.
+    A folder is walked in sorted order and its tree mirrored; of several folders, the part of their
+    paths in which they differ is kept. A path that does not exist stays in the list, for its error
+    line. Raises CallError: no photos.
     """
-    common = ""
-    with contextlib.suppress(ValueError):  # no folder, or two drives of Windows
-        common = os.path.commonpath(
-            [os.path.abspath(name) for name in inputs if os.path.isdir(name)]
-        )
-    found: dict[str, tuple[str, str]] = {}
+    common = common_folder(inputs)
+    photos: dict[str, Photo] = {}
     for name in inputs:
-        if name == "-":
-            photos = [(line.rstrip("\r\n"), "") for line in sys.stdin if line.strip()]
-        elif os.path.isdir(name):
-            photos = list(walk(os.path.normpath(name), common))
-            if not photos:
-                warn(f"{name}: no photos in it (looked for {' '.join(SUFFIXES)})")
-        elif glob.has_magic(name) and not os.path.lexists(
-            name
-        ):  # a shell that leaves patterns to the program
-            files = sorted(filter(os.path.isfile, glob.glob(name, recursive=True))) or [name]
-            photos = [
-                (f, "")
-                for f in files
-                if os.path.basename(f) not in logged_names(os.path.dirname(f))
-            ]
-        else:
-            photos = [(name, "")]
-        for path, folder in photos:
-            found.setdefault(
-                os.path.abspath(path), (path if "://" in path else str(Path(path)), folder)
-            )
-    if not found:
+        for photo in photos_of(name, common):
+            photos.setdefault(os.path.abspath(photo.path), photo)
+
+    if not photos:
         raise CallError(f"no photos in {', '.join(inputs)}")
-    return list(found.values())
+    return list(photos.values())
 
 
-def walk(top: str, common: str) -> Iterator[tuple[str, str]]:
+def common_folder(inputs: Sequence[str]) -> str:
+    """Return the deepest folder above or equal to all folders among the inputs, or ""."""
+    folders = [os.path.abspath(name) for name in inputs if os.path.isdir(name)]
+    try:
+        return os.path.commonpath(folders)
+    except ValueError:  # no folder, or two drives of Windows
+        return ""
+
+
+def photos_of(name: str, common: str) -> list[Photo]:
+    """Return the photos that one word of the command line stands for."""
+    if name == "-":
+        lines = [line.rstrip("\r\n") for line in sys.stdin]
+        return [photo_at(line) for line in lines if line.strip()]
+
+    if os.path.isdir(name):
+        photos = list(walk(os.path.normpath(name), common))
+        if not photos:
+            warn(f"{name}: no photos in it (looked for {' '.join(SUFFIXES)})")
+        return photos
+
+    # The shell of Windows leaves patterns to the program.
+    if glob.has_magic(name) and not os.path.lexists(name):
+        paths = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+        if paths:
+            return [photo_at(path) for path in paths if not is_own_picture(path)]
+
+    return [photo_at(name)]
+
+
+def photo_at(path: str, folder: str = "") -> Photo:
+    """Return the photo at a path, which is written without "./" and double slashes."""
+    if "://" in path:
+        return Photo(path, folder)
+    return Photo(str(Path(path)), folder)
+
+
+def walk(top: str, common: str) -> Iterator[Photo]:
     """Yield the photos below a folder, each with its folder relative to `common`.
 
-    Hidden files and the pictures that a log lists are left out. Links to folders are followed, as torchvision's
-    ImageFolder does, but no folder is read twice.
+    Hidden files and the pictures that a log lists are left out. Links to folders are followed, as
+    torchvision's ImageFolder does, but no folder is read twice.
     """
-    visited, unread = set(), 0
-    written: dict[
-        str, frozenset[str]
-    ] = {}  # folder -> names of our own pictures in it and below it
-    for folder, inner, files in os.walk(
-        top, True, lambda e: warn(f"{e.filename}: cannot be listed"), True
-    ):
-        absolute, real = os.path.abspath(folder), os.path.realpath(folder)
-        inner[:] = sorted(
-            name for name in inner if not name.startswith(".") and real not in visited
-        )
-        written[folder] = written.get(os.path.dirname(folder), frozenset()) | logged_names(folder)
-        mirrored = (
-            os.path.relpath(absolute, common)
-            if common
-            else os.path.splitdrive(absolute)[1].lstrip("\\/")
-        )
-        for name in sorted(
-            name for name in files if not name.startswith(".") and real not in visited
-        ):
-            unread += name.lower().endswith(NOT_READ)
-            if name.lower().endswith(SUFFIXES) and name not in written[folder]:
-                yield os.path.join(folder, name), "" if mirrored == "." else mirrored
+    visited: set[str] = set()
+    own_pictures: dict[str, list[frozenset[str]]] = {}  # folder -> names in its log and those above
+    unread = 0
+
+    for folder, inner, files in os.walk(top, onerror=warn_unlisted, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            inner.clear()
+            continue
         visited.add(real)
+        inner[:] = sorted(filter(is_visible, inner))
+
+        # A log covers the folders below it. Its set of names is shared, since it may be large.
+        logs = own_pictures.get(os.path.dirname(folder), [])
+        if names := logged_names(folder):
+            logs = [*logs, names]
+        own_pictures[folder] = logs
+
+        mirrored = mirrored_folder(folder, common)
+        for name in sorted(filter(is_visible, files)):
+            if name.lower().endswith(NOT_READ):
+                unread += 1
+            is_photo = name.lower().endswith(SUFFIXES)
+            if is_photo and not any(name in names for names in logs):
+                yield photo_at(os.path.join(folder, name), mirrored)
+
     if unread:
-        warn(
-            f"{top}: {unread} photos left out, {' '.join(NOT_READ)} cannot be read; convert them to JPEG"
-        )
+        suffixes = " ".join(NOT_READ)
+        warn(f"{top}: {unread} photos left out, {suffixes} cannot be read; convert them to JPEG")
+
+
+def is_visible(name: str) -> bool:
+    """Return whether a file or folder is not hidden."""
+    return not name.startswith(".")
+
+
+def warn_unlisted(error: OSError) -> None:
+    """Warn of a folder that cannot be listed."""
+    warn(f"{error.filename}: cannot be listed")
+
+
+def mirrored_folder(folder: str, common: str) -> str:
+    """Return a folder relative to `common`, or its path without the drive where there is none."""
+    absolute = os.path.abspath(folder)
+    if not common:
+        return os.path.splitdrive(absolute)[1].lstrip("\\/")
+
+    relative = os.path.relpath(absolute, common)
+    return "" if relative == "." else relative
+
+
+def is_own_picture(path: str) -> bool:
+    """Return whether the log beside a file lists it: it is a picture of ours, not a photo."""
+    folder, name = os.path.split(path)
+    return name in logged_names(folder)
 
 
 @functools.cache
 def logged_names(folder: str) -> frozenset[str]:
-    """Return the names of the files that the log in a folder lists: our own pictures, which are not photos."""
+    """Return the names of the files that the log in a folder lists."""
     path = os.path.join(folder, LOG_NAME)
-    with open(
-        path if os.path.isfile(path) else os.devnull, encoding="utf-8", errors="backslashreplace"
-    ) as lines:
-        return frozenset(
-            os.path.basename(file) for line in lines for file in parse_record(line).get("files", ())
-        )
+    if not os.path.isfile(path):
+        return frozenset()
+
+    names = set()
+    with open(path, encoding="utf-8", errors="backslashreplace") as lines:
+        for line in lines:
+            files = record_files(parse_record(line))
+            names.update(map(os.path.basename, files))
+    return frozenset(names)
 
 
 def parse_record(line: str | bytes) -> dict[str, Any]:
-    """Return a line of the log as a dict; an empty one where it is no record of this program."""
+    """Return a line of the log as a dict, or {} where it is no record in this program's layout."""
     try:
         record = json.loads(line)
-        files = record.setdefault("files", [])
-        texts = (
-            record["image"],
-            record["method"],
-            *(record.get(k, "") for k in ("options", "output_stem", "source")),
-        )
-        return record if all(isinstance(text, str) for text in (*texts, *files)) else {}
+        if is_record(record):
+            return record
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return {}
+        pass
+    return {}
+
+
+def is_record(record: Any) -> bool:
+    """Return whether the texts and the files of a record are where they belong.
+
+    Raises TypeError, LookupError or AttributeError: a part of it is of another kind.
+    """
+    texts = [record["image"], record["method"], *record_files(record)]
+    texts += [record.get(key, "") for key in ("source", "error", "options", "output_stem")]
+    for explained in record.get("classes", []):
+        texts.append(explained["name"])
+    return all(isinstance(text, str) for text in texts)
+
+
+def record_files(record: Mapping[str, Any]) -> list[str]:
+    """Return the paths of all files of a record, relative to the folder of the log."""
+    files = list(record.get("files", {}).values())
+    for explained in record.get("classes", []):
+        files += explained["files"].values()
+    return files
 
 
 def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Print one line for an uncaught error that the user can mend, else the traceback, as sys.excepthook does."""
-    message = f"memory, threads or open files do not suffice ({first_line(error)}); see ulimit -a"
-    if issubclass(kind, ModuleNotFoundError):
+    """Print one line for an uncaught error that the user can mend, else the traceback.
+
+    Stands in for sys.excepthook.
+    """
+    is_scarcity = isinstance(error, (MemoryError, OSError, ImportError))
+    if isinstance(error, ModuleNotFoundError):
         message = f"{first_line(error)}; run: pip install -r requirements.txt"
-    elif not issubclass(kind, (MemoryError, OSError, ImportError)) and not re.search(
-        "thread|allocate", str(error)
-    ):
+    elif is_scarcity or re.search("thread|allocate", str(error)):
+        reason = first_line(error)
+        message = f"memory, threads or open files do not suffice ({reason}); see ulimit -a"
+    else:
         return sys.__excepthook__(kind, error, trace)
+
     print_line(f"error: {message}", sys.stderr)
 
 
-def start() -> argparse.Namespace:
-    """Return the command line with its photos; what can be found wrong without torch ends the program here.
+def start() -> Request:
+    """Return what the command line asks for, checked as far as that goes without torch.
 
-    Raises SystemExit: 2 after a wrong call, 1 where none of the photos exists.
+    Raises SystemExit: status 2 after a wrong call, 1 where none of the photos exists.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the shell
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-        # a name that the terminal cannot show, or that is not UTF-8, does not end the run
-        getattr(sys, name).reconfigure(
-            errors="surrogateescape" if mode == "r" else "backslashreplace"
-        )
-    args, status = parse_args(), 2
-    args.photos = []
-    if args.list_layers:
-        return args
+    prepare_streams()
+    args = parse_args()
+
     try:
-        args.photos, status = find_photos(args.images), 1
-        faults = [f"{path}: {fault}" for path, _ in args.photos if (fault := photo_fault(path))]
-        if len(faults) < len(args.photos):
-            args.output.mkdir(parents=True, exist_ok=True)
-            log = args.output / LOG_NAME
-            args.log_size = (
-                log.stat().st_size if log.is_file() else 0
-            )  # now, before torch's seconds
-            return args
+        ranks = torchrun_ranks()
+        if args.list_layers:
+            return Request(args, [], 0, **ranks)
+        photos = find_photos(args.images)
+        faults = faults_of(photos)
+        if len(faults) == len(photos):
+            stop(1, faults)
+        check_output(args.output)
+        # Now, because loading torch takes seconds.
+        return Request(args, photos, size_of_log(args.output), **ranks)
     except CallError as error:
-        faults = [str(error)]
-    except OSError as error:
-        faults, status = (
-            [f"--output {args.output}: cannot write there: {error.strerror or error}"],
-            2,
-        )
-    for fault in faults:
-        print_line(f"error: {fault}", sys.stderr)
+        stop(2, [str(error)])
+
+
+def stop(status: int, errors: Iterable[str]) -> NoReturn:
+    """Print a line for each error, and exit with that status."""
+    for error in errors:
+        print_line(f"error: {error}", sys.stderr)
     sys.exit(status)
 
 
+def prepare_streams() -> None:
+    """Open the standard streams that the shell has closed, and let them take any file name."""
+    for name in ("stdin", "stdout", "stderr"):
+        mode = "r" if name == "stdin" else "w"
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+    # A name that the terminal cannot show, or that is not UTF-8, does not end the run.
+    sys.stdin.reconfigure(errors="surrogateescape")
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr.reconfigure(errors="backslashreplace")
+
+
+def torchrun_ranks() -> dict[str, int]:
+    """Return rank, local_rank and world_size from torchrun's variables. Raises CallError."""
+    ranks = {"rank": 0, "local_rank": 0, "world_size": 1}
+    for key, default in ranks.items():
+        variable = key.upper()
+        text = os.environ.get(variable, str(default))
+        if not re.fullmatch(r"[0-9]{1,9}", text):
+            raise CallError(f"{variable}='{text}' in the environment is not a number; unset it")
+        ranks[key] = int(text)
+
+    if ranks["rank"] >= ranks["world_size"]:
+        rank = ranks["rank"]
+        world_size = ranks["world_size"]
+        message = f"RANK={rank} and WORLD_SIZE={world_size} in the environment"
+        raise CallError(f"{message}: RANK must be less than WORLD_SIZE; unset both")
+    return ranks
+
+
+def faults_of(photos: Iterable[Photo]) -> list[str]:
+    """Return a line for each photo that does not exist or cannot be one."""
+    lines = []
+    for photo in photos:
+        fault = photo_fault(photo.path)
+        if fault:
+            lines.append(f"{photo.path}: {fault}")
+    return lines
+
+
+def check_output(folder: Path) -> None:
+    """Check that files can be written to a folder or it can be created. Raises CallError."""
+    existing = Path(os.path.abspath(folder))
+    while not os.path.lexists(existing):
+        existing = existing.parent
+
+    if not existing.is_dir():
+        raise CallError(f"--output {folder}: cannot write there: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CallError(f"--output {folder}: cannot write there: no permission for {existing}")
+
+
+def size_of_log(folder: Path) -> int:
+    """Return the size of the log in a folder in bytes, 0 where there is none."""
+    try:
+        return os.path.getsize(folder / LOG_NAME)
+    except OSError:
+        return 0
+
+
 if __name__ == "__main__":
-    ARGS = start()
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "passive"
-    )  # threads that spin while they wait slow the others down
+    REQUEST = start()
+    # Threads that spin while they wait slow the others down.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.excepthook = report_crash
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+
 import copy
 import errno
 import hashlib
@@ -607,7 +916,7 @@ import unicodedata
 import warnings
 from collections import Counter, deque, namedtuple
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from pathlib import PurePath
 from urllib.parse import quote
@@ -628,51 +937,82 @@ DECODING = threading.Lock()  # held for a large photo
 
 
 def read_photo(path: str | Path) -> Picture:
-    """Return the first frame or page of a photo, uint8 RGB (H, W, 3), turned upright as its EXIF orientation says.
+    """Return the first frame or page of a photo, turned upright as its EXIF orientation says.
 
-    Transparency is dropped, as it is by the loaders that networks are trained with (torchvision's ImageFolder, OpenCV).
+    Transparency is dropped, as it is by the loaders that networks are trained with (torchvision's
+    ImageFolder, OpenCV).
+
+    Returns: uint8 RGB (H, W, 3).
     Raises PhotoError: the file is missing, not a picture, broken, too large or too small.
     """
-    if photo_fault(path):
-        raise PhotoError(f"{path}: {photo_fault(path)}")
+    fault = photo_fault(path)
+    if fault:
+        raise PhotoError(f"{path}: {fault}")
+
     try:
-        with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")) as image:
-            width, height = image.size
-            limit = MAX_DEEP_PIXELS if image.mode[0] in "IF" else MAX_PIXELS  # I;16, I, F
-            if width * height > limit:
-                raise PhotoError(
-                    f"{path}: {width} x {height} pixels, at most {limit // 10**6} million can be read"
-                )
-            if not MIN_SIDE <= min(width, height) >= max(width, height) / LONGEST_STRIP:
-                raise PhotoError(
-                    f"{path}: {width} x {height} pixels, too thin (at least {MIN_SIDE}, up to 100 : 1)"
-                )
-            with DECODING if width * height > limit / 5 else contextlib.nullcontext():
-                image.load()
-                image.getexif()
-                image.info.pop(
-                    "exif", None
-                )  # or exif_transpose writes it anew, where odd entries fail
-                ImageOps.exif_transpose(image, in_place=True)
-                return np.asarray(to_rgb(image))
+        with Image.open(path, formats=FORMATS) as image:
+            pixels = check_size(path, image)
+            lock = DECODING if pixels > MAX_PIXELS / 5 else contextlib.nullcontext()
+            with lock:
+                return decode(image)
     except PhotoError:
         raise
-    except Exception as error:  # decoders raise nearly anything on a hostile file, from struct.error to MemoryError
+    except Exception as error:  # decoders raise nearly anything, from struct.error to MemoryError
+        reason = first_line(error)
+        message = f"{path}: cannot be read: {reason}; convert it to JPEG or PNG"
+        raise PhotoError(message) from error
+
+
+def check_size(path: str | Path, image: Image.Image) -> int:
+    """Return how many pixels an image has, before it is decoded. Raises PhotoError."""
+    width, height = image.size
+    pixels = width * height
+    limit = MAX_DEEP_PIXELS if is_deep(image) else MAX_PIXELS
+    if pixels > limit:
+        millions = limit // 10**6
         raise PhotoError(
-            f"{path}: cannot be read: {first_line(error)}; convert it to JPEG or PNG"
-        ) from error
+            f"{path}: {width} x {height} pixels, at most {millions} million can be read"
+        )
+
+    short, long = sorted(image.size)
+    if short < MIN_SIDE or long > LONGEST_STRIP * short:
+        limits = f"at least {MIN_SIDE}, up to {LONGEST_STRIP} : 1"
+        raise PhotoError(f"{path}: {width} x {height} pixels, too thin ({limits})")
+    return pixels
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to 8-bit RGB; 16 bits are scaled down, where Pillow's own convert clips them to white."""
-    if image.mode[0] in "IF":
-        values = np.array(image, dtype=np.float32)
-        np.nan_to_num(values, copy=False)
-        white = 65535.0 if image.mode != "F" else 1.0 if values.max() <= 1 else 255.0
-        values *= 255 / white
-        values += 0.5
-        image = Image.fromarray(np.clip(values, 0, 255, out=values).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
+def is_deep(image: Image.Image) -> bool:
+    """Return whether the image is grey with 16 or 32 bits a pixel: Pillow's modes I;16, I, F."""
+    return image.mode.startswith(("I", "F"))
+
+
+def decode(image: Image.Image) -> Picture:
+    """Return the pixels of an image, turned upright: uint8 RGB (H, W, 3)."""
+    image.load()
+    image.getexif()
+    image.info.pop("exif", None)  # exif_transpose would write it anew, where odd entries fail
+    ImageOps.exif_transpose(image, in_place=True)
+
+    if is_deep(image):
+        image = to_eight_bits(image)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return np.asarray(image)
+
+
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """Return a grey image of 16 or 32 bits with 8 bits; Pillow's convert would clip it to white."""
+    values = np.array(image, dtype=np.float32)
+    np.nan_to_num(values, copy=False)
+
+    white = 65535.0
+    if image.mode == "F":
+        white = 1.0 if values.max() <= 1 else 255.0
+
+    values *= 255 / white
+    values += 0.5  # rounds to the nearest
+    np.clip(values, 0, 255, out=values)
+    return Image.fromarray(values.astype(np.uint8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3233,12 +3573,18 @@ def run(args: argparse.Namespace) -> int:
     return 130 if interrupted else int(tally["failed"] > 0 and world_size == 1)
 
 
-def main(args: argparse.Namespace) -> int:
+def main(request: Request) -> int:
     """Run the program. Returns the exit status: 0 done, 1 a photo failed, 2 a wrong call, 130 stopped by Ctrl-C."""
     warnings.filterwarnings("ignore")  # the user cannot act on them
     logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
     Image.MAX_IMAGE_PIXELS = None  # read_photo has a limit of its own
+    args = request.args
+    args.photos = [(photo.path, photo.folder) for photo in request.photos]
+    args.log_size = request.log_size
+    if args.input_size:
+        args.input_size = args.input_size[0]
     try:
+        args.output.mkdir(parents=True, exist_ok=True)
         return run(args)
     except (CallError, RuntimeError, MemoryError) as error:
         if not isinstance(error, CallError) and not is_out_of_memory(error):
@@ -3262,4 +3608,4 @@ def main(args: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main(ARGS))
+    sys.exit(main(REQUEST))

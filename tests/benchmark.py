@@ -661,9 +661,9 @@ def print_metrics(folder: Path, ckpt: Path, device: str) -> None:
     classifier = load_classifier(ckpt=ckpt, device=device)
     explainer = Explainer(classifier.model, METHODS, guided=False)
     found: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
-    for path, _ in find_photos([str(folder)]):
+    for photo in find_photos([str(folder)]):
         try:
-            inputs = classifier.preprocess(read_photo(path))[None]
+            inputs = classifier.preprocess(read_photo(photo.path))[None]
         except PhotoError as error:
             print(f"error: {error}", file=sys.stderr)
             continue

@@ -116,9 +116,8 @@ def explain(tiny, tmp_path, capfd):
         words = ["--ckpt", ckpt, "--device", "cpu", "--output", output, *words]
         try:
             args = program_file.parse_args([str(word) for word in words])
-            args.photos = program_file.find_photos(args.images) if args.images else []
-            args.output.mkdir(parents=True, exist_ok=True)
-            status = program_file.main(args)
+            photos = program_file.find_photos(args.images) if args.images else []
+            status = program_file.main(program_file.Request(args, photos))
         except (SystemExit, CallError) as stop:
             status = getattr(stop, "code", 2)
         return Result(status, *capfd.readouterr())

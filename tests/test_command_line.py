@@ -12,9 +12,9 @@ import cnn_visualizations as program_file
 from cnn_visualizations import METHODS, MORE_METHODS, find_photos, parse_args
 
 posix = pytest.mark.skipif(os.name == "nt", reason="file descriptors as on POSIX")
-OPTIONS = """--arch --ckpt --num-classes --class-names --device --batch-size --input-size --resize --mean --std --method
+OPTIONS = """--arch --ckpt --num-classes --class-names --multi-label --device --batch-size --input-size --resize --mean --std --method
     --target-layer --target-class --top-k --aug-smooth --eigen-smooth --metrics --output --outputs --output-size --sheet
-    --save-arrays --colormap --alpha --format --quality --skip-existing --only-wrong --no-gallery --list-layers"""
+    --save-arrays --colormap --alpha --fade --format --quality --skip-existing --only-wrong --no-gallery --list-layers"""
 LISTS = [
     "cat\r\n\n 狗 \n",
     "\ufeffcat\n狗",
@@ -76,7 +76,7 @@ def test_help_names_every_option_and_imports_no_library(without_libraries, tmp_p
     text, _, examples = process.stdout.partition("positional arguments:")[2].partition("examples:")
     entries = dict(
         re.findall(
-            r"^  (--[\w-]+)(?: [\w,]+| \{.*?\})?\s{2,}(\S.*(?:\n {10,}\S.*)*)", text, re.MULTILINE
+            r"^  (--[\w-]+)(?: [\w,|]+| \{.*?\})?\s{2,}(\S.*(?:\n {10,}\S.*)*)", text, re.MULTILINE
         )
     )
     assert sorted(entries) == sorted(OPTIONS.split())
@@ -314,8 +314,8 @@ def test_a_wrong_option_is_one_line(refused, words, expected):
 )
 def test_a_value_that_a_library_must_judge_is_one_line(tmp_path, capsys, option, value, expected):
     args = parsed("--ckpt", CKPT, "--device", "cpu", "--output", tmp_path, option, value)
-    args.photos = find_photos(args.images)
-    assert expected in only_error(program_file.main(args), *capsys.readouterr())
+    request = program_file.Request(args, find_photos(args.images))
+    assert expected in only_error(program_file.main(request), *capsys.readouterr())
 
 
 @pytest.mark.parametrize(

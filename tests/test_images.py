@@ -57,7 +57,8 @@ def write(path, content=b"a photo"):
 
 def found(*inputs):
     """Return the paths of the photos in these inputs."""
-    return [path.replace(os.sep, "/") for path, _ in find_photos([str(name) for name in inputs])]
+    photos = find_photos([str(name) for name in inputs])
+    return [photo.path.replace(os.sep, "/") for photo in photos]
 
 
 # Which photos are found
@@ -93,7 +94,7 @@ def test_links_to_folders_are_followed_and_no_folder_is_read_twice(album, tmp_pa
 
 def test_the_tree_below_the_folders_is_mirrored(album):
     def folders(*inputs):
-        return [folder.replace(os.sep, "/") for _, folder in find_photos(inputs)]
+        return [photo.folder.replace(os.sep, "/") for photo in find_photos(inputs)]
 
     assert folders("album") == [*[""] * 7, "x", "x", "x", "y", "y/x", "y/x"]
     assert folders("album/x", "album/y/x") == ["x", "x", "x", "y/x", "y/x"]
@@ -133,7 +134,8 @@ def test_pictures_that_a_log_lists_are_not_photos(album):
     record = {
         "image": "a.jpg",
         "method": "gradcam",
-        "files": [str(album / "gb_a.jpg"), "/moved/since/gb_1.jpg"],
+        "classes": [{"index": 0, "name": "cat", "files": {"gb": "gb_a.jpg"}}],
+        "files": {"sheet": "/moved/since/gb_1.jpg"},
     }
     lines = [json.dumps(record), "[" * 200_000, "half a li", '{"files": 3}', "7", "\ud800"]
     write(album / LOG_NAME, "\n".join(lines).encode("utf-8", "surrogatepass"))
