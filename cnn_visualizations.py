@@ -579,8 +579,15 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", "
 NOT_READ = (".heic", ".heif", ".avif")  # Pillow needs further packages for these
 MAX_PIXELS = 70_000_000  # decoded to RGB, copied and resized they take 0.9 GB
 MAX_DEEP_PIXELS = 30_000_000  # of photos with 16 or 32 bits a value
+MAX_WEBP_PIXELS = 51_000_000  # its decoder takes 16 bytes a pixel
 MIN_SIDE = 8  # pixels
 LONGEST_STRIP = 100  # long side : short side; resizing enlarges both to the network's input
+STRIP_HEIGHT = 64  # rows that are converted at once
+LARGE_PHOTO = 14_000_000  # pixels; photos above are decoded and resized one at a time
+MAX_SCANS = 100  # of a JPEG; progressive ones of cameras and the web have about ten
+LARGEST_JPEG = 2**27  # bytes
+JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not what compressed data may contain
+START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
 LOG_NAME = "results.jsonl"
 
 
@@ -805,6 +812,7 @@ def start() -> Request:
 
     Raises SystemExit: status 2 after a wrong call, 1 where none of the photos exists.
     """
+    on_interrupt(stop_at_once)
     prepare_streams()
     args = parse_args()
 
@@ -821,6 +829,19 @@ def start() -> Request:
         return Request(args, photos, size_of_log(args.output), **ranks)
     except CallError as error:
         stop(2, [str(error)])
+
+
+def on_interrupt(handler: Any) -> None:
+    """Set what Ctrl-C does, unless it is ignored: a script has started the program with "&"."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)
+
+
+def stop_at_once(*_: Any) -> NoReturn:
+    """Handle Ctrl-C before the first photo: one line, exit status 130."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"stopped\n")
+    os._exit(130)
 
 
 def stop(status: int, errors: Iterable[str]) -> NoReturn:
@@ -896,7 +917,6 @@ if __name__ == "__main__":
     # Threads that spin while they wait slow the others down.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.excepthook = report_crash
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
 
 import copy
 import errno
@@ -933,7 +953,7 @@ from tqdm import tqdm
 
 Picture = NDArray[np.uint8]  # RGB, (H, W, 3)
 Floats = NDArray[np.float32]
-DECODING = threading.Lock()  # held for a large photo
+DECODING = threading.RLock()  # held for a large photo
 
 
 def read_photo(path: str | Path) -> Picture:
@@ -945,40 +965,70 @@ def read_photo(path: str | Path) -> Picture:
     Returns: uint8 RGB (H, W, 3).
     Raises PhotoError: the file is missing, not a picture, broken, too large or too small.
     """
+    with open_photo(path) as photo:
+        return photo
+
+
+@contextlib.contextmanager
+def open_photo(path: str | Path, short_side: int = 0) -> Iterator[Picture]:
+    """Yield what `read_photo` returns. Large photos wait for each other until their block ends.
+
+    Preprocess the photo inside the block, so that the memory of large photos does not add up.
+
+    Args:
+        path: the photo.
+        short_side: the length to which the block resizes its short side, the aspect ratio kept.
+
+    Raises PhotoError: likewise, or the resized photo would be too large.
+    """
     fault = photo_fault(path)
     if fault:
         raise PhotoError(f"{path}: {fault}")
 
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            pixels = check_size(path, image)
-            lock = DECODING if pixels > MAX_PIXELS / 5 else contextlib.nullcontext()
-            with lock:
-                return decode(image)
-    except PhotoError:
-        raise
-    except Exception as error:  # decoders raise nearly anything, from struct.error to MemoryError
-        reason = first_line(error)
-        message = f"{path}: cannot be read: {reason}; convert it to JPEG or PNG"
-        raise PhotoError(message) from error
+    with contextlib.ExitStack() as locks:
+        try:
+            photo = decode(path, short_side, locks)
+        except PhotoError:
+            raise
+        except Exception as error:  # decoders raise nearly anything, struct.error to MemoryError
+            reason = first_line(error)
+            message = f"{path}: cannot be read: {reason}; convert it to JPEG or PNG"
+            raise PhotoError(message) from error
+        yield photo
 
 
-def check_size(path: str | Path, image: Image.Image) -> int:
-    """Return how many pixels an image has, before it is decoded. Raises PhotoError."""
-    width, height = image.size
-    pixels = width * height
-    limit = MAX_DEEP_PIXELS if is_deep(image) else MAX_PIXELS
-    if pixels > limit:
-        millions = limit // 10**6
-        raise PhotoError(
-            f"{path}: {width} x {height} pixels, at most {millions} million can be read"
-        )
+def count_pixels(image: Image.Image, path: str | Path, short_side: int) -> int:
+    """Return for how many pixels a photo needs memory while it is decoded and resized.
 
+    Raises PhotoError: there are too many, or the photo is too thin or has too many scans.
+    """
     short, long = sorted(image.size)
+    size = "{} x {} pixels".format(*image.size)
     if short < MIN_SIDE or long > LONGEST_STRIP * short:
         limits = f"at least {MIN_SIDE}, up to {LONGEST_STRIP} : 1"
-        raise PhotoError(f"{path}: {width} x {height} pixels, too thin ({limits})")
-    return pixels
+        raise PhotoError(f"{path}: {size}, too thin ({limits})")
+
+    limit = MAX_PIXELS
+    if is_deep(image):
+        limit = MAX_DEEP_PIXELS
+    if image.format == "WEBP":
+        limit = MAX_WEBP_PIXELS
+    millions = limit // 10**6
+    if short * long > limit:
+        raise PhotoError(f"{path}: {size}, at most {millions} million can be read")
+
+    tile = tile_pixels(image)
+    if tile > limit:
+        raise PhotoError(f"{path}: a tile of {tile} pixels, at most {millions} million")
+
+    resized = short_side**2 * long // short
+    if resized > limit:
+        raise PhotoError(f"{path}: {size}, too long for a short side of {short_side} pixels")
+
+    if image.format in ("JPEG", "MPO") and count_scans(path) > MAX_SCANS:
+        raise PhotoError(f"{path}: more than {MAX_SCANS} scans; save the photo anew")
+
+    return max(short * long, tile, resized)
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -986,28 +1036,87 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode.startswith(("I", "F"))
 
 
-def decode(image: Image.Image) -> Picture:
-    """Return the pixels of an image, turned upright: uint8 RGB (H, W, 3)."""
-    image.load()
-    image.getexif()
-    image.info.pop("exif", None)  # exif_transpose would write it anew, where odd entries fail
-    ImageOps.exif_transpose(image, in_place=True)
-
-    if is_deep(image):
-        image = to_eight_bits(image)
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    return np.asarray(image)
+def tile_pixels(image: Image.Image) -> int:
+    """Return the size of a TIFF's tiles, which may be larger than the image; else 0."""
+    if image.format != "TIFF":
+        return 0
+    return image.tag_v2.get(322, 0) * image.tag_v2.get(323, 0)
 
 
-def to_eight_bits(image: Image.Image) -> Image.Image:
+def count_scans(path: str | Path) -> int:
+    """Return how many scans a JPEG file has. Decoding goes over all pixels in each of them."""
+    with open(path, "rb") as file:
+        data = file.read(LARGEST_JPEG)
+
+    scans = 0
+    position = 0
+    while scans <= MAX_SCANS:
+        marker = JPEG_MARKER.search(data, position)
+        if marker is None or marker[0] == END_OF_IMAGE:
+            break
+        if marker[0] == START_OF_SCAN:
+            scans += 1
+
+        # A marker is followed by the length of its segment.
+        position = marker.end()
+        if marker[0] != START_OF_IMAGE:
+            position += int.from_bytes(data[position : position + 2], "big")
+    return scans
+
+
+def decode(path: str | Path, short_side: int, locks: contextlib.ExitStack) -> Picture:
+    """Return the pixels of a photo, turned upright: uint8 RGB (H, W, 3).
+
+    For a large photo, DECODING is entered into `locks`.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        if count_pixels(image, path, short_side) > LARGE_PHOTO:
+            locks.enter_context(DECODING)
+
+        has_16_bits = ";16" in str(image.tile)  # of a colour image, Pillow gives the upper eight
+        image.load()
+        image.getexif()
+        image.info.pop("exif", None)  # exif_transpose would write it anew, where odd entries fail
+        ImageOps.exif_transpose(image, in_place=True)
+
+        if is_deep(image):
+            image = to_eight_bits(image, path)
+        pixels = to_array(image)
+
+    if has_16_bits and pixels.max() < 16:
+        warn(f"{path}: 16 bits, but no value above 4095; 65535 is shown as white")
+    return pixels
+
+
+def to_array(image: Image.Image) -> Picture:
+    """Return the pixels of an image, converted in strips, so that it is not copied as a whole."""
+    width, height = image.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, STRIP_HEIGHT):
+        bottom = min(top + STRIP_HEIGHT, height)
+        strip = image.crop((0, top, width, bottom))
+        if strip.mode != "RGB":
+            strip = strip.convert("RGB")
+        pixels[top:bottom] = strip
+    return pixels
+
+
+def to_eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
     """Return a grey image of 16 or 32 bits with 8 bits; Pillow's convert would clip it to white."""
     values = np.array(image, dtype=np.float32)
     np.nan_to_num(values, copy=False)
+    low = values.min()
+    high = values.max()
 
     white = 65535.0
     if image.mode == "F":
-        white = 1.0 if values.max() <= 1 else 255.0
+        white = 1.0 if high <= 1 else 255.0
+
+    is_usual = image.mode.startswith("I;16") or (image.format == "PNG" and image.mode == "I")
+    if image.mode == "F":
+        is_usual = low >= 0 and high <= 1
+    if not is_usual:
+        warn(f"{path}: values from {low:g} to {high:g}; {white:g} is shown as white")
 
     values *= 255 / white
     values += 0.5  # rounds to the nearest
@@ -3607,5 +3716,5 @@ def main(request: Request) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    on_interrupt(signal.default_int_handler)
     sys.exit(main(REQUEST))
