@@ -1,4 +1,17 @@
 #!/usr/bin/env python3
+# For `uv run cnn_visualizations.py` (PEP 723); the same as requirements.txt.
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6",
+#     "torchvision>=0.21",
+#     "grad-cam>=1.5.7",
+#     "pillow>=10.1",
+#     "ttach>=0.0.3",
+#     "opencv-python-headless>=4.8",
+#     "numpy>=1.26",
+# ]
+# ///
 """Show why a convolutional network answered as it did.
 
 It draws a heatmap (CAM), guided backpropagation, and their product.
@@ -67,6 +80,9 @@ SYNONYMS = {
     "--cuda": "--device cuda",
     "--weights": "--ckpt",
     "--checkpoint": "--ckpt",
+    "--use-cuda": "--device cuda",
+    "--image-path": "the photo without an option",
+    "--output-dir": "--output",
 }
 
 DESCRIPTION = (
@@ -234,15 +250,22 @@ def existing_file(text: str) -> Path:
 
 def class_names(text: str) -> list[str]:
     """Option type: names with commas between them, or a file of names (see `names_in`)."""
-    is_list = "," in text and not os.path.exists(text)
+    some_text(text)
     try:
-        if is_list:
-            return names_in(text.replace(",", "\n"))
-        return names_in(existing_file(text).read_text(encoding="utf-8-sig"))
+        if looks_like_file(text):
+            return names_in(existing_file(text).read_text(encoding="utf-8-sig"))
+        return names_in(text.replace(",", "\n"))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = first_line(error)
         message = f"{text}: not class names in UTF-8, one a line or as JSON: {reason}"
         raise CallError(message) from error
+
+
+def looks_like_file(text: str) -> bool:
+    """Return whether a text is an existing path, or has a folder or a suffix as paths have."""
+    if os.path.exists(text):
+        return True
+    return "," not in text and bool(re.search(r"[\\/]|\.\w{2,5}$", text))
 
 
 def names_in(content: str) -> list[str]:
@@ -293,8 +316,24 @@ def sorted_by_index(classes: Mapping[Any, Any]) -> list[Any]:
     return [by_index[index] for index in indices]
 
 
+def device_name(text: str) -> str:
+    """Option type: the name of a device; gpu stands for cuda."""
+    if text.lower() == "gpu":
+        return "cuda"
+    return some_text(text)
+
+
 METHOD_LIST = names_from((*METHODS, *MORE_METHODS), "method", METHODS)
 OUTPUT_LIST = names_from(OUTPUTS, "output", OUTPUTS)
+
+# Options whose value is a list with commas, and their types.
+LIST_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "--method": METHOD_LIST,
+    "--outputs": OUTPUT_LIST,
+    "--class-names": class_names,
+    "--mean": three_numbers(0),
+    "--std": three_numbers(1e-6),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -349,7 +388,7 @@ def add_network_options(parser: Parser) -> None:
 
     add(
         "--device",
-        type=some_text,
+        type=device_name,
         metavar="NAME",
         help="cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. "
         "Default: the CUDA GPU if there is one, else the CPU.",
@@ -532,6 +571,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         words = words[:end]
     args, rest = parser.parse_known_args(words)
     check_options(parser, rest)
+    check_lists(parser, words)
     args.images += rest + names
 
     args.methods = list(dict.fromkeys(args.methods or ["gradcam"]))
@@ -556,6 +596,31 @@ def check_options(parser: Parser, words: Sequence[str]) -> None:
         if option in SYNONYMS:
             advice = f"; pass {SYNONYMS[option]}"
         parser.error(f"unknown option {option}{advice} (see --help)")
+
+
+def check_lists(parser: Parser, words: Sequence[str]) -> None:
+    """Report a list with spaces between its items, which would be taken for photos."""
+    for position, option in enumerate(words):
+        if option in LIST_OPTIONS:
+            value = words[position + 1]
+            items = list_items(LIST_OPTIONS[option], words[position + 2 :])
+            if items:
+                listed = ",".join([value, *items]).replace(",,", ",")
+                parser.error(f"{option} takes a list without spaces; pass {option} '{listed}'")
+
+
+def list_items(parse: Callable[[str], Any], words: Sequence[str]) -> list[str]:
+    """Return the words at the beginning that are items of a list rather than photos or options."""
+    items = []
+    for word in words:
+        if word.startswith("-") or os.path.exists(word):
+            break
+        try:
+            parse(word)
+        except CallError:
+            break
+        items.append(word)
+    return items
 
 
 def check_images(parser: Parser, args: argparse.Namespace) -> None:

@@ -274,7 +274,7 @@ def test_a_file_that_cannot_be_read_is_one_line(refused, tmp_path, option):
     (tmp_path / "empty").touch()
     assert f"{option}: {tmp_path}: is a folder, not a file" in refused(option, tmp_path)
     assert "empty: is empty" in refused(option, tmp_path / "empty")
-    assert "cat: no such file" in refused(option, "cat")
+    assert "cat.txt: no such file" in refused(option, "cat.txt")
 
 
 @pytest.mark.parametrize(
