@@ -992,6 +992,7 @@ import io
 import itertools
 import logging
 import math
+import pickletools
 import stat
 import tempfile
 import threading
@@ -999,11 +1000,11 @@ import time
 import types
 import unicodedata
 import warnings
-from collections import Counter, deque, namedtuple
+import zipfile
+from collections import Counter, OrderedDict, deque, namedtuple
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import field, replace
 from functools import partial
-from pathlib import PurePath
 from urllib.parse import quote
 
 import cv2
@@ -1189,23 +1190,379 @@ def to_eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4  Model. Names and files become a classifier that knows its preprocessing and its classes.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 3  Checkpoint. A file becomes tensors and entries; nothing that it contains is run.
+# --------------------------------------------------------------------------------------------------
+
+MAX_PICKLE_BYTES = 64 * 2**20  # of the structure of a checkpoint, without its tensors
+MAX_PICKLE_STEPS = 3_000_000  # of the pickle machine; 2,000 tensors take 60,000
+MAX_KEY_LENGTH = 300  # characters of a tensor's full name
+
+# Where training scripts put their options, and under which names.
+OPTION_DICTS = (
+    "args",
+    "config",
+    "cfg",
+    "opt",
+    "hparams",
+    "hyper_parameters",
+    "meta",
+    "dataset_meta",
+)
+ENTRY_NAMES = {
+    "arch": ("arch", "model_name", "model", "architecture"),
+    "classes": (
+        "classes",
+        "class_names",
+        "names",
+        "class_to_idx",
+        "idx_to_class",
+        "id2label",
+        "CLASSES",
+    ),
+    "input_size": ("input_size", "image_size", "img_size", "val_crop_size"),
+    "resize": ("val_resize_size",),
+    "mean": ("mean",),
+    "std": ("std",),
+    "multi_label": ("multi_label",),
+}
+
+# Tensors that training leaves in a file and that no forward pass reads: optimizers, moving
+# averages, losses with their centres, metrics.
+TRAINING_ONLY = re.compile(
+    r"(^|[._])(optim\w*|\w*loss\w*|criterion\w*|centers?|metrics?|acc\w*|n_averaged)([._]|$)",
+    re.IGNORECASE,
+)
+AVERAGE = re.compile(r"(^|[._])(ema|swa|averag\w*)([._]|$)", re.IGNORECASE)
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A value beside the weights, such as the names of the classes."""
+
+    name: str  # its key in the file
+    value: Any
+    origin: str  # as "from best.pth" or "from args in best.pth"
+
+
+@dataclass(frozen=True)
+class PickledModule:
+    """What a pickled network tells of one of its modules."""
+
+    kind: str  # the name of its class
+    attributes: Mapping[str, Any]  # such as `stride` and `eps`
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a checkpoint."""
+
+    name: str  # for messages: the path of the file
+    tensors: State = field(default_factory=dict)  # by full name, as "state_dict.module.fc.weight"
+    entries: Mapping[str, Sequence[Entry]] = field(default_factory=dict)  # by a key of ENTRY_NAMES
+    modules: Mapping[str, PickledModule] = field(default_factory=dict)  # of pickled networks
+
+    @property
+    def file(self) -> str:
+        """The name of the file without its folder."""
+        return os.path.basename(self.name)
+
+    def first_entry(self, kind: str) -> Entry | None:
+        """Return the first entry of a kind, or None."""
+        return next(iter(self.entries.get(kind, ())), None)
+
+
+class StandIn:
+    """Stands for a class or function that a checkpoint names. It keeps what it gets and runs nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+        self.state: Any = None
+
+    def __new__(cls, *args: Any) -> StandIn:
+        instance = super().__new__(cls)
+        instance.__init__(*args)  # pickle creates objects by __new__ alone
+        return instance
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Return the tensors, the entries and the modules of a checkpoint. Raises CallError."""
+    existing_file(str(path))
+    if path.suffix == ".safetensors":
+        content = load_safetensors(path)
+    else:
+        content = load_pickle(path)
+    return read_content(content, str(path))
+
+
+def load_safetensors(path: Path) -> State:
+    """Return the tensors of a .safetensors file. Raises CallError."""
+    try:
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    except ImportError as error:
+        message = f"{path}: needs the safetensors package; run: pip install safetensors"
+        raise CallError(message) from error
+    except Exception as error:
+        raise CallError(f"{path}: not a whole .safetensors file; copy it again") from error
+
+
+def load_pickle(path: Path) -> Any:
+    """Return what a file of torch.save holds, with stand-ins for what would be code.
+
+    Files of torch before 1.6 are no archives; of these only those without pickled objects are read.
+    Raises CallError: the file is damaged, is a TorchScript archive, or would cost too much.
+    """
+    try:
+        stand_ins = []
+        if zipfile.is_zipfile(path):
+            check_archive(path)
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            stand_ins = [(make_stand_in(name), name) for name in names]
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except CallError:
+        raise
+    except Exception as error:  # a damaged file raises nearly anything
+        raise CallError(f"{path}: {why_not_loaded(error)}") from error
+
+
+def check_archive(path: Path) -> None:
+    """Raise CallError where reading an archive of torch.save would cost more than its file shows."""
+    with zipfile.ZipFile(path) as archive:
+        files = archive.infolist()
+        if any("/code/" in file.filename for file in files):
+            raise CallError(
+                f"{path}: a TorchScript archive, which is code; load it in Python and save its weights: "
+                "torch.save(torch.jit.load(FILE).state_dict(), 'best.pth')"
+            )
+
+        # torch.save stores its records uncompressed, so that none is larger than the file
+        if any(file.compress_type != zipfile.ZIP_STORED for file in files):
+            raise CallError(f"{path}: a compressed archive; pass the file that torch.save wrote")
+        if sum(file.file_size for file in files) > path.stat().st_size:
+            raise CallError(f"{path}: damaged: its records add up to more than the file")
+
+        for file in files:
+            if file.filename.endswith("data.pkl"):
+                check_pickle(path, archive, file)
+
+
+def check_pickle(path: Path, archive: zipfile.ZipFile, file: zipfile.ZipInfo) -> None:
+    """Raise CallError where the structure of a checkpoint is larger than any real one."""
+    if file.file_size > MAX_PICKLE_BYTES:
+        size = file.file_size // 2**20
+        raise CallError(f"{path}: {size} MB of values beside the tensors, at most 64 can be read")
+    steps = pickletools.genops(archive.read(file))
+    if sum(1 for _ in itertools.islice(steps, MAX_PICKLE_STEPS)) == MAX_PICKLE_STEPS:
+        raise CallError(f"{path}: too many values beside the tensors; save the weights alone")
+
+
+def make_stand_in(name: str) -> type:
+    """Return an inert class for a class or function of that full name; subclasses of dict become dicts."""
+    if re.search(r"dict$|CfgNode$", name, re.IGNORECASE):
+        return type(name, (), {"__new__": lambda cls, *args: OrderedDict()})
+    return type(name, (StandIn,), {})
+
+
+def why_not_loaded(error: Exception) -> str:
+    """Return, for the message, why torch.load refused a file, and what to do."""
+    if "is blocked" in str(error) or "nsupported global" in str(error).replace("GLOBAL", "global"):
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = "an object" if named is None else named.group(1)
+        return (
+            f"refers to {what}, and loading it would run code; if you trust the file, save its weights: "
+            "torch.save(torch.load(FILE, weights_only=False).state_dict(), 'best.pth')"
+        )
+    kind = type(error).__name__
+    return (
+        f"not a whole checkpoint that torch can read ({kind}); copy it again, or pass another file"
+    )
+
+
+def read_content(content: Any, name: str) -> Checkpoint:
+    """Sort the content of a file into tensors, entries and modules. Raises CallError."""
+    tensors: State = {}
+    modules: dict[str, PickledModule] = {}
+    waiting = deque([("", content)])
+    visited = set()
+
+    # breadth first, each dict once: a file may nest them in themselves
+    while waiting:
+        prefix, holder = waiting.popleft()
+        if id(holder) in visited:
+            continue
+        visited.add(id(holder))
+        if is_pickled_module(holder):
+            kind = type(holder).__name__.rpartition(".")[2]
+            modules[prefix.removesuffix(".")] = PickledModule(kind, holder.state)
+
+        for key, value in children_of(holder).items():
+            full_name = prefix + modern_name(str(key))
+            if isinstance(value, Tensor):
+                check_tensor(value, full_name, name)
+                tensors[full_name] = value.detach()
+            elif "optim" not in str(key) and len(full_name) < MAX_KEY_LENGTH:
+                waiting.append((f"{full_name}.", value))
+
+    entries = find_entries(content, name)
+    if not any(tensor.ndim > 1 for tensor in tensors.values()):
+        raise CallError(f"{name}: no weights in it (found: {outline(content)})")
+    if isinstance(content, Mapping) and not is_state(content):
+        # tensors beside the dict of the weights are values, such as the weights of the classes
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in content}
+    return Checkpoint(name, tensors, entries, modules)
+
+
+def is_state(content: Mapping[Any, Any]) -> bool:
+    """Return whether a dict is itself a state dict, with or without values beside the tensors."""
+    return any(isinstance(value, Tensor) and value.ndim > 1 for value in content.values())
+
+
+def is_pickled_module(value: Any) -> bool:
+    """Return whether a stand-in holds the state of a torch.nn.Module."""
+    if not isinstance(value, StandIn) or not isinstance(value.state, Mapping):
+        return False
+    return isinstance(value.state.get("_modules"), Mapping)
+
+
+def children_of(holder: Any) -> Mapping[Any, Any]:
+    """Return what a dict or a pickled module holds, in order; of a module, as its state dict names it."""
+    if isinstance(holder, Mapping):
+        return holder
+    if not is_pickled_module(holder):
+        return {}
+    not_saved = holder.state.get("_non_persistent_buffers_set") or ()
+    children: dict[Any, Any] = {}
+    for part in ("_parameters", "_buffers", "_modules"):
+        values = holder.state.get(part)
+        if isinstance(values, Mapping):
+            children.update(values)
+    return {key: value for key, value in children.items() if key not in not_saved}
+
+
+def modern_name(key: str) -> str:
+    """Return the key of a tensor without torch.compile's prefix, and with the names that DenseNet has today.
+
+    Before 2018, torchvision's DenseNet called its layers norm.1 and conv.2 instead of norm1 and conv2.
+    """
+    key = key.replace("_orig_mod.", "")
+    return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", key)
+
+
+def check_tensor(tensor: Tensor, key: str, name: str) -> None:
+    """Raise CallError where a tensor cannot be a weight: no values of its own, or no usable name."""
+    if len(key) > MAX_KEY_LENGTH:
+        raise CallError(f"{name}: not a checkpoint: the name of a tensor has {len(key)} characters")
+    is_plain = tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested)
+    if not is_plain:
+        if key in ("mean", "std", "input_size"):
+            return  # the entry is refused by name
+        raise CallError(f"{name}: {key} has no values or is sparse; save ordinary tensors")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CallError(f"{name}: {key} is larger than its data in the file; save it with .clone()")
+
+
+def outline(content: Any) -> str:
+    """Return the first keys of a dict, or the type of anything else, for a message."""
+    if isinstance(content, Mapping):
+        return ", ".join(str(key)[:40] for key in list(content)[:8])
+    return type(content).__name__
+
+
+def find_entries(content: Any, name: str) -> dict[str, list[Entry]]:
+    """Return the entries of each kind of ENTRY_NAMES, those of the outermost dict first."""
+    file = os.path.basename(name)
+    holders = [(f"from {file}", as_options(content))]
+    for origin, holder in holders:  # grows: `dataset_meta` stands in `meta`
+        if len(holders) > len(OPTION_DICTS) or len(origin) > len(file) + 40:
+            break
+        for key in OPTION_DICTS:
+            inner = as_options(holder.get(key))
+            if inner:
+                holders.append((f"from {key} in {file}", inner))
+
+    is_bare = isinstance(content, Mapping) and is_state(content)
+    entries: dict[str, list[Entry]] = {kind: [] for kind in ENTRY_NAMES}
+    for kind, keys in ENTRY_NAMES.items():
+        for origin, holder in holders:
+            for key in keys:
+                value = plain_value(holder.get(key))
+                is_weight = is_bare and isinstance(value, Tensor)
+                if value is not None and not is_weight:
+                    entries[kind].append(Entry(key, value, origin))
+    return entries
+
+
+def as_options(value: Any) -> Mapping[Any, Any]:
+    """Return the values of a dict, or of a pickled object such as argparse.Namespace, by name."""
+    if isinstance(value, StandIn):
+        value = value.state
+    if isinstance(value, Mapping):
+        return value
+    return {}
+
+
+def plain_value(value: Any, depth: int = 2) -> Any:
+    """Return a value of a file with NumPy's numbers and arrays as Python's and torch's."""
+    if isinstance(value, StandIn):
+        return numpy_value(value)
+    if isinstance(value, (list, tuple)) and depth:
+        return [plain_value(item, depth - 1) for item in value]
+    return value
+
+
+def numpy_value(value: StandIn) -> Any:
+    """Return a pickled NumPy number as a number, an array as a flat tensor, and None for anything else."""
+    kind = type(value).__name__.rpartition(".")[2]
+    with contextlib.suppress(TypeError, ValueError, IndexError, AttributeError, KeyError):
+        if kind == "scalar":  # numpy.core.multiarray.scalar(dtype, bytes)
+            dtype, data = value.args
+            return numbers_from(dtype, data)[0].item()
+        if kind == "_reconstruct":  # an array: version, shape, dtype, order, bytes
+            _, _, dtype, _, data = value.state
+            return torch.from_numpy(numbers_from(dtype, data).copy())
+    return None
+
+
+def numbers_from(dtype: StandIn, data: Any) -> NDArray[Any]:
+    """Return the numbers in the bytes of a pickled NumPy value. Raises ValueError, TypeError: no numbers."""
+    code = np.dtype(str(dtype.args[0]))
+    if code.char not in "?bhilqBHILQefd" or not isinstance(data, bytes):
+        raise ValueError("not plain numbers")
+    order = dtype.state[1] if dtype.state else "="
+    return np.frombuffer(data, code.newbyteorder(order)).astype(code)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4  Model. A checkpoint becomes a classifier that knows its preprocessing and its classes.
+# --------------------------------------------------------------------------------------------------
 
 
 def import_torchvision() -> types.ModuleType:
-    """Import torchvision. Its roi_align asks torch's compiler one question; a stand-in answers no, which saves 2 s."""
+    """Import torchvision without torch's compiler, which takes 2 s.
+
+    torchvision's roi_align asks the compiler one question while it is imported; a stand-in answers
+    no. The compiler works afterwards.
+    """
 
     def answer_no(attribute: str) -> Any:
         if attribute.startswith("__"):
             raise AttributeError(attribute)
         return lambda *args, **kwargs: False
 
-    with contextlib.ExitStack() as stack:  # the compiler works afterwards
+    with contextlib.ExitStack() as stack:
         for name in {"torch._dynamo", "torch._dynamo.utils"} - set(sys.modules):
-            sys.modules[name] = types.ModuleType(name)
-            sys.modules[name].__getattr__ = answer_no
+            stand_in = types.ModuleType(name)
+            stand_in.__getattr__ = answer_no
+            sys.modules[name] = stand_in
             stack.callback(sys.modules.pop, name)
         import torchvision.models
     return torchvision
@@ -1213,87 +1570,199 @@ def import_torchvision() -> types.ModuleType:
 
 torchvision = import_torchvision()
 ARCHITECTURES = tuple(torchvision.models.list_models(module=torchvision.models))
-COMPUTED = (
-    "num_batches_tracked",
-    "relative_position_index",
-    "relative_coords_table",
-)  # the network comes with these
-OWN_NETWORK = "give a network of your own by --arch net.py:build"
-PREDICTED, TRUTH = -1, -2  # classes to explain that differ from photo to photo
 
-State = dict[str, Tensor]
+# A tensor that every network of a family has, by the beginning of the architecture's name.
+FAMILY_KEYS = {
+    "alexnet": "features.0.weight",
+    "convnext": "features.1.0.layer_scale",
+    "densenet": "features.denseblock1.denselayer1.conv1.weight",
+    "efficientnet": "features.1.0.block.0.0.weight",
+    "googlenet": "inception3a.branch1.conv.weight",
+    "inception": "Mixed_5b.branch1x1.conv.weight",
+    "maxvit": "stem.0.0.weight",
+    "mnasnet": "layers.8.0.layers.0.weight",
+    "mobilenet_v2": "features.1.conv.0.0.weight",
+    "mobilenet_v3": "features.1.block.0.0.weight",
+    "regnet": "trunk_output.block1.block1-0.f.a.0.weight",
+    "resne": "layer1.0.conv1.weight",  # resnet and resnext
+    "shufflenet": "stage2.0.branch2.0.weight",
+    "squeezenet": "features.3.squeeze.weight",
+    "swin": "features.1.0.attn.qkv.weight",
+    "vgg": "features.0.weight",
+    "vit": "encoder.layers.encoder_layer_0.self_attention.in_proj_weight",
+    "wide_resnet": "layer1.0.conv1.weight",
+}
+
+# Layouts that are no torchvision classifier's, by a key of their state dicts.
+LAYOUTS = {
+    r"(^|\.)(rpn|classification_head|(aux|low)_classifier|decode_head|backbone\.body)\.": (
+        "it looks like a detector or segmentation network"
+    ),
+    r"(^|\.)_(conv_stem|blocks\.0)\.": "its keys are efficientnet_pytorch's",
+    r"(^|\.)(conv_stem|patch_embed\.proj|(stages|layers)\.0\.blocks\.0)\.": "its keys are timm's",
+    r"(^|\.)(embedder|embeddings|encoder\.stages\.0|encoder\.layer\.0)\.": (
+        "its keys are Hugging Face's"
+    ),
+    r"(^|\.)model\.0\.conv\.": "its keys are ultralytics'",
+    r"(^|\.)0\.4\.0\.(conv1|bn1)\.": "its keys are fastai's",
+    r"(^|\.)4\.0\.(conv1|bn1)\.": "its keys are those of a Sequential of a network's children",
+}
+OWN_NETWORK = (
+    'give a network of your own by --arch net.py:build, see "Another network" in the README'
+)
+
+COMPUTED = ("num_batches_tracked", "relative_position_index", "relative_coords_table")
+AUXILIARY = re.compile(r"(^|\.)(aux1|aux2|AuxLogits)\.")  # heads for training only
+WITH_AUXILIARY = ("googlenet", "inception_v3")
+
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+GREY_MEAN = [0.449]  # the averages of ImageNet's
+GREY_STD = [0.226]
+
+PREDICTED, TRUTH = -1, -2  # classes to explain that differ from photo to photo
+LONGEST_NAME = 200  # characters of a class name
 
 
 @dataclass(frozen=True)
 class Classifier:
     """A network with its preprocessing and its classes."""
 
-    model: nn.Module  # on `device`, float32, in eval mode
+    model: nn.Module  # on `device`, float32, in eval mode; gives logits (N, classes)
     arch: str  # its torchvision name, or file.py:function
-    class_names: tuple[str, ...]  # one for each output
-    preset: Any  # torchvision's preprocessing: PIL image -> float32 (3, S, S), normalised
+    class_names: tuple[str, ...]  # one for each class
+    preset: Any  # torchvision's ImageClassification: PIL image -> float32 (C, H, W), normalised
     device: torch.device
-    squash: bool = (
-        False  # whether the network sees the whole photo (True) or the central square (False)
-    )
-    origins: Mapping[str, str] = field(
-        default_factory=dict
-    )  # where arch, classes, input ... come from
+    squash: bool = False  # whether the network sees the whole photo (True) or a part (False)
+    multi_label: bool = False  # whether each class has a sigmoid of its own
+    outputs: int = 0  # of the network; a single one is explained as two classes
+    channels: int = 3  # 1: the network takes grey photos
+    head: str = ""  # the layers of a head that is not torchvision's, as "head 512 -> 64 -> 3"
+    origins: Mapping[str, str] = field(default_factory=dict)  # where the values come from
 
     def __repr__(self) -> str:
         return f"Classifier({self.describe()})"
 
     def describe(self, layers: Sequence[str] = ()) -> str:
-        """Return, in one line, all that is assumed about the network, and where each item comes from."""
-        mean, std = (
-            [round(value, 4) for value in values] for values in (self.preset.mean, self.preset.std)
-        )
-        imagenet = (mean, std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-        items = {
+        """Return, in one line, all that is assumed about the network, and where it comes from."""
+        texts = {
             "arch": self.arch,
-            "classes": f"{len(self.class_names)} classes",
+            "head": self.head,
+            "classes": self.describe_classes(),
             "layers": " and ".join(layers),
+            "input": self.describe_input(),
+            "mean": self.describe_colours(),
+            "device": str(self.device),
         }
-        items["input"] = (
-            f"input {self.input_size} x {self.input_size} {'squash' if self.squash else 'crop'}"
-        )
-        items["mean"] = "ImageNet mean and std" if imagenet else f"mean {mean} std {std}"
-        items["device"] = str(self.device)
-        told = {key: f" ({origin})" for key, origin in self.origins.items() if origin}
-        return ", ".join(text + told.get(key, "") for key, text in items.items() if text)
+        items = []
+        for key, text in texts.items():
+            origin = self.origins.get(key)
+            if text and origin and key != "classes":
+                text = f"{text} ({origin})"
+            items.append(text)
+        return ", ".join(item for item in items if item)
+
+    def describe_classes(self) -> str:
+        """Return how the outputs are read, as "2 classes (0 cat, 1 dog; from best.pth), softmax"."""
+        details = []
+        is_named = self.class_names != unnamed(len(self.class_names))
+        if is_named and len(self.class_names) <= 10:
+            names = [f"{index} {name}" for index, name in enumerate(self.class_names)]
+            details.append(", ".join(names))
+        if self.origins.get("classes"):
+            details.append(self.origins["classes"])
+        inside = f" ({'; '.join(details)})" if details else ""
+
+        if self.outputs == 1:
+            return f"1 output{inside}, sigmoid"
+        if self.multi_label:
+            return f"{self.outputs} labels{inside}, sigmoid"
+        return f"{len(self.class_names)} classes{inside}, softmax"
+
+    def describe_input(self) -> str:
+        """Return how a photo becomes the input, as "short side 256, centre 224 x 224"."""
+        height, width = self.input_size
+        grey = "grey, " if self.channels == 1 else ""
+        if self.squash:
+            return f"{grey}whole photo squashed to {height} x {width}"
+        return f"{grey}short side {self.preset.resize_size[0]}, centre {height} x {width}"
+
+    def describe_colours(self) -> str:
+        """Return the mean and std that are used."""
+        mean = [round(value, 4) for value in self.preset.mean]
+        std = [round(value, 4) for value in self.preset.std]
+        if mean == IMAGENET_MEAN and std == IMAGENET_STD:
+            return "ImageNet mean and std"
+        return f"mean {mean} std {std}"
 
     @property
-    def input_size(self) -> int:
-        """Side of the network's square input in pixels."""
-        return self.preset.crop_size[0]
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the network's input in pixels."""
+        height, width = self.preset.crop_size
+        return height, width
 
     def preprocess(self, photo: Picture) -> Tensor:
-        """Return a photo, uint8 RGB (H, W, 3), as the network sees it: float32 (3, S, S), normalised."""
-        return self.preset(Image.fromarray(np.asarray(photo)))
+        """Return a photo, uint8 RGB (H, W, 3), as the network sees it: float32 (C, H, W), normalised."""
+        photo = np.asarray(photo)
+        image = Image.fromarray(photo)
+        if self.channels == 1:
+            image = image.convert("L")
+        preset = copy.copy(self.preset)
+        if self.sees_all(*photo.shape[:2]):
+            preset.resize_size = preset.crop_size
+        return preset(image)
+
+    def sees_all(self, height: int, width: int) -> bool:
+        """Return whether a photo of that size is used as a whole.
+
+        So is a photo of exactly the input's size, unless the short side before the crop was given.
+        """
+        is_input = (height, width) == self.input_size and not self.origins.get("short side")
+        return self.squash or is_input
 
     def seen(self, photo: Picture) -> Picture:
-        """Return the part of a photo that the network sees, in the photo's own resolution: uint8 RGB (h, w, 3)."""
+        """Return the part of a photo that the network sees, in the photo's pixels: uint8 RGB (h, w, 3)."""
         height, width = photo.shape[:2]
         left, top, right, bottom = self.seen_box(height, width)
-        x, y = min(round(left), width - 1), min(round(top), height - 1)
+        x = min(round(left), width - 1)
+        y = min(round(top), height - 1)
         return photo[y : y + max(1, round(bottom - top)), x : x + max(1, round(right - left))]
 
     def seen_box(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """Return the part of a photo that the network sees: left, top, right, bottom, in the photo's pixels."""
-        if self.squash:
+        """Return the part of a photo that the network sees: left, top, right, bottom, in its pixels."""
+        if self.sees_all(height, width):
             return 0.0, 0.0, float(width), float(height)
-        # as torchvision does: the long side is rounded down, the corner of the crop to the nearest pixel
-        short, side = self.preset.resize_size[0], self.input_size
-        long = int(short * max(height, width) / min(height, width))
-        new_width, new_height = (short, long) if width <= height else (long, short)
-        left, top = round((new_width - side) / 2.0), round((new_height - side) / 2.0)
-        x, y = width / new_width, height / new_height
-        return (
-            max(0.0, left * x),
-            max(0.0, top * y),
-            min(width, (left + side) * x),
-            min(height, (top + side) * y),
-        )
+
+        # as torchvision resizes: the long side is rounded down
+        short_side = self.preset.resize_size[0]
+        long_side = int(short_side * max(height, width) / min(height, width))
+        if width <= height:
+            new_width, new_height = short_side, long_side
+        else:
+            new_width, new_height = long_side, short_side
+
+        # as torchvision crops: the corner is rounded to the nearest pixel
+        crop_height, crop_width = self.input_size
+        left = round((new_width - crop_width) / 2.0)
+        top = round((new_height - crop_height) / 2.0)
+
+        x_scale, y_scale = width / new_width, height / new_height
+        right = min(width, (left + crop_width) * x_scale)
+        bottom = min(height, (top + crop_height) * y_scale)
+        return max(0.0, left * x_scale), max(0.0, top * y_scale), right, bottom
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with its weights, before its preprocessing and its classes are known."""
+
+    model: nn.Module  # in eval mode
+    channels: int = 3  # of its input
+    outputs: int | None = None  # None: not known before it has run
+    head: str = ""  # see Classifier
+    ends_in_sigmoid: bool = False  # its pickled head had a sigmoid for each output
+    head_inputs: int | None = None  # of its first layer
+    colours: Mapping[str, Tensor] = field(default_factory=dict)  # mean and std in the file
 
 
 def load_classifier(
@@ -1302,673 +1771,1457 @@ def load_classifier(
     num_classes: int | None = None,
     device: str | torch.device | None = None,
     *,
-    class_names: Sequence[str] | None = None,
-    input_size: int | None = None,
-    resize: str = "crop",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    class_names: Sequence[str] | str | None = None,
+    input_size: int | Sequence[int] | None = None,
+    resize: str | int = "crop",
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
+    multi_label: bool | None = None,
+    folders: Sequence[str] = (),
 ) -> Classifier:
-    """Build a classifier and load the weights of a checkpoint. Raises CallError where something does not fit.
+    """Build a classifier and load the weights of a checkpoint.
 
     Args:
-        arch: a name from `torchvision.models.list_models`, or "file.py:function" for a network of your own. None: the
-            checkpoint's entry, else recognised from the weights; without a checkpoint, resnet50.
+        arch: a name from `torchvision.models.list_models`, or "file.py:function" for a network of
+            your own. None: the checkpoint's entry, else recognised from the weights; without a
+            checkpoint, resnet50.
         ckpt: the weights; None: torchvision's ImageNet weights, from its cache or the network.
-        num_classes: must agree with the checkpoint; a single output becomes two, of which the second has its sigmoid.
+        num_classes: must agree with the checkpoint; a single output becomes two, of which the
+            second has its sigmoid.
         device: None: the CUDA GPU if there is one, else the CPU.
-        class_names: one for each class; None: those of the checkpoint, else ImageNet's where there are 1000 classes.
-        input_size: side of the square input in pixels; None: the checkpoint's, else that of torchvision's preset.
-        resize: "crop" or "squash".
-        mean, std: three numbers each, of colours from 0 to 1 or to 255; None: the checkpoint's, else the preset's.
+        class_names: one for each class, or a text with commas between them; None: those of the
+            checkpoint, else the names of `folders`, else ImageNet's where there are 1000 classes.
+        input_size: side of the square input in pixels, or (height, width); None: the checkpoint's,
+            else that of torchvision's preset.
+        resize: "crop", "squash", or the short side in pixels to which a photo is scaled before the
+            central part is cropped.
+        mean, std: one number for each colour or one for all, of colours from 0 to 1 or to 255;
+            None: the checkpoint's, else the preset's.
+        multi_label: whether each output is a sigmoid of its own; None: the checkpoint's entry.
+        folders: the folders of the photos, which name the classes in sorted order, as ImageFolder
+            does, where there are as many as classes and nothing else names them.
+
+    Raises:
+        CallError: something does not fit.
     """
-    target, why = find_device(device)
-    if resize not in ("crop", "squash"):
-        raise CallError(f"unknown resize '{resize}' (known: crop, squash)")
-    own, origins = ".py:" in (arch or ""), {"device": why, "arch": "" if arch else "default"}
-    arch = arch.lower() if arch and not own else arch
-    if arch and not own and arch not in ARCHITECTURES:
-        raise CallError(
-            f"unknown architecture '{arch}'{closest(arch, ARCHITECTURES)} (your own network: net.py:build)"
-        )
-    arch = arch or (None if ckpt else "resnet50")
-    if ckpt:
-        checkpoint = read_checkpoint(load_safely(Path(ckpt)), str(ckpt))
+    target, no_gpu = find_device(device)
+    check_resize(resize)
+    checkpoint = open_checkpoint(arch, ckpt)
+    arch, arch_origin = find_architecture(arch, checkpoint)
+    if is_own(arch):
+        network = build_own(arch, checkpoint, num_classes)
     else:
-        checkpoint = Checkpoint("the network", {}) if own else download_weights(arch)
-    if arch is None:
-        arch, origins["arch"] = recognise(checkpoint)
-    model, beside = build_model(arch, checkpoint, num_classes)
-    given = {"input_size": input_size, "mean": mean, "std": std}
-    preset = make_preset(arch, model, checkpoint, beside, given, origins)
-    if resize == "squash":
-        preset.resize_size = preset.crop_size * 2
-    outputs = (
-        count_outputs(model, preset.crop_size[0], num_classes)
-        if own
-        else find_head(model)[1].weight.shape[0]
-    )
+        network = build_torchvision(arch, checkpoint)
+
+    options = PresetOptions(input_size, resize, as_numbers(mean), as_numbers(std))
+    preset, preset_origins = make_preset(arch, network, checkpoint, options)
+    outputs = network.outputs
+    if outputs is None:
+        outputs = count_outputs(network, preset.crop_size, num_classes)
     if num_classes not in (None, outputs, max(outputs, 2)):
         raise CallError(
-            f"--num-classes {num_classes}, but {checkpoint.name}: {outputs} classes; leave the option out"
+            f"--num-classes {num_classes}, but {checkpoint.name}: {outputs} classes; "
+            "leave the option out"
         )
-    model.register_forward_hook(partial(give_logits, outputs=outputs))
-    names = tuple(name_classes(class_names, checkpoint, max(outputs, 2), origins))
-    return Classifier(model.to(target), arch, names, preset, target, resize == "squash", origins)
+    network.model.register_forward_hook(partial(give_logits, outputs=outputs))
+
+    names, names_origin = find_class_names(class_names, checkpoint, max(outputs, 2), folders)
+    origins = {
+        "arch": arch_origin,
+        "classes": names_origin,
+        "device": no_gpu,
+        **preset_origins,
+    }
+    return Classifier(
+        model=network.model.to(target),
+        arch=arch,
+        class_names=names,
+        preset=preset,
+        device=target,
+        squash=resize == "squash",
+        multi_label=outputs > 1 and reads_labels(multi_label, network, checkpoint),
+        outputs=outputs,
+        channels=network.channels,
+        head=network.head,
+        origins=origins,
+    )
 
 
 def find_device(name: str | torch.device | None) -> tuple[torch.device, str]:
-    """Return a device, by default the CUDA GPU or else the CPU, and why there is no GPU, or "". Raises CallError."""
+    """Return a device, by default the CUDA GPU or else the CPU, and why there is no GPU, or "".
+
+    Raises CallError: the device cannot be used.
+    """
     wanted = str(name or "cuda")
     try:
-        torch.zeros(1, device=wanted).add_(
-            1
-        ).item()  # whether this torch has code for this GPU shows only now
+        # whether this torch has code for this GPU shows only when it computes
+        torch.zeros(1, device=wanted).add_(1).item()
         return torch.device(wanted), ""
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = first_line(error)  # an old driver, CUDA_VISIBLE_DEVICES, a torch without CUDA
+        reason = first_line(error)  # an old driver, CUDA_VISIBLE_DEVICES, a torch without CUDA
         if wanted.startswith("cuda") and not torch.cuda.is_available():
-            why = "no CUDA GPU found" + ("" if "no NVIDIA driver" in why else f": {why}")
+            has_driver = "no NVIDIA driver" not in reason
+            reason = f"no CUDA GPU found: {reason}" if has_driver else "no CUDA GPU found"
             if name is None:
-                return torch.device("cpu"), why
-        have = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-        raise CallError(
-            f"device {wanted} cannot be used: {why}; this machine has {have}"
-        ) from error
+                return torch.device("cpu"), reason
+        devices = ["cpu"]
+        devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        message = f"device {wanted} cannot be used: {reason}; this machine has {', '.join(devices)}"
+        raise CallError(message) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory was missing, the GPU's or the CPU's; oneDNN's word for it is the last one."""
-    words = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED|OUT_OF_DEVICE_MEMORY|create a primitive"
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(
-        re.search(words, str(error))
+    words = (
+        "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED|OUT_OF_DEVICE_MEMORY|"
+        "create a primitive"
     )
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return re.search(words, str(error)) is not None
 
 
-# The content of a checkpoint: its name for messages; the name of each dict in it, as "" or "model.", with that dict's
-# tensors; and the other entries of the outermost dict, as `arch` and `classes`.
-Checkpoint = namedtuple("Checkpoint", ("name", "states", "entries"), defaults=({},))
+def reads_labels(given: bool | None, network: Network, checkpoint: Checkpoint) -> bool:
+    """Return whether each output is a label of its own."""
+    entry = checkpoint.first_entry("multi_label")
+    if given is not None:
+        return given
+    if entry is not None:
+        return entry.value is True
+    return network.ends_in_sigmoid
 
 
-def read_checkpoint(content: Any, file: str) -> Checkpoint:
-    """Return the tensors in the content of a file, and the entries beside them. Raises CallError."""
-    states: dict[str, State] = {}
-    waiting, visited = deque([("", content)]), {id(content)}
-    while waiting:  # breadth first, each dict once: a file may nest them in themselves
-        prefix, inside = waiting.popleft()
-        for key, value in inside.items() if isinstance(inside, Mapping) else ():
-            # before 2018 torchvision's DenseNet called its layers norm.1 and conv.2 instead of norm1 and conv2
-            name = re.sub(
-                r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)",
-                r"\1\2",
-                str(key).replace("_orig_mod.", ""),
-            )
-            if isinstance(value, Tensor):
-                usable = not (value.is_meta or value.is_nested) and value.layout is torch.strided
-                if not usable and name not in ("mean", "std", "input_size"):
-                    raise CallError(
-                        f"{file}: {name} has no values or is sparse; save ordinary tensors"
-                    )
-                if not re.search(
-                    r"(^|\.)(aux1|aux2|AuxLogits)\.", name
-                ):  # heads for the training of two architectures
-                    states.setdefault(prefix, {})[name] = value.detach()
-            elif isinstance(value, Mapping) and id(value) not in visited and "optim" not in name:
-                visited.add(id(value))
-                waiting.append((f"{prefix}{name}.", value))
-    if not any(tensor.ndim > 1 for state in states.values() for tensor in state.values()):
-        held = (
-            ", ".join(map(str, list(content)[:8]))
-            if isinstance(content, Mapping)
-            else type(content).__name__
-        )
-        raise CallError(
-            f"{file}: no weights in it (found: {held}); save them with torch.save(model.state_dict(), ...)"
-        )
-    bare = (
-        max(states, key=lambda name: len(states[name])) == ""
-    )  # then a tensor called mean is a buffer of the network
-    entries = {
-        str(key): value
-        for key, value in content.items()
-        if not (bare and isinstance(value, Tensor))
-    }
-    return Checkpoint(file, states, entries)
+# The architecture
 
 
-def load_safely(path: Path) -> Any:
-    """Return what torch.load gives with `weights_only`; CallError says what to do about a file that it refuses."""
-    advice = "save the weights alone with torch.save(model.state_dict(), 'weights.pth')"
-    # Beside the weights many hold options of training scripts and NumPy's values, whose module has another name since
-    # NumPy 2. No dtypes of strings: a pickle may change the size of their items while an array has memory for others.
-    builders = [np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]]
-    plain = [
-        (f, f"numpy.{core}.multiarray.{f.__name__}") for f in builders for core in ("core", "_core")
-    ]
-    plain += [
-        (PurePath, f"pathlib.{pure}{system}Path")
-        for pure in ("", "Pure")
-        for system in ("Posix", "Windows")
-    ]
-    plain += [
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
-        argparse.Namespace,
-    ]
-    existing_file(str(path))
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+def is_own(arch: str) -> bool:
+    """Return whether an architecture is a function of the user's, as net.py:build."""
+    return ".py:" in arch
 
-            return load_file(path)
-        with torch.serialization.safe_globals(plain):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        raise CallError(
-            f"{path}: needs the safetensors package; run: pip install safetensors"
-        ) from error
-    except Exception as error:
-        found = re.search(r"(?:GLOBAL |global |but got <class )[`']?([\w.]+)", str(error))
-        why = f"not a whole checkpoint that torch can read ({type(error).__name__}); copy it again, or {advice}"
-        if "TorchScript" in str(error):
-            why = f"a TorchScript archive, which is code; {advice}"
-        elif "Weights only" in str(error) and found:
-            why = f"holds a pickled {found.group(1)} object, and loading it would run code; {advice} (see the README)"
-        raise CallError(f"{path}: {why}") from error
+
+def open_checkpoint(arch: str | None, ckpt: str | Path | None) -> Checkpoint:
+    """Return the checkpoint, else torchvision's weights; of an own network without one, no weights.
+
+    Raises CallError: it cannot be read, or there is no such architecture.
+    """
+    if arch is not None and not is_own(arch):
+        check_architecture(arch)
+    if ckpt is not None:
+        return load_checkpoint(Path(ckpt))
+    if arch is not None and is_own(arch):
+        return Checkpoint("the network")
+    return download_weights(arch.lower() if arch else "resnet50")
+
+
+def check_architecture(arch: str) -> None:
+    """Raise CallError where torchvision has no such classifier."""
+    if arch.lower() not in ARCHITECTURES:
+        hint = closest(arch.lower(), ARCHITECTURES)
+        raise CallError(f"unknown architecture '{arch}'{hint} (your own network: net.py:build)")
 
 
 def download_weights(arch: str) -> Checkpoint:
     """Return torchvision's ImageNet weights, from its cache or the network. Raises CallError."""
-    weights, name = (
-        torchvision.models.get_model_weights(arch).DEFAULT,
-        f"torchvision's {arch} weights",
-    )
+    weights = torchvision.models.get_model_weights(arch).DEFAULT
+    name = f"torchvision's {arch} weights"
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            return read_checkpoint(weights.get_state_dict(check_hash=True, weights_only=True), name)
+            state = weights.get_state_dict(check_hash=True, weights_only=True)
     except Exception as error:
-        why = f"cannot be downloaded ({first_line(error)}); pass your own with --ckpt FILE"
-        raise CallError(f"{name} {why}") from error
+        reason = first_line(error)
+        message = f"{name} cannot be downloaded ({reason}); pass your own with --ckpt FILE"
+        raise CallError(message) from error
+    return read_content(state, name)
+
+
+def find_architecture(arch: str | None, checkpoint: Checkpoint) -> tuple[str, str]:
+    """Return the architecture and where it is from: the option, an entry, or the weights.
+
+    Raises CallError: the weights fit no torchvision classifier.
+    """
+    if arch is not None:
+        return (arch if is_own(arch) else arch.lower()), ""
+    if is_downloaded(checkpoint):
+        return "resnet50", "default"
+    for entry in checkpoint.entries.get("arch", ()):
+        if isinstance(entry.value, str) and entry.value.lower() in ARCHITECTURES:
+            return entry.value.lower(), entry.origin
+    return recognise(checkpoint), "recognised"
+
+
+def is_downloaded(checkpoint: Checkpoint) -> bool:
+    """Return whether the weights are torchvision's own."""
+    return checkpoint.name.startswith("torchvision's ")
+
+
+def recognise(checkpoint: Checkpoint) -> str:
+    """Return the architecture whose tensors a checkpoint has. Raises CallError: there is none."""
+    size = sum(
+        tensor.numel() for key, tensor in checkpoint.tensors.items() if "running_" not in key
+    )
+
+    def distance(arch: str) -> int:
+        weights = torchvision.models.get_model_weights(arch)
+        return min(abs(each.meta["num_params"] - size) for each in weights)
+
+    # the nearest number of parameters first
+    best_share, best_arch = 0.5, ""
+    for arch in sorted(possible_architectures(checkpoint), key=distance):
+        model = skeleton(arch, checkpoint)
+        wanted = backbone(model)[0]
+        for place in find_places(wanted, checkpoint.tensors):
+            if place.matches == len(wanted) and not has_more_layers(place, model, checkpoint):
+                return arch
+            if place.matches / len(wanted) > best_share:
+                best_share, best_arch = place.matches / len(wanted), arch
+
+    reason = f"fits no torchvision classifier ({size / 1e6:.1f} million parameters)"
+    if best_arch:
+        share = f"{best_share:.0%} of {best_arch}'s tensors are there"
+        reason += f"; {share}: --arch {best_arch} tells which are not"
+    raise CallError(f"{checkpoint.name} {reason}; {advice(checkpoint)}")
+
+
+def possible_architectures(checkpoint: Checkpoint) -> list[str]:
+    """Return the architectures of which the file has a tensor that all of their family have."""
+    possible = []
+    for beginning, key in FAMILY_KEYS.items():
+        if any(name == key or name.endswith(f".{key}") for name in checkpoint.tensors):
+            possible += [arch for arch in ARCHITECTURES if arch.startswith(beginning)]
+    return possible
+
+
+def has_more_layers(place: Place, model: nn.Module, checkpoint: Checkpoint) -> bool:
+    """Return whether a part of the network has further layers in the file, as of a deeper variant."""
+    wanted, root = backbone(model)
+    parts = {key.partition(".")[0] for key in wanted}
+    known = set(model.state_dict())
+    for key in checkpoint.tensors:
+        inner = key.removeprefix(place.prefix)
+        is_inside = key.startswith(place.prefix) and inner.partition(".")[0] in parts
+        if is_inside and inner not in known and not inner.startswith(root):
+            return True
+    return False
+
+
+def advice(checkpoint: Checkpoint) -> str:
+    """Return what to do with a checkpoint that fits no torchvision classifier."""
+    for pattern, finding in LAYOUTS.items():
+        for key in checkpoint.tensors:
+            if re.search(pattern, key):
+                return f"{finding} ({key}); {OWN_NETWORK}"
+    return OWN_NETWORK
+
+
+# Where the network is in the file
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a checkpoint a network's tensors stand."""
+
+    prefix: str  # before the network's own names, as "state_dict.module."
+    matches: int  # how many of its tensors are there in their shape
 
 
 class MetaParameters(TorchFunctionMode):
-    """Inside `with`, parameters are made on the meta device and not initialised: they cost nothing until loaded."""
+    """Inside `with`, parameters are made on the meta device, without values: they cost nothing."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
-        if getattr(func, "__module__", "") == "torch.nn.init" or name in (
-            "normal_",
-            "uniform_",
-            "trunc_normal_",
-        ):
-            return (
-                args[0] if args else kwargs["tensor"]
-            )  # initialising on the meta device imports torch's compiler
+        kwargs = dict(kwargs or {})
+        # to initialise on the meta device would import torch's compiler
+        is_initialiser = getattr(func, "__module__", "") == "torch.nn.init"
+        if is_initialiser or getattr(func, "__name__", "") in RANDOM_FILLS:
+            return args[0] if args else kwargs["tensor"]
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
 
 
+RANDOM_FILLS = ("normal_", "uniform_", "trunc_normal_")
+
+
 def skeleton(arch: str, checkpoint: Checkpoint) -> nn.Module:
-    """Return the architecture with two classes and no weights, with the options that the file implies."""
+    """Return the architecture without weights, with the options that the file implies."""
     options: dict[str, Any] = {}
-    ends = ("running_mean", "conv_proj.weight", "encoder.pos_embedding")
-    tensors = [
-        item for state in checkpoint.states.values() for item in state.items() if item[1].ndim
-    ]
-    mean, patches, position = (
-        next((t for k, t in tensors if k.endswith(end)), torch.zeros(1)) for end in ends
-    )
-    if arch in ("googlenet", "inception_v3"):
-        # torchvision's own weights for these two expect (p - 0.5) / 0.5, and its builders add that transform when they
-        # load them. A trained checkpoint is nearly always fine-tuned from those; the weights themselves don't tell.
-        options = {"aux_logits": False, "init_weights": False, "transform_input": bool(mean.any())}
-    elif arch.startswith("vit_") and arch.endswith(f"_{patches.shape[-1]}") and position.ndim == 3:
-        options["image_size"] = math.isqrt(max(position.shape[1] - 1, 1)) * patches.shape[-1]
+    if arch in WITH_AUXILIARY:
+        options = {"aux_logits": False, "init_weights": False}
+        options["transform_input"] = transforms_input(checkpoint)
+    if arch.startswith("vit_"):
+        options = vit_options(arch, checkpoint)
     with MetaParameters():
-        return torchvision.models.get_model(arch, weights=None, num_classes=2, **options)
+        model = torchvision.models.get_model(arch, weights=None, num_classes=2, **options)
+        fit_stem(model, checkpoint)
+    return model
+
+
+def transforms_input(checkpoint: Checkpoint) -> bool:
+    """Return whether googlenet or inception_v3 expects torchvision's own transform of its input.
+
+    torchvision's weights for these two expect (p - 0.5) / 0.5, and its builders add that transform
+    when they load them. A trained checkpoint is nearly always fine-tuned from those; a state dict
+    does not tell. A pickled network does.
+    """
+    for module in checkpoint.modules.values():
+        if "transform_input" in module.attributes:
+            return bool(module.attributes["transform_input"])
+    means = [tensor for key, tensor in checkpoint.tensors.items() if key.endswith("running_mean")]
+    return not means or bool(means[0].any())
+
+
+def vit_options(arch: str, checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the image size that the position embedding of a ViT implies."""
+    patch = int(arch.rpartition("_")[2])
+    for key, tensor in checkpoint.tensors.items():
+        if key.endswith("encoder.pos_embedding") and tensor.ndim == 3:
+            return {"image_size": math.isqrt(max(tensor.shape[1] - 1, 1)) * patch}
+    return {}
+
+
+def fit_stem(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give the first convolution the number of input channels that it has in the file."""
+    name, stem = next(
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)
+    )
+    key = f"{name}.weight"
+    for full_name, tensor in checkpoint.tensors.items():
+        is_stem = full_name == key or full_name.endswith(f".{key}")
+        if is_stem and tensor.ndim == 4:
+            changed = (len(tensor), stem.in_channels, *tensor.shape[2:])
+            if changed == stem.weight.shape and tensor.shape[1] != stem.in_channels:
+                model.set_submodule(name, with_channels(stem, tensor.shape[1]))
+                return
+
+
+def with_channels(stem: nn.Conv2d, channels: int) -> nn.Conv2d:
+    """Return a convolution like `stem` with another number of input channels."""
+    return nn.Conv2d(
+        channels,
+        stem.out_channels,
+        stem.kernel_size,
+        stem.stride,
+        stem.padding,
+        bias=stem.bias is not None,
+    )
 
 
 def find_head(model: nn.Module) -> tuple[str, nn.Module]:
-    """Return the layer that gives the logits, with its name: the last one with weights (SqueezeNet's is a Conv2d)."""
-    return [
-        (name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
-    ][-1]
+    """Return the layer that gives the logits, with its name (SqueezeNet's is a Conv2d)."""
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
+    return layers[-1]
 
 
 def backbone(model: nn.Module) -> tuple[State, str]:
-    """Return a torchvision network's tensors but for its head, with the prefix of the head's, as "fc."."""
+    """Return a torchvision network's tensors but for its head, with the head's prefix, as "fc."."""
     root = find_head(model)[0].partition(".")[0] + "."
-    state = model.state_dict().items()
-    return {k: v for k, v in state if not k.startswith(root) and not k.endswith(COMPUTED)}, root
-
-
-def find_network(wanted: State, checkpoint: Checkpoint) -> list[tuple[tuple[str, str], int]]:
-    """Return where a checkpoint has tensors of `wanted`, the best first: ((dict, prefix), how many in their shape)."""
-    found: Counter[tuple[str, str]] = Counter()
-    for name, state in checkpoint.states.items():
-        for key, tensor in state.items():
-            for start in (
-                0,
-                *(dot.end() for dot in re.finditer(r"\.", key[:200])),
-            ):  # no prefix is longer
-                if key[start:] in wanted:
-                    found[name, key[:start]] += wanted[key[start:]].shape == tensor.shape
-    return found.most_common()
-
-
-def recognise(checkpoint: Checkpoint) -> tuple[str, str]:
-    """Return the architecture of a checkpoint, and whether an entry names it. Raises CallError."""
-    entries, states = checkpoint.entries, checkpoint.states.values()
-    for name in (
-        entries.get("arch"),
-        entries.get("model_name"),
-        getattr(entries.get("args"), "model", None),
-    ):
-        if isinstance(name, str) and name.lower() in ARCHITECTURES:
-            return name.lower(), f"from {os.path.basename(checkpoint.name)}"
-    count = max(
-        sum(t.numel() for key, t in state.items() if "running_" not in key) for state in states
-    )
-    sizes = {
-        a: [w.meta["num_params"] for w in torchvision.models.get_model_weights(a)]
-        for a in ARCHITECTURES
+    tensors = {
+        key: tensor
+        for key, tensor in model.state_dict().items()
+        if not key.startswith(root) and not key.endswith(COMPUTED)
     }
-    nearest = (0.5, "")
-    # the nearest number of parameters first; right is where the backbone is all there, with nothing else beside it
-    for arch in sorted(
-        ARCHITECTURES, key=lambda arch: min(abs(size - count) for size in sizes[arch])
-    ):
-        wanted, root = backbone(skeleton(arch, checkpoint))
-        for (name, prefix), found in find_network(wanted, checkpoint):
-            nearest = max(nearest, (found / len(wanted), arch))
-            items = (
-                (k.removeprefix(prefix), t)
-                for k, t in checkpoint.states[name].items()
-                if k.startswith(prefix)
-            )
-            layers = (key for key, tensor in items if tensor.ndim and not key.endswith(COMPUTED))
-            if found == len(wanted) and all(
-                key in wanted or key.startswith(root) for key in layers
-            ):
-                return arch, "recognised"
-    near = f"{nearest[0]:.0%} of {nearest[1]}'s tensors are there: --arch {nearest[1]} tells which are not; "
-    why = f"fits no torchvision classifier ({count / 1e6:.1f} million parameters)"
-    raise CallError(f"{checkpoint.name} {why}; {near if nearest[1] else ''}{advice(checkpoint)}")
+    return tensors, root
 
 
-def advice(checkpoint: Checkpoint) -> str:
-    """Return what to do with a checkpoint that fits no torchvision classifier."""
-    tensors = " ".join(
-        f"{key} {tensor.ndim}d"
-        for state in checkpoint.states.values()
-        for key, tensor in state.items()
-    )
-    tasks = (
-        r"rpn\.|classification_head\.|(aux|low)_classifier\.|classifier\.4\.weight 4d|decode_head\."
-    )
-    return (
-        "it looks like a detector or segmentation network; " * bool(re.search(tasks, tensors))
-        + OWN_NETWORK
-    )
+def find_places(wanted: State, tensors: State) -> list[Place]:
+    """Return where a file has tensors of a network, the place with the most of them first."""
+    matches: Counter[str] = Counter()
+    for key, tensor in tensors.items():
+        starts = [0, *(dot.end() for dot in re.finditer(r"\.", key))]
+        for start in starts:
+            if key[start:] in wanted:
+                matches[key[:start]] += wanted[key[start:]].shape == tensor.shape
+    return [Place(prefix, count) for prefix, count in matches.most_common()]
 
 
-def build_model(
-    arch: str, checkpoint: Checkpoint, num_classes: int | None
-) -> tuple[nn.Module, State]:
-    """Return the network with the checkpoint's weights, and the tensors beside it in the file. Raises CallError."""
-    states, own = checkpoint.states, ".py:" in arch
-    matrices = [(k, v) for state in states.values() for k, v in state.items() if v.ndim == 2]
-    heads = [v.shape[0] for k, v in matrices if re.search(r"(^|\.)(fc|classifier|head|heads)\.", k)]
-    model = (
-        run_own_file(arch, num_classes or next(reversed(heads), None))
-        if own
-        else skeleton(arch, checkpoint)
-    )
-    wanted = (
-        {k: v for k, v in model.state_dict().items() if not k.endswith(COMPUTED)}
-        if own
-        else backbone(model)[0]
-    )
-    if not states:
-        return model.eval(), {}
-    found = find_network(wanted, checkpoint)
-    # Each network once, also where the file has it under two names. Its moving average (EMA) only if there is no other.
-    whole = {
-        states[d][p + next(iter(wanted))].data_ptr(): (d, p)
-        for (d, p), count in found
-        if count == len(wanted)
-    }
-    places = [
-        place
-        for place in whole.values()
-        if not re.search("ema|averag", "".join(place), re.IGNORECASE)
-    ]
-    places = (
-        places
-        or [*whole.values()]
-        or [place for place, _ in found[:1]]
-        or [(next(iter(states)), "")]
-    )
-    if len(places) > 1:
-        names = " and ".join(f"'{name}{prefix}'" for name, prefix in places)
+def choose_place(wanted: State, checkpoint: Checkpoint) -> tuple[Place, State]:
+    """Return where the network is in the file, and the other tensors that a network might need.
+
+    A moving average is taken only where there is no other network. Raises CallError: several.
+    """
+    tensors = checkpoint.tensors
+    places = find_places(wanted, tensors) or [Place("", 0)]
+    whole = [place for place in places if place.matches == len(wanted)] or places[:1]
+    networks = [place for place in whole if not AVERAGE.search(place.prefix)] or whole
+
+    # the same tensors may stand under two names
+    first_key = next(iter(wanted))
+    by_memory = {}
+    for place in networks:
+        tensor = tensors.get(place.prefix + first_key)
+        memory = place.prefix if tensor is None else tensor.data_ptr()
+        by_memory.setdefault(memory, place)
+    distinct = list(by_memory.values())
+    if len(distinct) > 1:
+        names = " and ".join(f"'{place.prefix}'" for place in distinct)
         raise CallError(
             f"{checkpoint.name}: holds several networks, under {names}; save the one to explain"
         )
-    name, prefix = places[0]
-    state = {
-        key.removeprefix(prefix): tensor
-        for key, tensor in states[name].items()
-        if key.startswith(prefix)
+
+    chosen = distinct[0]
+    copies = tuple(place.prefix for place in whole if place is not chosen and place.prefix)
+    others = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if not key.startswith(copies) and is_of_network(key, tensor)
     }
-    beside = {key: tensor for key, tensor in states[name].items() if not key.startswith(prefix)}
-    if not own:
-        fit_head(model, state, beside)
-    load_state(arch, model, state, checkpoint)
-    outputs = None if own else find_head(model)[1].weight.shape[0]
-    unused = [key for key in beside if not key.endswith(("mean", "std"))]
-    other = [key for key in unused if beside[key].ndim == 4 or beside[key].shape[1:] == (outputs,)]
-    other = [key for key in other if not re.search("ema|averag", key, re.IGNORECASE)]
-    if other and not own:
-        why = f"{other[0]} is of a second network, or a layer behind {arch}'s {outputs} outputs"
-        raise CallError(f"{checkpoint.name}: {why}; save one network only, or {OWN_NETWORK}")
-    if unused:
-        warn(f"{checkpoint.name}: not used, as no part of {arch}: {'; '.join(unused[:3])}")
-    return model.eval(), beside
+    return chosen, others
 
 
-def fit_head(model: nn.Module, state: State, beside: State) -> None:
-    """Give the network the checkpoint's head, if that is one layer, and rename its tensors in `state`."""
-    name, layer = find_head(model)
+def is_of_network(key: str, tensor: Tensor) -> bool:
+    """Return whether a forward pass may read a tensor: not what only training needs, and no count."""
+    if TRAINING_ONLY.search(key) or AVERAGE.search(key) or key.endswith("num_batches_tracked"):
+        return False
+    return tensor.ndim > 0 and tensor.is_floating_point()
+
+
+# A torchvision network
+
+
+def build_torchvision(arch: str, checkpoint: Checkpoint) -> Network:
+    """Return a torchvision network with the checkpoint's weights and head.
+
+    Raises CallError: a tensor is missing or does not fit, or a tensor of the file would be unused.
+    """
+    model = skeleton(arch, checkpoint)
+    wanted, root = backbone(model)
+    place, others = choose_place(wanted, checkpoint)
+    prefix = place.prefix
+    if arch in WITH_AUXILIARY:
+        others = {key: tensor for key, tensor in others.items() if not AUXILIARY.search(key)}
+    check_modules(model, prefix, checkpoint)
+
+    # the backbone's tensors, those under the head's name, and all others
+    state: State = {}
+    in_head: State = {}
+    beside: State = {}
+    known = set(model.state_dict())
+    for key, tensor in checkpoint.tensors.items():
+        inner = key.removeprefix(prefix) if key.startswith(prefix) else ""
+        if inner.startswith(root):
+            in_head[key] = tensor
+        elif inner in known:
+            state[inner] = tensor
+        elif key in others:
+            beside[key] = tensor
+    colours, beside = split_colours(beside)
+
+    check_shapes(arch, wanted, state, checkpoint)
+    head = fit_head(arch, model, prefix, in_head, beside, checkpoint)
+    load_state(arch, model, state | head.state, checkpoint)
+
+    channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+    if channels not in (1, 3):
+        raise CallError(
+            f"{checkpoint.name}: the network takes {channels} input channels; "
+            "only colour photos (3) and grey ones (1) can be explained"
+        )
+    return Network(
+        model=model.eval(),
+        channels=channels,
+        outputs=find_head(model)[1].weight.shape[0],
+        head=head.text,
+        ends_in_sigmoid=head.ends_in_sigmoid,
+        head_inputs=head.inputs,
+        colours=colours,
+    )
+
+
+def split_colours(beside: State) -> tuple[State, State]:
+    """Split off the mean and std of a layer in front of the network that normalises its inputs."""
+    colours: State = {}
+    rest: State = {}
+    for key, tensor in beside.items():
+        name = key.rpartition(".")[2]
+        if name in ("mean", "std") and tensor.numel() in (1, 3):
+            colours[name] = tensor
+        else:
+            rest[key] = tensor
+    return colours, rest
+
+
+# What decides how a layer computes, of those that torchvision's networks are made of.
+SETTINGS = (
+    *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "ceil_mode"),
+    *("eps", "output_size", "negative_slope", "approximate", "normalized_shape", "transform_input"),
+)
+
+
+def check_modules(model: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
+    """Raise CallError where a pickled network has another layer in the place of one of `model`'s."""
+    root = find_head(model)[0].partition(".")[0]
+    for name, module in model.named_modules():
+        pickled = checkpoint.modules.get(prefix + name)
+        is_layer = not any(True for _ in module.children())
+        if pickled is None or not is_layer or name.partition(".")[0] == root:
+            continue
+        kind = type(module).__name__
+        if pickled.kind != kind:
+            raise CallError(
+                f"{checkpoint.name}: {prefix}{name} is a {pickled.kind}, where torchvision's has a "
+                f"{kind}; {OWN_NETWORK}"
+            )
+        for setting in SETTINGS:
+            ours = getattr(module, setting, None)
+            theirs = pickled.attributes.get(setting, ours)
+            if as_pair(ours) != as_pair(theirs):
+                raise CallError(
+                    f"{checkpoint.name}: {prefix}{name} has {setting} {theirs}, where "
+                    f"torchvision's has {ours}; {OWN_NETWORK}"
+                )
+
+
+def as_pair(value: Any) -> Any:
+    """Return a whole number as (n, n) and a sequence as a tuple, as PyTorch's layers understand both."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value, value
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    return value
+
+
+# The head
+
+
+ACTIVATIONS = ("ReLU", "ReLU6", "LeakyReLU", "ELU", "GELU", "SiLU", "Mish", "Hardswish", "Tanh")
+NO_EFFECT = ("Dropout", "Identity", "Flatten", "AlphaDropout", "Sequential", "ModuleList")
+READ_AS_SCORES = ("Softmax", "LogSoftmax", "Sigmoid")  # at the end of a head
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head that was built from the tensors of a file."""
+
+    state: State  # its tensors, by their names in the network
+    text: str = ""  # as "head 512 -> 64 -> 3 (ReLU assumed)"; "" for one Linear layer
+    inputs: int | None = None  # of its first layer
+    ends_in_sigmoid: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a head."""
+
+    name: str  # in the file
+    module: nn.Module  # with meta parameters
+    tensors: State  # of the module, by their names in it
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The number of values that the layer takes and gives."""
+        if isinstance(self.module, nn.Linear):
+            return self.module.in_features, self.module.out_features
+        length = len(self.tensors["weight"])
+        return length, length
+
+
+def fit_head(
+    arch: str,
+    model: nn.Module,
+    prefix: str,
+    in_head: State,
+    beside: State,
+    checkpoint: Checkpoint,
+) -> Head:
+    """Give the network the head that the file has: under the head's name, or beside the backbone.
+
+    Raises CallError: the head has other layers than Linear, BatchNorm1d and LayerNorm, or they do
+    not fit each other or the backbone.
+    """
+    if not beside:
+        return fit_named_head(arch, model, prefix, in_head, checkpoint)
+
+    root = find_head(model)[0].partition(".")[0]
+    features = first_inputs(model)
+    layers = read_layers(beside, checkpoint, features)
+    left_out = ""
+    if in_head:
+        # ImageNet's layer was left where it is, and the forward pass goes around it
+        outputs = last_outputs(in_head)
+        first = layers[0]
+        if outputs != 1000 or first.sizes[0] != features or features == outputs:
+            raise CallError(
+                f"{checkpoint.name}: {first.name} is a second head, or a layer behind {arch}'s "
+                f"{outputs} outputs; {OWN_NETWORK}"
+            )
+        left_out = f" instead of {root} with its 1000 outputs"
+    return replace_head(arch, model, root, layers, features, checkpoint, left_out)
+
+
+def fit_named_head(
+    arch: str, model: nn.Module, prefix: str, in_head: State, checkpoint: Checkpoint
+) -> Head:
+    """Give the network the head that the file has under the head's own name. Raises CallError."""
+    name, last = find_head(model)
     root = name.partition(".")[0]
-    # as it was, as in `model.fc = nn.Sequential(nn.Dropout(), nn.Linear(...))`, or beside the backbone
-    for source, place in ((state, f"{name}."), (state, f"{root}."), (beside, "")):
-        keys = [key for key in source if key.startswith(place) and key.endswith("weight")]
-        weights = [key for key in keys if source[key].ndim in (2, 4) and source[key].numel()]
-        if weights:
-            break
-    if len(weights) != 1 or source[weights[0]].ndim != layer.weight.ndim:
-        return  # load_state tells what does not fit
-    old, weight = weights[0].removesuffix("weight"), source[weights[0]]
-    sizes = (weight.shape[1], weight.shape[0], *([weight.shape[2:]] if weight.ndim == 4 else []))
-    head = type(layer)(*sizes, bias=f"{old}bias" in source, device="meta")
-    others = [
-        key
-        for key in model.state_dict()
+    ours = {
+        key: tensor
+        for key, tensor in model.state_dict().items()
         if key.startswith(f"{root}.") and not key.startswith(f"{name}.")
-    ]
-    if place != f"{name}." and others and not any(key in state for key in others):
-        model.add_module(
-            root, nn.Sequential(nn.Flatten(1), head)
-        )  # instead of a whole classifier, as VGG's
-        name = f"{root}.1"
-    else:
-        model.set_submodule(name, head)
-    state |= {
-        f"{name}.{part}": source.pop(f"{old}{part}")
-        for part in ("weight", "bias")
-        if f"{old}{part}" in source
     }
+    theirs = {key.removeprefix(prefix): tensor for key, tensor in in_head.items()}
+    keeps_others = all(
+        key in theirs and theirs[key].shape == tensor.shape for key, tensor in ours.items()
+    )
+
+    if isinstance(last, nn.Conv2d):
+        return fit_convolution(model, theirs)
+    if not keeps_others:  # the whole head was replaced
+        layers = read_layers(in_head, checkpoint, first_inputs(model))
+        return replace_head(arch, model, root, layers, first_inputs(model), checkpoint)
+
+    # only the last layer was replaced, perhaps by several
+    kept = {key: theirs[key] for key in ours}
+    changed = {key: in_head[prefix + key] for key in theirs if key not in ours}
+    layers = read_layers(changed, checkpoint, last.in_features)
+    head = replace_head(arch, model, name, layers, last.in_features, checkpoint)
+    return replace(head, state=head.state | kept, inputs=first_inputs(model))
+
+
+def fit_convolution(model: nn.Module, theirs: State) -> Head:
+    """Give SqueezeNet the number of outputs that its last convolution has in the file."""
+    name, last = find_head(model)
+    keys = [key for key in theirs if key.endswith("weight") and theirs[key].ndim == 4]
+    if len(keys) != 1:
+        return Head(theirs)  # load_state tells what does not fit
+    old = keys[0].removesuffix("weight")
+    outputs = len(theirs[keys[0]])
+    with MetaParameters():
+        layer = nn.Conv2d(last.in_channels, outputs, 1, bias=f"{old}bias" in theirs)
+    model.set_submodule(name, layer)
+    return Head({f"{name}.{key.removeprefix(old)}": tensor for key, tensor in theirs.items()})
+
+
+def first_inputs(model: nn.Module) -> int:
+    """Return how many values the backbone of a torchvision network gives its head."""
+    root = find_head(model)[0].partition(".")[0]
+    for module in model.get_submodule(root).modules():
+        if isinstance(module, nn.Linear):
+            return module.in_features
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    raise ValueError("a head without a layer")
+
+
+def last_outputs(in_head: State) -> int:
+    """Return the number of outputs of the last layer."""
+    weights = [tensor for tensor in in_head.values() if tensor.ndim > 1]
+    return len(weights[-1]) if weights else 0
+
+
+def read_layers(tensors: State, checkpoint: Checkpoint, features: int) -> list[Layer]:
+    """Return the layers of a head, in the order of the file. Raises CallError: an unknown layer."""
+    by_layer: dict[str, State] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(".")
+        by_layer.setdefault(name, {})[part] = tensor
+
+    layers = []
+    for name in in_order(by_layer, checkpoint):
+        pickled = checkpoint.modules.get(name)
+        state = by_layer.get(name, {})
+        with MetaParameters():
+            module = read_layer(state, pickled)
+        if module is None:
+            key = f"{name}.{next(iter(state), '')}".strip(".")
+            raise CallError(
+                f"{checkpoint.name}: {key} is no part of a torchvision network, and no Linear, "
+                f"BatchNorm1d or LayerNorm of its head; {advice(checkpoint)}"
+            )
+        for part, tensor in state.items():
+            check_numbers(f"{name}.{part}", tensor, checkpoint)
+        layers.append(Layer(name, module, state))
+    return layers
+
+
+def in_order(by_layer: Mapping[str, State], checkpoint: Checkpoint) -> list[str]:
+    """Return the names of the layers of a head; of a pickled network, with those without tensors."""
+    parents = {name.rpartition(".")[0] for name in by_layer}
+    heads = {parent for parent in parents if is_sequential(parent, checkpoint)}
+    names = []
+    for name, module in checkpoint.modules.items():
+        if name.rpartition(".")[0] in heads and module.kind not in NO_EFFECT:
+            names.append(name)
+    names += [name for name in by_layer if name not in names]
+    if not heads:
+        return names
+    order = {name: index for index, name in enumerate(checkpoint.modules)}
+    return sorted(names, key=lambda name: order.get(name, len(order)))
+
+
+def is_sequential(name: str, checkpoint: Checkpoint) -> bool:
+    """Return whether a pickled module is a Sequential, whose layers follow each other for certain."""
+    return name in checkpoint.modules and checkpoint.modules[name].kind == "Sequential"
+
+
+def read_layer(state: State, pickled: PickledModule | None) -> nn.Module | None:
+    """Return the layer that has these tensors, without weights; None where it is of no known kind."""
+    kind = pickled.kind if pickled else ""
+    settings = pickled.attributes if pickled else {}
+    if not state:
+        if kind in READ_AS_SCORES:
+            return getattr(nn, kind)()
+        names = ("negative_slope", "alpha", "approximate")
+        options = {name: settings[name] for name in names if name in settings}
+        return getattr(nn, kind)(**options) if kind in ACTIVATIONS else None
+
+    weight = state.get("weight")
+    parts = set(state)
+    if weight is None or weight.numel() == 0 or kind not in ("", *LAYER_KINDS):
+        return None
+    if weight.ndim == 2 and parts <= {"weight", "bias"}:
+        return nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in parts)
+    if weight.ndim != 1:
+        return None
+    eps = settings.get("eps", 1e-5)
+    if parts >= {"running_mean", "running_var"}:
+        return nn.BatchNorm1d(len(weight), eps)
+    if parts == {"weight", "bias"}:
+        return nn.LayerNorm(len(weight), eps)
+    return None
+
+
+LAYER_KINDS = ("Linear", "BatchNorm1d", "LayerNorm")
+
+
+def replace_head(
+    arch: str,
+    model: nn.Module,
+    name: str,
+    layers: Sequence[Layer],
+    features: int,
+    checkpoint: Checkpoint,
+    remark: str = "",
+) -> Head:
+    """Put the layers in the place of the module `name`, which takes `features` values.
+
+    Raises CallError: a layer takes another number of values than it gets.
+    """
+    if not layers:
+        return Head({})  # load_state tells that it is missing
+    check_sizes(arch, layers, features, checkpoint)
+    ends_in_sigmoid = isinstance(layers[-1].module, nn.Sigmoid)
+    layers = [layer for layer in layers if type(layer.module).__name__ not in READ_AS_SCORES]
+    layers, assumed = with_activations(layers, checkpoint)
+
+    sequence = nn.Sequential(nn.Flatten(1), *(layer.module for layer in layers))
+    model.set_submodule(name, sequence)
+    state = {}
+    for index, layer in enumerate(layers, start=1):
+        for part, tensor in layer.tensors.items():
+            state[f"{name}.{index}.{part}"] = tensor
+
+    text = describe_head(layers, assumed) if len(layers) > 1 or remark else ""
+    return Head(state, text + remark, features, ends_in_sigmoid)
+
+
+def check_sizes(arch: str, layers: Sequence[Layer], features: int, checkpoint: Checkpoint) -> None:
+    """Raise CallError where a layer takes another number of values than it gets."""
+    source, given = arch, features
+    with_tensors = [layer for layer in layers if layer.tensors]
+    for layer in with_tensors:
+        takes, gives = layer.sizes
+        if takes != given:
+            hint = "; was its pooling changed?" if source == arch else ""
+            raise CallError(
+                f"{checkpoint.name}: {layer.name} takes {takes} values, but {source} gives "
+                f"{given}{hint}; {OWN_NETWORK}"
+            )
+        source, given = layer.name, gives
+    if not with_tensors or not isinstance(with_tensors[-1].module, nn.Linear):
+        raise CallError(f"{checkpoint.name}: its head ends in no Linear layer; {OWN_NETWORK}")
+
+
+def with_activations(layers: Sequence[Layer], checkpoint: Checkpoint) -> tuple[list[Layer], bool]:
+    """Return the layers with a ReLU before each further Linear that has none, and whether one was added.
+
+    Layers of one pickled Sequential are complete as they are.
+    """
+    complete: list[Layer] = []
+    assumed = False
+    is_linear = False  # whether nothing has bent the values since the last Linear layer
+    for layer in layers:
+        kind = type(layer.module).__name__
+        is_known = is_sequential(layer.name.rpartition(".")[0], checkpoint)
+        if kind == "Linear" and is_linear and not is_known:
+            complete.append(Layer("", nn.ReLU(), {}))
+            assumed = True
+        if kind in ACTIVATIONS:
+            is_linear = False
+        elif kind == "Linear":
+            is_linear = True
+        complete.append(layer)
+    return complete, assumed
+
+
+def describe_head(layers: Sequence[Layer], assumed: bool) -> str:
+    """Return the sizes of a head, as "head 512 -> 64 -> 3 (ReLU assumed)"."""
+    sizes = [str(layers[0].sizes[0])] if layers[0].tensors else []
+    for layer in layers:
+        if isinstance(layer.module, nn.Linear):
+            sizes.append(str(layer.module.out_features))
+        elif not isinstance(layer.module, nn.ReLU):
+            sizes.append(type(layer.module).__name__)
+    text = f"head {' -> '.join(sizes)}"
+    return f"{text} (ReLU assumed)" if assumed else text
 
 
 def load_state(arch: str, model: nn.Module, state: State, checkpoint: Checkpoint) -> None:
-    """Put the tensors into the network, the floating-point ones as float32. Raises CallError where one does not fit."""
+    """Put the tensors into the network, the floating-point ones as float32.
+
+    Raises CallError: tensors are missing, left over, of another shape, or no ordinary numbers.
+    """
     wanted = model.state_dict()  # it has the version marks that MNASNet insists on
-    state = {key: tensor for key, tensor in wanted.items() if key.endswith(COMPUTED)} | state
-    differ = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    faults = {
-        "missing": [key for key in wanted if key not in state],
-        "unexpected": [key for key in state if key not in wanted and state[key].ndim],
-        "of another shape": [
-            f"{k}: {shape_of(state[k])} in the file, {shape_of(wanted[k])} in {arch}"
-            for k in differ
-        ],
-    }
-    parts = [
-        f"{len(ks)} {kind} ({'; '.join(ks[:3])}{'; ...' * (len(ks) > 3)})"
-        for kind, ks in faults.items()
-        if ks
-    ]
-    if parts:
-        hint = advice(checkpoint)
-        with contextlib.suppress(CallError):
-            other = recognise(checkpoint._replace(entries={}))[0]
-            hint = f"it fits {other}: pass --arch {other}" if other != arch else hint
-        raise CallError(f"{checkpoint.name} does not fit {arch}: {', '.join(parts)}; {hint}")
+    for key, tensor in wanted.items():
+        if key.endswith(COMPUTED):
+            state.setdefault(key, tensor)
+    check_shapes(arch, wanted, state, checkpoint)
+
     for key, value in wanted.items():
-        if value.is_floating_point() and not re.match(
-            r"torch\.b?float(8|16|32|64)", str(state[key].dtype)
-        ):
-            why = f"{key} is quantised or complex ({state[key].dtype}); save the weights from before that"
-            raise CallError(f"{checkpoint.name}: {why}")
-        wanted[key] = (state[key].float() if value.is_floating_point() else state[key]).contiguous()
+        tensor = state[key]
+        if value.is_floating_point():
+            check_numbers(key, tensor, checkpoint)
+            tensor = tensor.float()
+        wanted[key] = tensor.contiguous()
     model.load_state_dict(wanted, strict=False, assign=True)
 
 
-def run_own_file(arch: str, classes: int | None) -> nn.Module:
-    """Run the user's "file.py:function", with `num_classes` if it is known and taken. Raises CallError."""
-    file, _, function = arch.rpartition(":")
-    sys.path.insert(0, os.path.dirname(os.path.abspath(file)))  # its neighbours can be imported
-    arguments, sys.argv = sys.argv, [file]  # which are not for the file
+def check_numbers(key: str, tensor: Tensor, checkpoint: Checkpoint) -> None:
+    """Raise CallError where a tensor does not hold ordinary floating-point numbers."""
+    is_usual = re.match(r"torch\.b?float(8|16|32|64)", str(tensor.dtype))
+    if key.endswith("num_batches_tracked") or is_usual:
+        return
+    raise CallError(
+        f"{checkpoint.name}: {key} is quantised or complex ({tensor.dtype}); "
+        "save the weights from before that"
+    )
+
+
+def check_shapes(arch: str, wanted: State, state: State, checkpoint: Checkpoint) -> None:
+    """Raise CallError where the tensors are not those that the network needs."""
+    differ = []
+    for key, tensor in wanted.items():
+        if key in state and state[key].shape != tensor.shape:
+            shapes = f"{shape_of(state[key])} in the file, {shape_of(tensor)} in {arch}"
+            differ.append(f"{key}: {shapes}")
+    faults = {
+        "missing": [key for key in wanted if key not in state],
+        "unexpected": [key for key in state if key not in wanted and not key.endswith(COMPUTED)],
+        "of another shape": differ,
+    }
+    counts = []
+    for kind, keys in faults.items():
+        if keys:
+            more = "; ..." if len(keys) > 3 else ""
+            counts.append(f"{len(keys)} {kind} ({'; '.join(keys[:3])}{more})")
+    if counts:
+        hint = other_architecture(arch, checkpoint)
+        raise CallError(f"{checkpoint.name} does not fit {arch}: {', '.join(counts)}; {hint}")
+
+
+def other_architecture(arch: str, checkpoint: Checkpoint) -> str:
+    """Return which architecture a checkpoint fits, or what else to do, for a message."""
     try:
-        # under a name of our own: a file that is called torch.py must not stand in for torch
-        spec = importlib.util.spec_from_file_location(f"own_{Path(file).stem}", file)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look there
-        spec.loader.exec_module(module)
-        build = getattr(module, function, None)
+        other = recognise(checkpoint)
+    except CallError:
+        return advice(checkpoint)
+    if other == arch:
+        return advice(checkpoint)
+    return f"it fits {other}: pass --arch {other}"
+
+
+def shape_of(tensor: Tensor) -> str:
+    """Return the shape of a tensor, as "2 x 3"."""
+    return " x ".join(map(str, tensor.shape)) or "one number"
+
+
+# A network of one's own
+
+
+def build_own(arch: str, checkpoint: Checkpoint, num_classes: int | None) -> Network:
+    """Return the network that the user's function builds, with the checkpoint's weights.
+
+    Raises CallError: the function fails, or the weights do not fit the network.
+    """
+    model = run_own_file(arch, num_classes or guess_classes(checkpoint))
+    if checkpoint.tensors:
+        load_own(arch, model, checkpoint)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    channels = convolutions[0].in_channels if convolutions else 3
+    if channels not in (1, 3):
+        channels = 3  # the first convolution is not the first layer
+    return Network(model.eval(), channels=channels)
+
+
+def guess_classes(checkpoint: Checkpoint) -> int | None:
+    """Return the number of outputs of the last matrix that a head's name stands before, or None."""
+    classes = None
+    for key, tensor in checkpoint.tensors.items():
+        if tensor.ndim == 2 and re.search(r"(^|\.)(fc|classifier|heads?)\.", key):
+            classes = len(tensor)
+    return classes
+
+
+def load_own(arch: str, model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load the checkpoint into a network of the user's. Raises CallError: it does not fit."""
+    wanted = {
+        key: tensor for key, tensor in model.state_dict().items() if not key.endswith(COMPUTED)
+    }
+    place, others = choose_place(wanted, checkpoint)
+    state = {}
+    for key, tensor in checkpoint.tensors.items():
+        inner = key.removeprefix(place.prefix)
+        is_inside = key.startswith(place.prefix)
+        if is_inside and (inner in wanted or inner.endswith(COMPUTED) or key in others):
+            state[inner] = tensor
+    load_state(arch, model, state, checkpoint)
+
+    unused = [key for key in others if not key.startswith(place.prefix)]
+    if unused:
+        raise CallError(f"{checkpoint.name}: {unused[0]} is no part of the network of {arch}")
+
+
+def run_own_file(arch: str, classes: int | None) -> nn.Module:
+    """Run the user's "file.py:function", with `num_classes` if it is known and taken.
+
+    Raises CallError: the function fails, or returns no network that can be explained.
+    """
+    file, _, function = arch.rpartition(":")
+    arguments = sys.argv
+    sys.path.insert(0, os.path.dirname(os.path.abspath(file)))  # its neighbours can be imported
+    sys.argv = [file]  # the program's own arguments are not for the file
+    try:
+        build = getattr(import_file(file), function, None)
         if not callable(build):
-            raise AttributeError(
-                f"{file} has no function '{function}'{closest(function, vars(module))}"
-            )
+            hint = closest(function, vars(sys.modules[own_module_name(file)]))
+            raise AttributeError(f"{file} has no function '{function}'{hint}")
         takes_number = re.search(r"\bnum_classes\b|\*\*", str(inspect.signature(build)))
         model = build(num_classes=classes) if takes_number and classes else build()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"it returned a {type(model).__name__}, not a torch.nn.Module")
-        return model
+        return unwrapped(model)
     except (Exception, SystemExit) as error:
-        hint = (
-            "; does it need --num-classes?" if "num_classes" in str(error) and not classes else ""
-        )
-        hint = (
-            "; put what parses arguments under if __name__ == '__main__':"
-            if isinstance(error, SystemExit)
-            else hint
-        )
-        raise CallError(
-            f"--arch {arch}: {type(error).__name__}: {first_line(error)}{hint}"
-        ) from error
+        hint = ""
+        if "num_classes" in str(error) and not classes:
+            hint = "; does it need --num-classes?"
+        if isinstance(error, SystemExit):
+            hint = "; put what parses arguments under if __name__ == '__main__':"
+        message = f"--arch {arch}: {type(error).__name__}: {first_line(error)}{hint}"
+        raise CallError(message) from error
     finally:
         sys.argv = arguments
         del sys.path[0]
 
 
-def as_logits(answer: Any, outputs: int | None = None) -> Tensor:
-    """Return a network's answer, or the one of several with `outputs` columns, as (N, classes). Raises CallError."""
+def own_module_name(file: str) -> str:
+    """Return the name of the user's module: a file called torch.py must not stand in for torch."""
+    return f"own_{Path(file).stem}"
+
+
+def import_file(file: str) -> types.ModuleType:
+    """Import a Python file by its path."""
+    spec = importlib.util.spec_from_file_location(own_module_name(file), file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """Return a network without DataParallel and torch.compile around it. Raises TypeError: it is none."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("it returned a ScriptModule, which cannot be explained; return the network")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"it returned a {type(model).__name__}, not a torch.nn.Module")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrapped(model.module)
+    if hasattr(model, "_orig_mod"):  # torch.compile's
+        return unwrapped(model._orig_mod)
+    return model
+
+
+def as_logits(answer: Any, outputs: int | None = None, count: int | None = None) -> Tensor:
+    """Return the logits (N, classes) in a network's answer.
+
+    Of several tensors the one with `outputs` columns is taken. `count` is the number of inputs.
+
+    Raises:
+        CallError: there is no such tensor, or it has lost the batch dimension.
+    """
     if isinstance(answer, Mapping):  # as transformers' networks give it
         answer = answer.get("logits", answer.get("out", answer))
     answer = getattr(answer, "logits", answer)
     answers = answer if isinstance(answer, (tuple, list)) else [answer]
-    tensors = [each for each in answers if isinstance(each, Tensor) and each.ndim]
-    rows = [
-        t for t in tensors if math.prod(t.shape[1:]) == max(t.shape[1:], default=1)
-    ]  # (N, C), (N, C, 1, 1), (N,)
-    rows = [row for row in rows if outputs == row.shape[-1]] or rows
+    rows = [item for item in answers if isinstance(item, Tensor) and is_row(item)]
+    fitting = [row for row in rows if row.ndim and row.shape[-1] == outputs]
+    if len(rows) > 1 and fitting:
+        rows = fitting
     if len(rows) != 1:
-        kinds = [
-            f"a tensor of {shape_of(a)}" if isinstance(a, Tensor) else f"a {type(a).__name__}"
-            for a in answers
-        ]
-        hint = " alone, or pass --num-classes" if rows else ", (N, classes)"
+        kinds = " and ".join(describe_answer(item) for item in answers[:4])
+        hint = "alone, or pass --num-classes" if rows else "as (N, classes)"
+        raise CallError(f"the network returns {kinds}; let it return the logits {hint}")
+
+    logits = rows[0]
+    if logits.ndim == 0 or (count is not None and len(logits) != count):
         raise CallError(
-            f"the network returns {' and '.join(kinds[:4])}; let it return the logits{hint}"
+            f"the network returns {describe_answer(logits)} for {count or 1} input(s), without the "
+            "batch dimension; write x.flatten(1) instead of x.squeeze() in its forward"
         )
-    return rows[0][:, None] if rows[0].ndim == 1 else rows[0].flatten(1)
+    if logits.ndim == 1:
+        return logits[:, None]
+    return logits.flatten(1)
+
+
+def is_row(tensor: Tensor) -> bool:
+    """Return whether a tensor may be logits: (N, C), (N, C, 1, 1), (N,) or a single number."""
+    sizes = tensor.shape[1:]
+    return math.prod(sizes) == max(sizes, default=1)
+
+
+def describe_answer(answer: Any) -> str:
+    """Return what a network returned, for a message."""
+    if isinstance(answer, Tensor):
+        return f"a tensor of {shape_of(answer)}"
+    return f"a {type(answer).__name__}"
 
 
 def give_logits(model: nn.Module, inputs: Any, answer: Any, outputs: int) -> Tensor:
-    """Return the logits (N, classes), as a forward hook; a single one becomes two, whose softmax is its sigmoid."""
-    logits = as_logits(answer, outputs)
-    return torch.cat([-logits, logits], 1) / 2 if outputs == 1 else logits
+    """Return the logits (N, classes), as a forward hook; a single one becomes two.
+
+    The softmax of the two is the sigmoid of the single one.
+    """
+    logits = as_logits(answer, outputs, len(inputs[0]))
+    if outputs == 1:
+        return torch.cat([-logits, logits], 1) / 2
+    return logits
 
 
-def count_outputs(model: nn.Module, side: int, num_classes: int | None) -> int:
-    """Return how many outputs a network has, by running it once at that input size. Raises CallError."""
-    try:
-        with torch.enable_grad():
-            answer = model(torch.zeros(1, 3, side, side, requires_grad=True))
-    except Exception as error:
-        grey = "let it begin with x.mean(1, keepdim=True) if it is for grey photos"
-        hint = (
-            grey
-            if re.search(r"\b1 channels", str(error))
-            else "pass another --input-size if it is the size"
-        )
-        why = f"({type(error).__name__}: {first_line(error)})" + f"; {hint}" * isinstance(
-            error, RuntimeError
-        )
-        raise CallError(f"the network fails at an input of 3 x {side} x {side} {why}") from error
-    logits = as_logits(answer, num_classes)
-    last = re.match("(Softmax|Sigmoid)Backward", logits.grad_fn.name() if logits.grad_fn else "")
-    if last:
+def count_outputs(network: Network, size: Sequence[int], num_classes: int | None) -> int:
+    """Return how many outputs a network has, by running it on two inputs of that size and on one.
+
+    Raises CallError: it fails, loses the batch dimension, or returns probabilities.
+    """
+    height, width = size
+    logits = run_once(network, (2, network.channels, height, width), num_classes)
+    end = final_function(logits)
+    if end:
+        raise CallError(f"the network ends in a {end}; let it return the logits, without that")
+    alone = run_once(network, (1, network.channels, height, width), num_classes)
+    if alone.shape[1] != logits.shape[1]:
         raise CallError(
-            f"the network ends in a {last[1].lower()}; let it return the logits, without that"
+            f"the network returns {shape_of(alone)} for one input and {shape_of(logits)} for two; "
+            "write x.flatten(1) instead of x.squeeze() in its forward"
         )
     return logits.shape[1]
 
 
-def shape_of(tensor: Tensor) -> str:
-    return " x ".join(map(str, tensor.shape)) or "one number"
+def run_once(network: Network, shape: Sequence[int], num_classes: int | None) -> Tensor:
+    """Return the logits for inputs of zeros. Raises CallError: the network fails."""
+    try:
+        with torch.enable_grad():
+            answer = network.model(torch.zeros(*shape, requires_grad=True))
+    except Exception as error:
+        size = " x ".join(map(str, shape[1:]))
+        hint = ""
+        if isinstance(error, RuntimeError):
+            hint = "; pass another --input-size if it is the size"
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CallError(f"the network fails at an input of {size} ({reason}){hint}") from error
+    return as_logits(answer, num_classes, shape[0])
+
+
+# The autograd nodes of operations that only arrange, bound or convert values.
+ARRANGING = re.compile(
+    r"(Unsafe)?(View|Reshape\w*|Squeeze|Unsqueeze|Slice|Select|Clamp\w*|Alias|Clone|ToCopy|"
+    r"Transpose|T|Permute|Expand|Cat|Stack|Index|Unbind|Split\w*)Backward\w*"
+)
+
+
+def final_function(logits: Tensor) -> str:
+    """Return "sigmoid" or "softmax" where a network ends in one, or ""."""
+    waiting = [logits.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        last = re.match("(Softmax|Sigmoid)Backward", node.name())
+        if last:
+            return last.group(1).lower()
+        if ARRANGING.fullmatch(node.name()):
+            waiting += [parent for parent, _ in node.next_functions]
+    return ""
+
+
+# The preprocessing
+
+
+@dataclass(frozen=True)
+class PresetOptions:
+    """What the caller says of the preprocessing; None: not said."""
+
+    input_size: int | Sequence[int] | None
+    resize: str | int
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+
+
+def check_resize(resize: str | int) -> None:
+    """Raise CallError where `resize` is none of crop, squash and a number of pixels."""
+    if resize in ("crop", "squash"):
+        return
+    is_side = isinstance(resize, int) and not isinstance(resize, bool) and 8 <= resize <= 8192
+    if not is_side:
+        raise CallError(
+            f"unknown resize '{resize}' (known: crop, squash, or the short side in pixels)"
+        )
+
+
+def as_numbers(values: Any) -> list[float] | None:
+    """Return one number as a list; None stays None."""
+    if isinstance(values, (int, float)):
+        return [values]
+    return values
 
 
 def make_preset(
-    arch: str,
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    beside: State,
-    given: dict[str, Any],
-    origins: dict[str, str],
-) -> Any:
-    """Return torchvision's preprocessing with the known input size, mean and std; fill `origins`. Raises CallError."""
-    name, own = os.path.basename(checkpoint.name), ".py:" in arch
-    all_weights = torchvision.models.get_model_weights("resnet50" if own else arch)
+    arch: str, network: Network, checkpoint: Checkpoint, options: PresetOptions
+) -> tuple[Any, dict[str, str]]:
+    """Return torchvision's preprocessing for a network, and where its values are from.
+
+    Raises CallError: a size, mean or std is not usable.
+    """
+    all_weights = torchvision.models.get_model_weights("resnet50" if is_own(arch) else arch)
     preset = all_weights.DEFAULT.transforms()
-    entry = given["input_size"] or checkpoint.entries.get(
-        "input_size"
-    )  # 225, (225, 225) or (3, 225, 225)
-    sides = [*entry][-2:] if isinstance(entry, (list, tuple)) else [entry]
-    square = (
-        all(isinstance(side, (int, np.integer)) and 8 <= side <= 4096 for side in sides)
-        and len({*sides}) == 1
-    )
-    if entry is not None and not square:
-        raise CallError(
-            f"{checkpoint.name}: its input_size is not the side of a usable square; pass --input-size"
-        )
-    fixed = (
-        224 if arch == "maxvit_t" else None if own else getattr(model, "image_size", None)
-    )  # of a ViT
-    size = int(sides[-1]) if entry is not None else fixed
-    if fixed and size != fixed:
-        asked = f"{'--input-size' if given['input_size'] else 'its input_size'} {size}; pass --input-size {fixed}"
-        raise CallError(
-            f"{checkpoint.name}: {arch} takes inputs of {fixed} x {fixed} pixels only, not {asked}"
-        )
-    if not given["input_size"] and not fixed and not name.startswith("torchvision's "):
-        origins["input"] = (
-            f"from {name}"
-            if size
-            else f"not in {name}; pass --input-size if you trained at another"
-        )
-    if size:  # at another than the preset's, the margin around the crop is in proportion
-        presets = (
-            *(weights.transforms() for weights in all_weights),
-            preset,
-        )  # some have several sizes
-        sizes = {each.crop_size[0]: each.resize_size[0] for each in presets}
-        margin = preset.resize_size[0] / preset.crop_size[0]
-        preset.crop_size, preset.resize_size = [size], [sizes.get(size, round(size * margin))]
-    # a layer in front of the network may have normalised its inputs
-    known = {
-        key.rpartition(".")[2]: tensor for key, tensor in beside.items() if tensor.numel() == 3
-    }
-    known |= checkpoint.entries | {key: value for key, value in given.items() if value is not None}
-    colours: dict[str, list[float]] = {}
-    for key, low in (("mean", 0), ("std", 1e-6)):
-        entry = known.get(key)
-        if entry is not None:
-            with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
-                is_array = isinstance(entry, (Tensor, np.ndarray)) and math.prod(entry.shape) == 3
-                values = entry.flatten().tolist() if is_array else entry
-                colours[key] = (
-                    [float(v) for v in values if low <= v <= 255] if len(values) == 3 else []
-                )
-            if len(colours.get(key, ())) != 3:
-                raise CallError(
-                    f"{checkpoint.name}: its {key} is not three usable numbers; pass --{key} R,G,B"
-                )
-            origins["mean"] = "" if given[key] is not None else f"from {name}"
-    white = 255 if any(max(values) > 1 for values in colours.values()) else 1
-    for key, values in colours.items():
-        setattr(preset, key, [value / white for value in values])
-    return preset
 
+    size, size_origin = find_input_size(arch, network, checkpoint, options.input_size)
+    if size is not None:
+        preset.resize_size = [usual_short_side(all_weights, size)]
+        preset.crop_size = list(size)
+    else:
+        preset.crop_size = preset.crop_size * 2
 
-def name_classes(
-    given: Sequence[str] | None, checkpoint: Checkpoint, count: int, origins: dict[str, str]
-) -> list[str]:
-    """Return a name for each output: those given, else the checkpoint's, else ImageNet's. Raises CallError."""
-    if given is not None:
-        if len(given) != count:
+    short_side, short_origin = find_short_side(checkpoint, options)
+    if options.resize == "squash":
+        preset.resize_size = preset.crop_size
+    elif short_side is not None:
+        if short_side < max(preset.crop_size):
             raise CallError(
-                f"{len(given)} class names were given, but the network has {count} classes"
+                f"the short side before the crop is {short_side}, less than the input's "
+                f"{max(preset.crop_size)}; pass --resize {max(preset.crop_size)} or more"
             )
-        return list(given)
-    for key in ("classes", "class_names", "class_to_idx", "idx_to_class"):
-        if checkpoint.entries.get(key) is not None:
-            try:
-                names = ordered_names(checkpoint.entries[key])
-                if len(names) == count:
-                    return names
-                why = f"{len(names)} names for {count} classes"
-            except (ValueError, TypeError, OverflowError) as error:
-                why = first_line(error)
-            warn(f"{checkpoint.name}: its entry {key} is not used: {why}")
+        preset.resize_size = [short_side]
+
+    mean, std, colours_origin = find_colours(preset, network, checkpoint, options)
+    preset.mean, preset.std = mean, std
+    origins = {"input": size_origin, "short side": short_origin, "mean": colours_origin}
+    return preset, origins
+
+
+def usual_short_side(all_weights: Any, size: Sequence[int]) -> int:
+    """Return to how many pixels torchvision scales the short side before a crop of that size.
+
+    At another size than those of its presets, the margin around the crop is in proportion.
+    """
+    side = max(size)
+    for weights in (all_weights.DEFAULT, *all_weights):
+        preset = weights.transforms()
+        if preset.crop_size[0] == side:
+            return preset.resize_size[0]
+    default = all_weights.DEFAULT.transforms()
+    return round(side * default.resize_size[0] / default.crop_size[0])
+
+
+def find_input_size(
+    arch: str, network: Network, checkpoint: Checkpoint, given: int | Sequence[int] | None
+) -> tuple[tuple[int, int] | None, str]:
+    """Return height and width of the input and where they are from; None: the preset's.
+
+    Raises CallError: the size is not usable, or the network takes another one only.
+    """
+    fixed = fixed_size(arch, network)
+    if given is not None:
+        size = as_size(given)
+        if size is None:
+            raise CallError(f"the input size {given!r} is not usable; pass --input-size 224")
+        check_fixed_size(arch, checkpoint, size, fixed, "--input-size")
+        return size, ""
+
+    entry = checkpoint.first_entry("input_size")
+    remark = f"not in {checkpoint.file}; pass --input-size if you trained at another"
+    if entry is not None and is_head_size(entry.value, network):
+        remark = (
+            f"the {entry.name} {entry.value} {entry.origin} is the head's number of inputs, not "
+            "the side of a picture; pass --input-size if you trained at another"
+        )
+        entry = None
+    if entry is not None:
+        size = as_size(entry.value)
+        if size is None:
+            raise CallError(
+                f"{checkpoint.name}: its {entry.name} is not the size of a usable picture; "
+                "pass --input-size"
+            )
+        check_fixed_size(arch, checkpoint, size, fixed, f"its {entry.name}")
+        return size, entry.origin
+
+    size, origin = size_of_own(network.model)
+    if size is not None:
+        return size, origin
+    if fixed is not None:
+        return (fixed, fixed), ""
+    if is_downloaded(checkpoint):
+        remark = ""
+    return None, remark
+
+
+def as_size(value: Any) -> tuple[int, int] | None:
+    """Return (height, width) from 225, (225, 225), (3, 225, 225) or a tensor of these; None: none."""
+    if isinstance(value, Tensor):
+        if value.is_meta or value.numel() > 3:
+            return None
+        value = value.flatten().tolist()
+    sides = list(value)[-2:] if isinstance(value, (list, tuple)) else [value]
+    for side in sides:
+        if not isinstance(side, int) or isinstance(side, bool) or not 8 <= side <= 4096:
+            return None
+    return (sides[0], sides[-1]) if sides else None
+
+
+def is_head_size(value: Any, network: Network) -> bool:
+    """Return whether an entry is the number of inputs of the head, which course projects save."""
+    return isinstance(value, int) and value == network.head_inputs
+
+
+def fixed_size(arch: str, network: Network) -> int | None:
+    """Return the one side that a network's inputs may have, or None where it takes others."""
+    if arch == "maxvit_t":
+        return 224
+    if arch.startswith("vit_"):
+        return network.model.image_size
+    return None
+
+
+def check_fixed_size(
+    arch: str, checkpoint: Checkpoint, size: Sequence[int], fixed: int | None, source: str
+) -> None:
+    """Raise CallError where a network does not take inputs of that size."""
+    if fixed is not None and tuple(size) != (fixed, fixed):
+        asked = str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+        raise CallError(
+            f"{checkpoint.name}: {arch} takes inputs of {fixed} x {fixed} pixels only, not "
+            f"{source} {asked}; pass --input-size {fixed}"
+        )
+
+
+def own_settings(model: nn.Module) -> tuple[Mapping[str, Any], str]:
+    """Return the preprocessing that a network of the user's tells of itself, and where that stands."""
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, Mapping):
+        return config, "from the network's pretrained_cfg"
+    names = ("input_size", "mean", "std")
+    settings = {name: getattr(model, name) for name in names if hasattr(model, name)}
+    return settings, "from the network's attributes"
+
+
+def size_of_own(model: nn.Module) -> tuple[tuple[int, int] | None, str]:
+    """Return the input size that a network tells of itself, and where that stands."""
+    settings, origin = own_settings(model)
+    return as_size(settings.get("input_size")), origin
+
+
+def find_short_side(checkpoint: Checkpoint, options: PresetOptions) -> tuple[int | None, str]:
+    """Return the short side before the crop where it was said, and by whom; None: the usual one."""
+    if isinstance(options.resize, int):
+        return options.resize, "given"
+    entry = checkpoint.first_entry("resize")
+    is_side = entry is not None and as_size(entry.value) is not None
+    if options.resize == "crop" and options.input_size is None and is_side:
+        return as_size(entry.value)[0], entry.origin
+    return None, ""
+
+
+def find_colours(
+    preset: Any, network: Network, checkpoint: Checkpoint, options: PresetOptions
+) -> tuple[list[float], list[float], str]:
+    """Return mean and std, one number for each channel, from 0 to 1, and where they are from.
+
+    Raises CallError: an entry is not usable, or has another number of values.
+    """
+    values = {"mean": list(preset.mean), "std": list(preset.std)}
+    origin = ""
+    if network.channels == 1:
+        values = {"mean": GREY_MEAN, "std": GREY_STD}
+        origin = f"not in {checkpoint.file}; pass --mean and --std"
+
+    said = {}
+    for name, low in (("mean", 0), ("std", 1e-6)):
+        value, value_origin = find_colour(name, getattr(options, name), network, checkpoint)
+        if value is not None:
+            said[name] = as_colours(value, low, network.channels)
+            if said[name] is None:
+                count = "one usable number" if network.channels == 1 else "three usable numbers"
+                raise CallError(
+                    f"{checkpoint.name}: the {name} is not {count}; pass --{name} R,G,B"
+                )
+            origin = value_origin
+
+    white = 255 if any(max(colours) > 1 for colours in said.values()) else 1
+    for name, colours in said.items():
+        values[name] = [colour / white for colour in colours]
+    return values["mean"], values["std"], origin
+
+
+def find_colour(name: str, given: Any, network: Network, checkpoint: Checkpoint) -> tuple[Any, str]:
+    """Return the mean or std that was given, else that of the file or the network, and its origin."""
+    if given is not None:
+        return given, ""
+    entry = checkpoint.first_entry(name)
+    if entry is not None:
+        return entry.value, entry.origin
+    if name in network.colours:
+        return network.colours[name], f"from {checkpoint.file}"
+    settings, origin = own_settings(network.model)
+    value = settings.get(name)
+    is_buffer = isinstance(value, Tensor)  # the network normalises its inputs itself
+    if value is None or is_buffer or callable(value):
+        return None, ""
+    return value, origin
+
+
+def as_colours(value: Any, low: float, channels: int) -> list[float] | None:
+    """Return one number for each channel, from `low` to 255; None where the value is none such."""
+    if isinstance(value, Tensor):
+        is_usable = not value.is_meta and value.layout is torch.strided
+        if not is_usable or value.numel() > 3 or value.is_complex():
+            return None
+        value = value.flatten().tolist()
+    is_list = isinstance(value, (list, tuple)) and len(value) in (1, channels)
+    if not is_list:
+        return None
+    try:
+        colours = [float(number) for number in value]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if not all(low <= colour <= 255 for colour in colours):
+        return None
+    return colours * (channels // len(colours))
+
+
+# The classes
+
+
+def find_class_names(
+    given: Sequence[str] | str | None,
+    checkpoint: Checkpoint,
+    count: int,
+    folders: Sequence[str],
+) -> tuple[tuple[str, ...], str]:
+    """Return a name for each class, at most 200 characters long, and where the names are from.
+
+    Raises CallError: another number of names was given.
+    """
+    if given is not None:
+        names = given.split(",") if isinstance(given, str) else given
+        if len(names) != count:
+            raise CallError(
+                f"{len(names)} class names were given, but the network has {count} classes"
+            )
+        return shortened(names), ""
+
+    for entry in checkpoint.entries.get("classes", ()):
+        names, fault = entry_names(entry, count)
+        if names:
+            return shortened(names), entry.origin
+        warn(f"{checkpoint.name}: its entry {entry.name} is not used: {fault}")
+
     if count == 1000:
-        return torchvision.models.get_model_weights("resnet50").DEFAULT.meta["categories"]
-    origins["classes"] = (
+        categories = torchvision.models.get_model_weights("resnet50").DEFAULT.meta["categories"]
+        return tuple(categories), "" if is_downloaded(checkpoint) else "ImageNet's assumed"
+    if len(folders) == count:
+        return shortened(sorted(folders)), "the photos' folders in ImageFolder's order"
+    remark = (
         "without names; pass --class-names cat,dog in training order, ImageFolder's is alphabetical"
     )
-    return [f"class {index}" for index in range(count)]
+    return unnamed(count), remark
+
+
+def entry_names(entry: Entry, count: int) -> tuple[list[str], str]:
+    """Return the class names in an entry, or [] and why it is not used."""
+    try:
+        names = ordered_names(entry.value)
+    except (ValueError, TypeError, OverflowError) as error:
+        return [], first_line(error)
+    if len(names) != count:
+        return [], f"{len(names)} names for {count} classes"
+    return names, ""
+
+
+def shortened(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names, cut at 200 characters."""
+    return tuple(name[:LONGEST_NAME] for name in names)
+
+
+def unnamed(count: int) -> tuple[str, ...]:
+    """Return what classes without names are called."""
+    return tuple(f"class {index}" for index in range(count))
 
 
 def class_index(wanted: str, class_names: Sequence[str]) -> int | None:
-    """Return the index of a class from its name, case aside, or its index; a name wins. None: no class is called so."""
-    lowered = [name.casefold() for name in class_names]
-    if wanted.casefold() in lowered:
-        return lowered.index(wanted.casefold())
-    return (
-        int(wanted) if re.fullmatch(r"\d{1,6}", wanted) and int(wanted) < len(class_names) else None
-    )
+    """Return the index of a class from its name, case aside, or its index; a name wins.
+
+    None: no class is called so.
+    """
+    index = named_index(wanted, class_names)
+    is_number = re.fullmatch(r"\d{1,6}", wanted) and wanted.isascii()
+    if index is None and is_number and int(wanted) < len(class_names):
+        return int(wanted)
+    return index
 
 
-def true_class(path: str | Path, class_names: Sequence[str]) -> int | None:
-    """Return the class whose name or index the folder of a photo has, as in torchvision's ImageFolder, or None."""
-    return class_index(os.path.basename(os.path.dirname(os.path.abspath(path))), class_names)
+def named_index(name: str, class_names: Sequence[str]) -> int | None:
+    """Return the index of the class of that name, case aside, or None."""
+    lowered = [each.casefold() for each in class_names]
+    if name.casefold() in lowered:
+        return lowered.index(name.casefold())
+    return None
+
+
+def true_class(path: str | Path, class_names: Sequence[str], top: str = "") -> int | None:
+    """Return the class that a folder of a photo is named after, or None.
+
+    The nearest folder counts, up to the one that was given as `top`; an index does not count, since
+    folders that are called 1, 2, 3 are rarely meant so.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    end = os.path.abspath(top) if top else folder
+    while True:
+        index = named_index(os.path.basename(folder), class_names)
+        parent = os.path.dirname(folder)
+        if index is not None or folder == end or parent == folder:
+            return index
+        folder = parent
 
 
 def find_class(wanted: str, class_names: Sequence[str]) -> int:
-    """Return the index of a class, or PREDICTED or TRUTH unless a class is really called so. Raises CallError."""
+    """Return the index of a class, or PREDICTED or TRUTH unless a class is really called so.
+
+    Raises CallError: there is no such class.
+    """
     index = class_index(wanted, class_names)
     if index is None:
         index = {"predicted": PREDICTED, "truth": TRUTH}.get(wanted.casefold())
     if index is not None:
         return index
-    some = ", ".join(class_names[:20]) + ", ..." * (len(class_names) > 20)
-    hint = "; repeat the option for each class" if "," in wanted else closest(wanted, class_names)
-    raise CallError(
-        f"--target-class: no class '{wanted}'{hint} (classes 0 to {len(class_names) - 1}: {some})"
-    )
+
+    known = ", ".join(class_names[:20])
+    if len(class_names) > 20:
+        known += ", ..."
+    hint = closest(wanted, class_names)
+    if "," in wanted:
+        hint = "; repeat the option for each class"
+    last = len(class_names) - 1
+    raise CallError(f"--target-class: no class '{wanted}'{hint} (classes 0 to {last}: {known})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

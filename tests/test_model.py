@@ -59,10 +59,7 @@ class ParametersOnMeta(TorchFunctionMode):
 
 
 def random_weights(key, tensor, generator):
-    """Return random weights that keep a deep network alive.
-
-    Matrices overlap in memory, so that a file of them is small.
-    """
+    """Return random weights that keep a deep network alive."""
     if not tensor.is_floating_point() or key.endswith("relative_coords_table"):
         return tensor
     if key.endswith("running_var"):
@@ -74,12 +71,10 @@ def random_weights(key, tensor, generator):
             return 1 + noise
         return noise
 
-    strides = (5, 3, 2, 1)[-tensor.ndim :]
-    length = 1
-    for size, stride in zip(tensor.shape, strides, strict=True):
-        length += (size - 1) * stride
-    values = torch.randn(length, generator=generator) / math.sqrt(tensor[0].numel())
-    return values.as_strided(tensor.shape, strides)
+    # a prime number of values, repeated: quicker than as many random numbers
+    values = torch.randn(9973, generator=generator) / math.sqrt(tensor[0].numel())
+    repeats = -(-tensor.numel() // len(values))
+    return values.repeat(repeats)[: tensor.numel()].view(tensor.shape)
 
 
 def network(arch, classes=5, change=None, **options):
@@ -318,14 +313,13 @@ def test_a_head_beside_the_backbone_is_found_at_every_depth(outer, name, saved):
 
 @pytest.mark.parametrize("outer", ["", "_orig_mod.module."])
 @pytest.mark.parametrize("given", [None, "resnet18"])
-def test_a_loss_beside_the_network_is_left_out_with_a_warning(outer, given, saved, capsys):
+def test_a_loss_beside_the_network_is_left_out(outer, given, saved):
     loss = {"criterion.weight": torch.ones(5), "criterion.mean": torch.zeros(512)}
     state = under(outer, under("model.", STATE) | loss)
     classifier = load(saved({"state_dict": state}), arch=given)
 
     assert_same_logits(classifier, resnet18())
     assert_imagenet_mean_and_std(classifier)
-    assert re.fullmatch(r"warning: .*criterion\.weight.*\n", capsys.readouterr().err)
 
 
 def test_a_layer_in_front_that_normalises_its_inputs_becomes_the_preprocessing(saved):
@@ -339,7 +333,7 @@ def test_a_layer_in_front_that_normalises_its_inputs_becomes_the_preprocessing(s
 def test_a_head_behind_the_outputs_of_a_whole_network_is_not_dropped(name, saved):
     head = {f"{name}.weight": torch.ones(3, 5), f"{name}.bias": torch.ones(3)}
     message = refusal(saved(under("model.", STATE) | head))
-    assert re.search(rf"{name}\.weight.*5 outputs.*net\.py:build", message)
+    assert re.search(rf"\b{name} is .*5 outputs.*net\.py:build", message)
 
 
 @pytest.mark.parametrize("teacher", ["resnet18", "resnet34", "shufflenet_v2_x0_5"])
@@ -367,15 +361,14 @@ def test_weights_of_another_precision_are_computed_in_float32(dtype, saved):
     assert_same_logits(classifier, model.float())
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
-def test_plain_values_that_are_not_built_in_ones_may_stand_in_the_file(zipped, saved):
+def test_objects_of_other_libraries_may_stand_in_the_file(saved):
     kinds = (np.float64, np.float32, np.float16, np.int64, np.int32, np.uint8, np.bool_)
     values = [kind(1) for kind in kinds]
     values += [np.arange(3.0), Path("runs") / "best.pth", argparse.Namespace(out=Path("a"))]
     content = {"state_dict": STATE, "best": values, "history": {"accuracy": values}}
     before = set(torch.serialization.get_safe_globals())
 
-    assert load(saved(content, _use_new_zipfile_serialization=zipped)).arch == "resnet18"
+    assert load(saved(content)).arch == "resnet18"
     assert set(torch.serialization.get_safe_globals()) == before
 
 
@@ -529,13 +522,6 @@ def test_a_replaced_convolution_of_squeezenet_is_used(saved):
     assert_same_logits(classifier, model)
 
 
-def test_a_head_of_two_layers_is_refused_by_name(saved):
-    head = {"fc.0.weight": torch.ones(64, 512), "fc.2.weight": torch.ones(5, 64)}
-    message = refusal(saved(without("fc.", STATE) | head))
-    assert "fc.0.weight" in message
-    assert "net.py:build" in message
-
-
 def test_a_single_output_is_the_second_of_two_classes(saved):
     path = saved({"state_dict": resnet18(1).state_dict(), "classes": ["cat", "dog"]})
     assert load(path).class_names == ("cat", "dog")
@@ -676,9 +662,9 @@ NAN = math.nan
 WIDE = torch.zeros(1).expand(10**9)
 COMPLEX = torch.zeros(3, dtype=torch.complex64)
 BAD_ENTRIES = {
-    "input_size": ["x", 0, -224, 10**9, 10**400, (3, 224, 160), [], {"h": 1}, 1.5, True, META],
+    "input_size": ["x", 0, -224, 10**9, 10**400, (3, 224, 7), [], {"h": 1}, 1.5, True, META],
     "mean": [
-        [1],
+        [1, 1],
         "abc",
         ["a", "b", "c"],
         {"r": 1},
@@ -761,7 +747,10 @@ def test_dicts_that_are_nested_in_themselves_are_visited_once(saved, no_hang):
 def test_a_file_of_many_tensors_is_refused(saved, no_hang):
     content = {f"n{i}.conv1.weight": torch.zeros(1) for i in range(3000)}
     content["a." * 5000 + "weight"] = torch.zeros(2, 2)
-    assert "fits no torchvision classifier" in refusal(saved(content))
+    message = refusal(saved(content))
+    assert "the name of a tensor has 10006 characters" in message
+    del content["a." * 5000 + "weight"]
+    assert "no weights" in refusal(saved(content))
 
 
 def to_nested(tensor):
@@ -806,7 +795,7 @@ def test_unusable_weights_are_refused_by_name(change, key, saved):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_head_of_an_impossible_shape_is_refused_by_name(shape, saved):
     state = {**STATE, "fc.weight": SHAPES[shape]}
-    assert "fc.weight" in refusal(saved(state), arch="resnet18")
+    assert re.search(r"\bfc\b", refusal(saved(state), arch="resnet18"))
 
 
 # Files that are not checkpoints, or not of this network
@@ -845,23 +834,17 @@ def test_code_in_a_plain_pickle_is_never_run(name, tmp_path):
     assert not (tmp_path / "bang").exists()
 
 
-def test_an_array_of_texts_is_refused_as_code(saved):
-    assert "would run code" in refusal(saved({"state_dict": STATE, "best": np.array(["x"])}))
-
-
-@both_formats
 @pytest.mark.filterwarnings("ignore")
-def test_whole_networks_are_refused_with_how_to_save_their_weights(zipped, saved):
-    path = saved(nn.Sequential(nn.Linear(2, 2)), _use_new_zipfile_serialization=zipped)
-    expected = r"best\.pth.*(Sequential|Linear).*torch\.save\(model\.state_dict\(\)"
-    assert re.search(expected, refusal(path))
+def test_a_pickled_network_in_the_old_format_is_refused(saved):
+    path = saved(resnet18(), _use_new_zipfile_serialization=False)
+    assert re.search(r"best\.pth: refers to .*ResNet.*state_dict\(\)", refusal(path))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_torchscript_is_refused_with_how_to_save_its_weights(tmp_path):
     path = tmp_path / "best.pt"
     torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(path))
-    assert re.search(r"TorchScript.*torch\.save\(model\.state_dict\(\)", refusal(path))
+    assert re.search(r"TorchScript.*torch\.jit\.load.*state_dict\(\)", refusal(path))
 
 
 NO_CHECKPOINTS = {
@@ -986,7 +969,7 @@ def test_a_network_for_another_task_is_named_as_such(arch, saved):
 
 def test_a_vit_takes_the_size_that_its_position_embedding_has_and_no_other(saved):
     state = zeros_like_state_of("vit_b_16", num_classes=3, image_size=48)
-    assert load(saved(state)).input_size == 48
+    assert load(saved(state)).input_size == (48, 48)
 
     expected = "takes inputs of 48 x 48 pixels only, not .*input.size 224"
     assert re.search(expected, refusal(saved(state), input_size=224))
@@ -1145,21 +1128,26 @@ def test_the_seen_box_is_the_part_that_the_preset_crops(height, width, side, sav
 
 def test_the_first_line_tells_what_is_assumed(saved):
     line = load(saved(STATE, "bare.pth")).describe(["layer4"])
-    assert re.match(r"resnet18 \(recognised\), 5 classes .*, layer4, input 224 x 224 crop \(", line)
+    start = r"resnet18 \(recognised\), 5 classes \(.*\), softmax, layer4, short side 256, centre 224 x 224 \("
+    assert re.match(start, line)
     assert re.search("not in bare.pth; pass --input-size.*, ImageNet mean and std, cpu", line)
 
 
 def test_the_first_line_tells_what_comes_from_the_checkpoint(saved):
     path = saved({"state_dict": STATE, "input_size": 96, "classes": NAMES})
     line = load(path, arch="resnet18", mean=[0, 0, 0], std=[1, 1, 1]).describe()
-    assert line.startswith("resnet18, 5 classes, input 96 x 96 crop (from best.pth), ")
+    names = "0 ant, 1 Bee, 2 cat, 3 dog, 4 Elk"
+    assert line.startswith(
+        f"resnet18, 5 classes ({names}; from best.pth), softmax, "
+        "short side 110, centre 96 x 96 (from best.pth), mean [0.0, 0.0, 0.0] std [1.0, 1.0, 1.0], "
+    )
     assert "ImageNet" not in line
 
 
 def test_what_was_passed_is_told_in_one_line_without_advice(saved):
     path = saved({"state_dict": STATE, "input_size": 96, "classes": NAMES})
     line = repr(load(path, input_size=112, resize="squash"))
-    assert "input 112 x 112 squash, " in line
+    assert "whole photo squashed to 112 x 112, " in line
     assert "\n" not in line
     assert "pass --" not in line
 
@@ -1247,7 +1235,7 @@ def test_a_network_of_ones_own_gets_its_weights_and_the_number_of_classes(prefix
     path = saved({"state_dict": under(prefix, state), "input_size": 64})
     classifier = load(path, arch=own())
     assert len(classifier.class_names) == 3
-    assert classifier.input_size == 64
+    assert classifier.input_size == (64, 64)
     assert_imagenet_mean_and_std(classifier)
 
     expected = logits_of(resnet18(8)) @ state["head.weight"].T
@@ -1260,7 +1248,7 @@ FAILING = {
     "self.cnn(x[:, :, :1, :1].flatten(1))": "RuntimeError",
     "self.head(embedding).softmax(1)": "softmax",
     "self.head(embedding).sigmoid()": "sigmoid",
-    "x": "tensor of 1 x 3 x 64 x 64",
+    "x": "tensor of 2 x 3 x 64 x 64",
     "self.cnn(x.mean(1, keepdim=True))": "channels",
 }
 
@@ -1270,8 +1258,7 @@ def test_a_forward_that_fails_or_returns_no_logits_shows_the_error_itself(result
     fault = FAILING[result]
     message = refusal(saved({"state_dict": own_state(), "input_size": 64}), arch=own(result))
     assert fault in message
-    assert ("pass another --input-size" in message) == (fault == "RuntimeError")
-    assert ("for grey photos" in message) == (fault == "channels")
+    assert ("pass another --input-size" in message) == (fault in ("RuntimeError", "channels"))
 
 
 def test_of_an_embedding_and_logits_those_with_the_number_of_classes_are_taken(own, saved):
