@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -167,6 +168,20 @@ def test_the_logs_of_a_folder_and_of_those_above_it_count(album):
     write(album / "y" / "x" / "gb_1.jpg")
     write(album / "y" / "x" / "gb_2.jpg")
     assert found("album") == [f"album/{name}" for name in NAMES]
+
+
+def test_the_names_in_a_log_are_held_once_for_all_folders_below(tmp_path):
+    lines = [record_of({"gb": f"gb_{number}.jpg"}) for number in range(5000)]
+    write(tmp_path / LOG_NAME, "\n".join(lines).encode())
+    for number in range(200):
+        write(tmp_path / f"{number}" / "a.jpg")
+
+    tracemalloc.start()
+    photos = find_photos([str(tmp_path)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(photos) == 200
+    assert peak < 20e6  # a set for each folder takes 50 MB
 
 
 def test_a_record_lists_its_files():
@@ -485,6 +500,12 @@ def test_many_scans_and_embedded_pictures_are_read(tmp_path):
     # A phone may append a video, whose bytes may look like the start of a scan.
     write(tmp_path / "b.jpg", jpeg_with_scans(1) + b"\xff\xda\0\x08" * 200)
     assert read_photo(tmp_path / "b.jpg").shape == COLOURS.shape
+
+
+def test_a_webp_that_needs_too_much_memory_is_refused(tmp_path, monkeypatch):
+    path = saved(tmp_path, "a.webp", COLOURS)
+    monkeypatch.setattr(program_file, "MAX_WEBP_PIXELS", 200)
+    assert "20 x 12 pixels, at most" in refused(path)
 
 
 def test_a_long_photo_is_refused_where_resizing_would_enlarge_it_too_far(tmp_path):
