@@ -219,8 +219,8 @@ def names_from(known: Sequence[str], kind: str, every: Sequence[str]) -> Callabl
             return list(every)
 
         words = [word.strip().lower() for word in text.split(",")]
-        names = [word for word in words if word] or [""]
-        for name in names:
+        names = [word for word in words if word]
+        for name in names or [""]:
             if name not in known:
                 suggestion = closest(name, known)
                 raise CallError(f"unknown {kind} '{name}'{suggestion} (known: {', '.join(known)})")
@@ -273,8 +273,8 @@ def names_in(content: str) -> list[str]:
     if content.lstrip().startswith(("[", "{")):
         return ordered_names(json.loads(content))
 
-    lines = [line.strip() for line in content.splitlines()]
-    return ordered_names([line for line in lines if line])
+    lines = map(str.strip, content.splitlines())
+    return ordered_names(list(filter(None, lines)))
 
 
 def ordered_names(classes: Any) -> list[str]:
@@ -601,12 +601,17 @@ def check_options(parser: Parser, words: Sequence[str]) -> None:
 def check_lists(parser: Parser, words: Sequence[str]) -> None:
     """Report a list with spaces between its items, which would be taken for photos."""
     for position, option in enumerate(words):
-        if option in LIST_OPTIONS:
-            value = words[position + 1]
-            items = list_items(LIST_OPTIONS[option], words[position + 2 :])
-            if items:
-                listed = ",".join([value, *items]).replace(",,", ",")
-                parser.error(f"{option} takes a list without spaces; pass {option} '{listed}'")
+        if option not in LIST_OPTIONS:
+            continue
+
+        value = words[position + 1]
+        if "," in value.rstrip(",") or os.path.exists(value):
+            continue  # a whole list, or a file of class names
+
+        items = list_items(LIST_OPTIONS[option], words[position + 2 :])
+        if items:
+            listed = ",".join([value, *items]).replace(",,", ",")
+            parser.error(f"{option} takes a list without spaces; pass {option} '{listed}'")
 
 
 def list_items(parse: Callable[[str], Any], words: Sequence[str]) -> list[str]:
@@ -652,7 +657,9 @@ LARGE_PHOTO = 14_000_000  # pixels; photos above are decoded and resized one at 
 MAX_SCANS = 100  # of a JPEG; progressive ones of cameras and the web have about ten
 LARGEST_JPEG = 2**27  # bytes
 JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not what compressed data may contain
-START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
+START_OF_IMAGE = b"\xff\xd8"
+END_OF_IMAGE = b"\xff\xd9"
+START_OF_SCAN = b"\xff\xda"
 LOG_NAME = "results.jsonl"
 
 
@@ -711,9 +718,9 @@ def find_photos(inputs: Sequence[str]) -> list[Photo]:
 
 def common_folder(inputs: Sequence[str]) -> str:
     """Return the deepest folder above or equal to all folders among the inputs, or ""."""
-    folders = [os.path.abspath(name) for name in inputs if os.path.isdir(name)]
+    folders = filter(os.path.isdir, inputs)
     try:
-        return os.path.commonpath(folders)
+        return os.path.commonpath(list(map(os.path.abspath, folders)))
     except ValueError:  # no folder, or two drives of Windows
         return ""
 
@@ -721,8 +728,8 @@ def common_folder(inputs: Sequence[str]) -> str:
 def photos_of(name: str, common: str) -> list[Photo]:
     """Return the photos that one word of the command line stands for."""
     if name == "-":
-        lines = [line.rstrip("\r\n") for line in sys.stdin]
-        return [photo_at(line) for line in lines if line.strip()]
+        lines = filter(str.strip, sys.stdin)
+        return [photo_at(line.rstrip("\r\n")) for line in lines]
 
     if os.path.isdir(name):
         photos = list(walk(os.path.normpath(name), common))
@@ -766,7 +773,8 @@ def walk(top: str, common: str) -> Iterator[Photo]:
 
         # A log covers the folders below it. Its set of names is shared, since it may be large.
         logs = own_pictures.get(os.path.dirname(folder), [])
-        if names := logged_names(folder):
+        names = logged_names(folder)
+        if names:
             logs = [*logs, names]
         own_pictures[folder] = logs
 
@@ -774,8 +782,9 @@ def walk(top: str, common: str) -> Iterator[Photo]:
         for name in sorted(filter(is_visible, files)):
             if name.lower().endswith(NOT_READ):
                 unread += 1
-            is_photo = name.lower().endswith(SUFFIXES)
-            if is_photo and not any(name in names for names in logs):
+            if not name.lower().endswith(SUFFIXES):
+                continue
+            if not any(name in names for names in logs):
                 yield photo_at(os.path.join(folder, name), mirrored)
 
     if unread:
@@ -816,11 +825,14 @@ def logged_names(folder: str) -> frozenset[str]:
     if not os.path.isfile(path):
         return frozenset()
 
-    names = set()
-    with open(path, encoding="utf-8", errors="backslashreplace") as lines:
-        for line in lines:
-            files = record_files(parse_record(line))
-            names.update(map(os.path.basename, files))
+    names: set[str] = set()
+    try:
+        with open(path, encoding="utf-8", errors="backslashreplace") as lines:
+            for line in lines:
+                files = record_files(parse_record(line))
+                names.update(map(os.path.basename, files))
+    except OSError as error:
+        warn(f"{path}: cannot be read: {error.strerror}")
     return frozenset(names)
 
 
@@ -894,6 +906,8 @@ def start() -> Request:
         return Request(args, photos, size_of_log(args.output), **ranks)
     except CallError as error:
         stop(2, [str(error)])
+    except OSError as error:
+        stop(2, [f"the photos cannot be listed: {error}"])
 
 
 def on_interrupt(handler: Any) -> None:
@@ -960,7 +974,7 @@ def faults_of(photos: Iterable[Photo]) -> list[str]:
 def check_output(folder: Path) -> None:
     """Check that files can be written to a folder or it can be created. Raises CallError."""
     existing = Path(os.path.abspath(folder))
-    while not os.path.lexists(existing):
+    while existing != existing.parent and not os.path.lexists(existing):
         existing = existing.parent
 
     if not existing.is_dir():
@@ -1088,7 +1102,7 @@ def count_pixels(image: Image.Image, path: str | Path, short_side: int) -> int:
         raise PhotoError(f"{path}: a tile of {tile} pixels, at most {millions} million")
 
     resized = short_side**2 * long // short
-    if resized > limit:
+    if resized > MAX_PIXELS:
         raise PhotoError(f"{path}: {size}, too long for a short side of {short_side} pixels")
 
     if image.format in ("JPEG", "MPO") and count_scans(path) > MAX_SCANS:
@@ -1174,14 +1188,13 @@ def to_eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
     low = values.min()
     high = values.max()
 
+    # Sixteen bits have their own white. Of other values it is a guess, unless they go from 0 to 1.
     white = 65535.0
+    is_guess = image.mode == "I" and image.format == "TIFF"
     if image.mode == "F":
         white = 1.0 if high <= 1 else 255.0
-
-    is_usual = image.mode.startswith("I;16") or (image.format == "PNG" and image.mode == "I")
-    if image.mode == "F":
-        is_usual = low >= 0 and high <= 1
-    if not is_usual:
+        is_guess = low < 0 or high > 1
+    if is_guess:
         warn(f"{path}: values from {low:g} to {high:g}; {white:g} is shown as white")
 
     values *= 255 / white
