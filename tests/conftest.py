@@ -99,7 +99,7 @@ def end_of_a_hang():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A small network with random weights that never answers with class 0: checkpoint and network."""
+    """A small random network that never answers with class 0: its checkpoint and itself."""
     torch.manual_seed(1)
     model = torchvision.models.squeezenet1_1(num_classes=len(CLASSES)).eval()
 
@@ -118,7 +118,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def explain(tiny, tmp_path, capfd):
-    """Run the program in this process on the small network. Return exit status, stdout and stderr."""
+    """Run the program in this process on the small network. Return its Result."""
 
     def run(*words, output=tmp_path / "out", ckpt=tiny[0]):
         for cached in vars(program_file).values():  # as in a new process
