@@ -5,15 +5,14 @@ import json
 import os
 import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # before torch is imported: its threads spin else
+# Before torch is imported: otherwise its threads spin while they wait.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import torchvision
@@ -31,7 +30,14 @@ from cnn_visualizations import LOG_NAME, CallError
 
 posix = pytest.mark.skipif(os.name == "nt", reason="links, FIFOs and limits as on POSIX")
 CLASSES = ["cat", "dog", "狗", "owl", "fox", "eel", "ant"]
-Result = namedtuple("Result", "status stdout stderr")
+
+
+class Result(NamedTuple):
+    """What a run of the program left behind."""
+
+    status: int  # exit status
+    stdout: str
+    stderr: str
 
 
 def paint(path, seed=0, size=(90, 70)):
@@ -48,9 +54,17 @@ def pixels(path):
 
 
 def files_in(folder):
-    """Return every file below a folder by its relative path, without the log, its lock and the page of results."""
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    return sorted(name for name in names if not name.endswith((LOG_NAME, ".lock", "index.html")))
+    """Return the relative paths of all files below a folder.
+
+    The log, its lock and the page of results are left out.
+    """
+    names = []
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() or name.endswith((LOG_NAME, ".lock", "index.html")):
+            continue
+        names.append(name)
+    return sorted(names)
 
 
 def records(folder):
@@ -67,7 +81,7 @@ def last_records(folder):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """One thread for all computation: small inputs gain nothing from more, which wait for each other."""
+    """Compute on one thread: for small inputs several only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with threadpool_limits(1):
@@ -85,30 +99,26 @@ def end_of_a_hang():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The checkpoint of a small network with random weights, which never answers with class 0, and the network."""
+    """A small random network that never answers with class 0: its checkpoint and itself."""
     torch.manual_seed(1)
     model = torchvision.models.squeezenet1_1(num_classes=len(CLASSES)).eval()
-    with (
-        torch.no_grad()
-    ):  # its logits are ReLUs of the last convolution: that of the first class is always 0
-        model.classifier[1].bias += 0.3
-        model.classifier[1].weight[0], model.classifier[1].bias[0] = 0, -1
+
+    # Its logits are ReLUs of the last convolution: that of the first class is always 0.
+    convolution = model.classifier[1]
+    with torch.no_grad():
+        convolution.bias += 0.3
+        convolution.weight[0] = 0
+        convolution.bias[0] = -1
+
     path = tmp_path_factory.mktemp("tiny") / "tiny.pth"
-    torch.save(
-        {
-            "arch": "squeezenet1_1",
-            "classes": CLASSES,
-            "input_size": 64,
-            "state_dict": model.state_dict(),
-        },
-        path,
-    )
+    content = {"arch": "squeezenet1_1", "classes": CLASSES, "input_size": 64}
+    torch.save({**content, "state_dict": model.state_dict()}, path)
     return path, model
 
 
 @pytest.fixture
 def explain(tiny, tmp_path, capfd):
-    """Run the program in this process on the small network. Return exit status, stdout and stderr."""
+    """Run the program in this process on the small network. Return its Result."""
 
     def run(*words, output=tmp_path / "out", ckpt=tiny[0]):
         for cached in vars(program_file).values():  # as in a new process
@@ -132,19 +142,16 @@ def photo(tmp_path):
 
 @pytest.fixture
 def program():
-    """Return a function that runs the program with these arguments and returns the finished process.
+    """Return a function that runs the program with these arguments and returns the process.
 
-    `env` is added to the environment; other keyword arguments go to `subprocess.run`. Output is text.
+    `env` is added to the environment; other keyword arguments go to `subprocess.run`. Output is
+    text.
     """
 
     def run(*args, env=None, **kwargs):
-        environment = {
-            **os.environ,
-            "PYTHONUTF8": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "COLUMNS": "120",
-            **(env or {}),
-        }
+        environment = dict(os.environ)
+        environment.update({"PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"})
+        environment.update(env or {})
         command = [sys.executable, str(PROGRAM), *map(str, args)]
         options = {"cwd": ROOT, "encoding": "utf-8", "timeout": 300, **kwargs}
         return subprocess.run(command, env=environment, capture_output=True, **options)
