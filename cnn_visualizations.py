@@ -1450,8 +1450,12 @@ def children_of(holder: Any) -> Mapping[Any, Any]:
     """Return what a dict or a pickled module holds, in order; of a module, as its state dict names it."""
     if isinstance(holder, Mapping):
         return holder
+    if isinstance(holder, StandIn) and not is_pickled_module(holder):
+        # torch.compile pickles its wrapper as a call with the network in it
+        return {str(index): arg for index, arg in enumerate(holder.args) if is_pickled_module(arg)}
     if not is_pickled_module(holder):
         return {}
+
     not_saved = holder.state.get("_non_persistent_buffers_set") or ()
     children: dict[Any, Any] = {}
     for part in ("_parameters", "_buffers", "_modules"):
@@ -1612,7 +1616,7 @@ LAYOUTS = {
         "it looks like a detector or segmentation network"
     ),
     r"(^|\.)_(conv_stem|blocks\.0)\.": "its keys are efficientnet_pytorch's",
-    r"(^|\.)(conv_stem|patch_embed\.proj|(stages|layers)\.0\.blocks\.0)\.": "its keys are timm's",
+    r"(^|\.)(conv_stem|patch_embed\.proj|(stages|layers)\.0\.blocks\.0|pre_logits)\.": "its keys are timm's",
     r"(^|\.)(embedder|embeddings|encoder\.stages\.0|encoder\.layer\.0)\.": (
         "its keys are Hugging Face's"
     ),
@@ -2221,6 +2225,7 @@ def build_torchvision(arch: str, checkpoint: Checkpoint) -> Network:
         elif key in others:
             beside[key] = tensor
     colours, beside = split_colours(beside)
+    beside = without_copies(beside, state | in_head)
 
     check_shapes(arch, wanted, state, checkpoint)
     head = fit_head(arch, model, prefix, in_head, beside, checkpoint)
@@ -2241,6 +2246,16 @@ def build_torchvision(arch: str, checkpoint: Checkpoint) -> Network:
         head_inputs=head.inputs,
         colours=colours,
     )
+
+
+def without_copies(beside: State, used: State) -> State:
+    """Return the tensors that are not those of `used` under another name."""
+    memory = {(tensor.data_ptr(), tensor.shape) for tensor in used.values()}
+    return {
+        key: tensor
+        for key, tensor in beside.items()
+        if (tensor.data_ptr(), tensor.shape) not in memory
+    }
 
 
 def split_colours(beside: State) -> tuple[State, State]:
@@ -2777,9 +2792,10 @@ def as_logits(answer: Any, outputs: int | None = None, count: int | None = None)
 
     logits = rows[0]
     if logits.ndim == 0 or (count is not None and len(logits) != count):
+        inputs = "two inputs" if count == 2 else "one input"
         raise CallError(
-            f"the network returns {describe_answer(logits)} for {count or 1} input(s), without the "
-            "batch dimension; write x.flatten(1) instead of x.squeeze() in its forward"
+            f"the network returns {describe_answer(logits)} for {inputs}, without the batch "
+            "dimension; write x.flatten(1) instead of x.squeeze() in its forward"
         )
     if logits.ndim == 1:
         return logits[:, None]
