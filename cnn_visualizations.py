@@ -26,6 +26,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,13 +61,11 @@ examples:
 """
 
 
-class CallError(
-    ValueError, argparse.ArgumentTypeError
-):  # argparse prints the message of an ArgumentTypeError
+class CallError(argparse.ArgumentTypeError):
     """The call cannot be carried out. The message is one line that says what to do. Exit status 2."""
 
 
-class PhotoError(ValueError):
+class PhotoError(Exception):
     """One photo cannot be explained; the others can. The message is one line. Exit status 1."""
 
 
@@ -334,6 +333,7 @@ def add_other_options(parser: Parser) -> None:
         metavar="A",
         help="Opacity of the heatmap. Default: 0.5.",
     )
+    add("--fade", action="store_true", help="The heat's opacity grows with the map.")
     add(
         "--format",
         type=str.lower,
@@ -430,7 +430,27 @@ def photo_fault(path: str | Path) -> str:
     return "not a file" if os.path.exists(path) else "no such file"
 
 
-def find_photos(inputs: Sequence[str]) -> list[tuple[str, str]]:
+@dataclass(frozen=True)
+class Photo:
+    """A photo to explain."""
+
+    path: str
+    folder: str  # below the output folder, where its files go
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    args: argparse.Namespace
+    photos: list[Photo]
+    log_size: int = 0  # bytes of results.jsonl when the program started
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+
+def find_photos(inputs: Sequence[str]) -> list[Photo]:
     """Return the photos that files, folders, patterns and `-` stand for, each with its folder below --output.
 
     A folder is walked in sorted order and its tree mirrored; of several folders, the part of their paths in which they
@@ -466,7 +486,7 @@ def find_photos(inputs: Sequence[str]) -> list[tuple[str, str]]:
             )
     if not found:
         raise CallError(f"no photos in {', '.join(inputs)}")
-    return list(found.values())
+    return [Photo(*entry) for entry in found.values()]
 
 
 def walk(top: str, common: str) -> Iterator[tuple[str, str]]:
@@ -513,7 +533,7 @@ def logged_names(folder: str) -> frozenset[str]:
         path if os.path.isfile(path) else os.devnull, encoding="utf-8", errors="backslashreplace"
     ) as lines:
         return frozenset(
-            os.path.basename(file) for line in lines for file in parse_record(line).get("files", ())
+            os.path.basename(file) for line in lines for file in record_files(parse_record(line))
         )
 
 
@@ -521,15 +541,19 @@ def parse_record(line: str | bytes) -> dict[str, Any]:
     """Return a line of the log as a dict; an empty one where it is no record of this program."""
     try:
         record = json.loads(line)
-        files = record.setdefault("files", [])
-        texts = (
-            record["image"],
-            record["method"],
-            *(record.get(k, "") for k in ("options", "output_stem", "source")),
-        )
-        return record if all(isinstance(text, str) for text in (*texts, *files)) else {}
+        texts = [record["image"], record["method"], *record_files(record)]
+        texts += [record.get(key, "") for key in ("options", "output_stem", "source")]
+        return record if all(isinstance(text, str) for text in texts) else {}
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return {}
+
+
+def record_files(record: Mapping[str, Any]) -> list[str]:
+    """Return the paths of all files of a record, relative to the log's folder."""
+    paths = []
+    for entry in record.get("classes", ()):
+        paths += entry["files"].values()
+    return paths + list(record.get("files", {}).values())
 
 
 def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -557,33 +581,28 @@ def start() -> argparse.Namespace:
             errors="surrogateescape" if mode == "r" else "backslashreplace"
         )
     args, status = parse_args(), 2
-    args.photos = []
+    ranks = [
+        int(os.environ.get(n, v)) for n, v in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    ]
     if args.list_layers:
-        return args
+        return Request(args, [], 0, *ranks)
     try:
-        args.photos, status = find_photos(args.images), 1
-        faults = [f"{path}: {fault}" for path, _ in args.photos if (fault := photo_fault(path))]
-        if len(faults) < len(args.photos):
-            args.output.mkdir(parents=True, exist_ok=True)
+        photos, status = find_photos(args.images), 1
+        faults = [
+            f"{photo.path}: {fault}" for photo in photos if (fault := photo_fault(photo.path))
+        ]
+        if len(faults) < len(photos):
             log = args.output / LOG_NAME
-            args.log_size = (
-                log.stat().st_size if log.is_file() else 0
-            )  # now, before torch's seconds
-            return args
+            return Request(args, photos, log.stat().st_size if log.is_file() else 0, *ranks)
     except CallError as error:
         faults = [str(error)]
-    except OSError as error:
-        faults, status = (
-            [f"--output {args.output}: cannot write there: {error.strerror or error}"],
-            2,
-        )
     for fault in faults:
         print_line(f"error: {fault}", sys.stderr)
     sys.exit(status)
 
 
 if __name__ == "__main__":
-    ARGS = start()
+    REQUEST = start()
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "passive"
     )  # threads that spin while they wait slow the others down
@@ -607,7 +626,6 @@ import unicodedata
 import warnings
 from collections import Counter, deque, namedtuple
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import PurePath
 from urllib.parse import quote
@@ -615,7 +633,7 @@ from urllib.parse import quote
 import cv2
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
@@ -1847,7 +1865,10 @@ class Explainer:
         eigen_smooth: bool = False,
         batch_size: int | None = None,
         progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
+        copy: bool = True,
+        fold: bool = True,
     ) -> None:
+        self.fold = fold
         methods = methods if isinstance(methods, str) else ",".join(methods)
         self.methods = tuple(names_from((*METHODS, *MORE_METHODS), "method", METHODS)(methods))
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -1870,7 +1891,7 @@ class Explainer:
             if isinstance(value, Tensor)
         )
         with torch.inference_mode(False):
-            network = copy.deepcopy(
+            network = sys.modules["copy"].deepcopy(
                 model, {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf}
             )
             self.device = next(
@@ -1907,7 +1928,7 @@ class Explainer:
                 find_target_layer(calls, logits, inputs.shape[2:]),
             )
             if (
-                "fullgrad" not in self.methods
+                "fullgrad" not in self.methods and self.fold
             ):  # which counts the biases of both, convolution and batch norm
                 fold_batch_norms(self.network, calls, logits, keep=self.target_layers)
                 folded = as_logits(self.network(self._own(inputs)))
@@ -2281,275 +2302,548 @@ COLORMAPS = {
 }
 CELL = 320  # pixels: side of a picture on a sheet
 TEXT = 22  # height of the text on a sheet, in pixels
+LINE = TEXT + 12  # height of a line of text on a sheet
+GAP = 8  # between the pictures of a sheet
 
 
 def resized(picture: Picture, long_side: int) -> Picture:
     """Return the picture enlarged or shrunk to that long side."""
-    scale = long_side / max(picture.shape[:2])
-    size = tuple(max(1, round(length * scale)) for length in picture.shape[1::-1])
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    height, width = picture.shape[:2]
+    scale = long_side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    return cv2.resize(picture, size, interpolation=interpolation)
 
 
-def draw_cam(picture: Picture, cam: Floats, colormap: str = "jet", alpha: float = 0.5) -> Picture:
-    """Return the map (H, W) in [0, 1] as colours over the picture; a map that is 0 everywhere leaves it as it is."""
+def draw_cam(
+    picture: Picture, cam: Floats, colormap: str = "jet", alpha: float = 0.5, fade: bool = False
+) -> Picture:
+    """Return the map (H, W) in [0, 1] as colours over the picture, uint8 RGB.
+
+    `alpha` is the opacity of the colours; with `fade` it is multiplied by the map at each pixel. A map that is 0
+    everywhere leaves the picture as it is.
+    """
     if not cam.any():
         return picture
     enlarged = cv2.resize(cam, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    colours = cv2.applyColorMap(cv2.convertScaleAbs(enlarged, alpha=255), COLORMAPS[colormap])
-    return cv2.addWeighted(picture, 1 - alpha, cv2.cvtColor(colours, cv2.COLOR_BGR2RGB), alpha, 0)
+    levels = cv2.convertScaleAbs(enlarged, alpha=255)
+    bgr = cv2.applyColorMap(levels, COLORMAPS[colormap])
+    colours = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+
+    if not fade:
+        return cv2.addWeighted(picture, 1 - alpha, colours, alpha, 0)
+    opacity = np.float32(alpha) * enlarged[:, :, None]
+    mixed = picture * (1 - opacity) + colours * opacity
+    return np.rint(mixed).astype(np.uint8)
 
 
 def draw_gradients(gradients: Floats, width: int, height: int) -> Picture:
-    """Return gradients (3, H, W) as a picture: grey is zero; a brighter pixel would raise the score, a darker lower it.
+    """Return gradients (3 or 1, H, W) as a picture, uint8 RGB: zero is grey, positive values are brighter.
 
     The scale is set by the 99.5th percentile, so that a few extreme pixels do not turn all others grey.
     """
-    strongest = (
-        float(np.percentile(np.abs(gradients), 99.5)) or float(np.abs(gradients).max()) or 1.0
-    )
-    enlarged = cv2.resize(
-        gradients.transpose(1, 2, 0), (width, height), interpolation=cv2.INTER_LINEAR
-    )
-    return cv2.addWeighted(enlarged, 127.5 / strongest, enlarged, 0, 127.5, dtype=cv2.CV_8U)
+    sizes = np.abs(gradients)
+    strongest = float(np.percentile(sizes, 99.5))
+    if strongest == 0:
+        strongest = float(sizes.max()) or 1.0
+
+    channels_last = gradients.transpose(1, 2, 0)
+    enlarged = cv2.resize(channels_last, (width, height), interpolation=cv2.INTER_LINEAR)
+    drawn = cv2.addWeighted(enlarged, 127.5 / strongest, enlarged, 0, 127.5, dtype=cv2.CV_8U)
+    return drawn if drawn.ndim == 3 else cv2.cvtColor(drawn, cv2.COLOR_GRAY2RGB)
 
 
 def draw(
     output: str,
     explanation: Explanation,
-    seen: Picture,
+    seen: Picture | Image.Image,
     method: str = "",
     index: int = 0,
     **look: Any,
 ) -> Picture:
-    """Return one of OUTPUTS as a picture, uint8 RGB, as large as `seen`, what the network saw (Classifier.seen).
+    """Return one of OUTPUTS as a picture, uint8 RGB, as large as `seen`.
 
-    `method` is by default the first one; `index` counts the inputs, or where there are K classes for each, all N * K;
-    `look` is the colormap and alpha of `draw_cam`.
+    Args:
+        output: "cam", "gb" or "cam_gb".
+        explanation: what an Explainer returned.
+        seen: what the network saw (Classifier.seen), as an array or as a PIL image.
+        method: by default the first one of the explanation.
+        index: counts the inputs, or where there are K classes for each, all N * K.
+        look: colormap, alpha and fade, see `draw_cam`.
     """
+    if isinstance(seen, Image.Image):
+        seen = np.asarray(seen.convert("RGB"))
+    height, width = seen.shape[:2]
+
     maps = explanation.cams[method or next(iter(explanation.cams))]
     cam = maps.reshape(-1, *maps.shape[-2:])[index]
     if output == "cam":
         return draw_cam(seen, cam, **look)
-    guided = explanation.guided.reshape(-1, 3, *maps.shape[-2:])[index]
-    return draw_gradients(guided * cam if output == "cam_gb" else guided, *seen.shape[1::-1])
+
+    gradients = explanation.guided.reshape(-1, *explanation.guided.shape[-3:])[index]
+    if output == "cam_gb":
+        gradients = gradients * cam
+    return draw_gradients(gradients, width, height)
 
 
-def draw_sheet(
-    title: str, blocks: Sequence[tuple[str, Sequence[Any]]], font: Any, colormap: str
-) -> Picture:
-    """Return a table with a colour scale: for each class a heading, and columns of (caption, picture, note over it)."""
-    columns, gap, line = blocks[0][1], 8, TEXT + 12
-    bands, deepest = math.ceil(len(columns) / 6), max(map(len, columns))  # columns are wrapped
-    across = math.ceil(len(columns) / bands)
-    room = 40 // (bands * deepest)  # more rows of pictures would be taller than WebP takes
-    if len(blocks) > room:
-        warn(f"a sheet has room for {room} classes; the others are left out")
-    cell = line + len(resized(columns[0][0][1], CELL))  # a picture and the caption above it
-    block = line + bands * deepest * cell
-    right, bottom = max(984, across * (CELL + gap) + gap), line + len(blocks[:room]) * block + gap
-    sheet = Image.new("RGB", (right, bottom), "white")
+@dataclass(frozen=True)
+class Cell:
+    """A picture on a sheet."""
+
+    caption: str  # above it
+    picture: Picture
+    note: str = ""  # across it, in red
+
+
+@dataclass(frozen=True)
+class Block:
+    """The part of a sheet that is about one class."""
+
+    heading: str
+    columns: list[list[Cell]]
+
+
+class SheetLayout:
+    """Where the parts of a sheet are, in pixels. All pictures of a sheet have the same size."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        columns = blocks[0].columns
+        rows_of_columns = math.ceil(len(columns) / 6)  # columns are wrapped
+        self.depth = max(len(column) for column in columns)  # pictures below each other
+        self.across = math.ceil(len(columns) / rows_of_columns)
+
+        # more rows of pictures would be taller than WebP takes
+        rows = rows_of_columns * self.depth
+        self.room = min(len(blocks), 40 // rows)
+
+        self.cell_height = LINE + len(resized(columns[0][0].picture, CELL))
+        self.block_height = LINE + rows * self.cell_height
+        self.width = max(984, GAP + self.across * (CELL + GAP))
+        self.height = LINE + self.room * self.block_height + GAP
+
+    def corner(self, block: int, column: int) -> tuple[int, int]:
+        """Return the left and upper edge of a column of a block."""
+        down, right = divmod(column, self.across)
+        left = GAP + right * (CELL + GAP)
+        top = LINE + block * self.block_height
+        return left, top + LINE + down * self.depth * self.cell_height
+
+
+def draw_sheet(title: str, blocks: Sequence[Block], font: Any, colormap: str) -> Picture:
+    """Return a table of pictures with a block for each class, below a title and a colour scale."""
+    layout = SheetLayout(blocks)
+    if len(blocks) > layout.room:
+        warn(f"a sheet has room for {layout.room} classes; the others are left out")
+    sheet = Image.new("RGB", (layout.width, layout.height), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((gap, 6), title, "black", font)
-    pen.rectangle((right - 290, 0, right, line), "white")  # here a long title ends
-    pen.text((right - 280, 6), "evidence 0", "dimgray", font)
-    pen.text((right - 22, 6), "1", "dimgray", font)
-    scale = draw_cam(
-        np.zeros((TEXT, 128, 3), np.uint8),
-        np.linspace(0, 1, 128, dtype=np.float32)[None],
-        colormap,
-        1,
-    )
-    sheet.paste(Image.fromarray(scale), (right - 156, 8))
-    for top, (heading, columns) in zip(range(line, bottom, block), blocks, strict=False):
-        pen.text((gap, top + 4), heading, "black", font)
-        for number, column in enumerate(columns):
-            left, upper = (
-                gap + number % across * (CELL + gap),
-                top + line + number // across * deepest * cell,
-            )
-            for caption, picture, note in column:
-                pen.text((left, upper + 4), caption, "dimgray", font)
-                sheet.paste(Image.fromarray(resized(picture, CELL)), (left, upper + line))
-                middle = upper + (line + cell) // 2
-                pen.text(
-                    (left + gap, middle), note, "red", font, stroke_width=3, stroke_fill="white"
-                )
-                upper += cell
+
+    pen.text((GAP, 6), title, "black", font)
+    draw_scale(sheet, pen, font, colormap)
+
+    for number, block in enumerate(blocks[: layout.room]):
+        top = LINE + number * layout.block_height
+        pen.text((GAP, top + 4), block.heading, "black", font)
+        for place, column in enumerate(block.columns):
+            left, upper = layout.corner(number, place)
+            for cell in column:
+                draw_cell(sheet, pen, font, cell, left, upper)
+                upper += layout.cell_height
     return np.asarray(sheet)
 
 
-def find_font(names: Sequence[str]) -> tuple[Any, set[str]]:
-    """Return the font that has most of the characters of the names, and all that it has: Pillow's own has ASCII."""
-    font, has = ImageFont.load_default(TEXT), set(map(chr, range(32, 127)))
-    wanted = has.union(*names)
-    if not wanted <= has:
-        from matplotlib import font_manager, ft2font
+def draw_scale(sheet: Image.Image, pen: Any, font: Any, colormap: str) -> None:
+    """Draw the colours from 0 to 1 into the upper right corner of a sheet, where a long title ends."""
+    right = sheet.width
+    pen.rectangle((right - 290, 0, right, LINE), "white")
+    pen.text((right - 280, 6), "evidence 0", "dimgray", font)
+    pen.text((right - 22, 6), "1", "dimgray", font)
 
-        for path in sorted(
-            font_manager.findSystemFonts(), key=lambda path: ("Sans" not in path, path)
-        ):
-            with contextlib.suppress(OSError, RuntimeError, ValueError):
-                found = set(map(chr, ft2font.FT2Font(path).get_charmap()))
-                if len(found & wanted) > len(has & wanted):
-                    font, has = ImageFont.truetype(path, TEXT), found
-    return font, has
+    ramp = np.linspace(0, 1, 128, dtype=np.float32)[None]
+    scale = draw_cam(np.zeros((TEXT, 128, 3), np.uint8), ramp, colormap, alpha=1)
+    sheet.paste(Image.fromarray(scale), (right - 156, 8))
+
+
+def draw_cell(sheet: Image.Image, pen: Any, font: Any, cell: Cell, left: int, top: int) -> None:
+    """Draw a picture with its caption and note on a sheet."""
+    pen.text((left, top + 4), cell.caption, "dimgray", font)
+    picture = resized(cell.picture, CELL)
+    sheet.paste(Image.fromarray(picture), (left, top + LINE))
+
+    middle = top + LINE + len(picture) // 2
+    place = (left + GAP, middle)
+    pen.text(place, cell.note, "red", font, stroke_width=3, stroke_fill="white")
+
+
+def find_font(names: Sequence[str]) -> tuple[Any, set[str]]:
+    """Return the font with the most characters of the names, and the set of its characters.
+
+    Pillow's own font has ASCII.
+    """
+    font = ImageFont.load_default(TEXT)
+    characters = {chr(code) for code in range(32, 127)}
+    wanted = characters.union(*names)
+    if wanted <= characters:
+        return font, characters
+
+    from matplotlib import font_manager, ft2font
+
+    paths = font_manager.findSystemFonts()
+    for path in sorted(paths, key=lambda path: ("Sans" not in path, path)):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # not a usable font
+            in_font = set(map(chr, ft2font.FT2Font(path).get_charmap()))
+            if len(in_font & wanted) > len(characters & wanted):
+                font = ImageFont.truetype(path, TEXT)
+                characters = in_font
+    return font, characters
 
 
 def file_labels(class_names: Sequence[str]) -> list[str]:
-    """Return what stands for each class in file names: its name, or where that is not enough its index and its name."""
+    """Return what stands for each class in file names: its name, or its index and its name.
+
+    The index is added where two names would be equal, or where nothing of a name can stand there.
+    """
     # without underscores, so that no two photos' names with labels behind them can be equal
     labels = [re.sub(r"[^\w.+]+|_", "-", name).strip("-.")[:40] for name in class_names]
-    if all(labels) and len({label.casefold() for label in labels}) == len(labels):
+    distinct = {label.casefold() for label in labels}
+    if all(labels) and len(distinct) == len(labels):
         return labels
     return [f"{index}-{label}".rstrip("-") for index, label in enumerate(labels)]
 
 
 def file_key(path: str | Path) -> int:
-    """Return a hash that is equal for names of one file, also where case or the writing of accents does not count."""
+    """Return a hash of a path that ignores case and the encoding of accents, as some file systems do."""
     return hash(unicodedata.normalize("NFC", os.path.abspath(path)).casefold())
 
 
-class Log:
-    """`results.jsonl` in the output folder, and the files that it lists. Raises CallError: it cannot be opened.
+def file_size(path: str | Path) -> int:
+    """Return the size of a file in bytes, or -1 where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        if os.path.isfile(path):
+            return os.path.getsize(path)
+    return -1
 
-    A line is a JSON object for a photo and a choice of methods; the last one of the two counts. Nothing is ever
-    rewritten. Several processes append under a lock, and each reads what the others have appended before it writes: so
-    none writes over another's files.
+
+def open_regular(path: Path, flags: int) -> io.FileIO:
+    """Open a file without following a link or waiting for a FIFO.
+
+    Raises OSError: it cannot be opened, or it is not a regular file.
+    """
+    for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
+        flags |= getattr(os, name, 0)
+    file = io.FileIO(os.open(path, flags, 0o666), "r+" if flags & os.O_RDWR else "r")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise FileExistsError(errno.EEXIST, "it is not a regular file; remove it")
+    return file
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file to write."""
+
+    kind: str  # gb, gradcam_cam, gradcam_cam_gb, sheet, arrays ...
+    index: int | None  # of its class in record["classes"]; None: it belongs to no class
+    name: str  # with {} for the photo's name
+    content: bytes
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """What is remembered of the last record of a photo and a choice of methods."""
+
+    options: str  # a hash, see `with_options`
+    sizes: dict[str, Any]  # path relative to the log's folder -> bytes, as the record has them
+    place: int  # of the record in the log, in bytes
+    right: Any  # whether the prediction is right; None: the true class is not known
+    metrics: Any  # as in the record
+
+
+NO_ENTRY = LogEntry("", {}, -1, None, None)
+
+
+class Log:
+    """`results.jsonl` in the output folder, and the files that it lists.
+
+    A line is a JSON object for a photo and a choice of methods; the last one of the two counts. Lines
+    are only appended. Several processes append under a lock, and each reads what the others have
+    appended before it writes, so that none writes over another's files.
     """
 
-    def __init__(self, folder: Path, start_size: int | None = None) -> None:
-        """Read the log. From `start_size` bytes on, by default from now on, it is of processes that run meanwhile."""
-        self.folder, self.path = folder, folder / LOG_NAME
+    def __init__(self, folder: Path, start_size: int) -> None:
+        """Read the log, if there is one; nothing is created. Raises CallError: it cannot be read.
+
+        From `start_size` bytes on it is of processes that run meanwhile.
+        """
+        self.folder = folder
+        self.path = folder / LOG_NAME
+        self._start_size = start_size
+        self._real_folder = os.path.realpath(folder)
         self._lock = FileLock(folder / ".results.lock", poll_interval=0.01)
         self._position = 0  # up to which the log was read
-        # (image, method) -> options, files, place in the log, whether the prediction is right
-        self._last: dict[tuple[str, str], tuple[str, list[Path], int, bool | None]] = {}
-        self._owners: dict[
-            int, tuple[str, str]
-        ] = {}  # file -> (image, options) of the last record that lists it
-        self._stems: dict[
-            int, str
-        ] = {}  # the beginning of files' names -> the image that they are of
+        self._entries: dict[tuple[str, str], LogEntry] = {}  # by (image, methods)
+        # file -> (image, options) of the last record that lists it
+        self._owners: dict[int, tuple[str, str]] = {}
+        self._stems: dict[int, str] = {}  # beginning of files' names -> image
+        self._last_stem: dict[str, str] = {}  # image -> beginning of its files' names
+        self._next_number: dict[
+            str, int
+        ] = {}  # name -> number behind it from which one may be free
+        self._parts: Path | None = None  # folder of unfinished files
+        self._parts_lock: FileLock | None = None
+
         try:
-            with self.locked():
-                self._start_size = self._position if start_size is None else start_size
+            with open_regular(self.path, os.O_RDONLY) as file:
+                self._read(file)
+        except FileNotFoundError:
+            pass
         except OSError as error:
-            raise CallError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+            raise CallError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+
+    # Reading
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[Any]:
-        """Yield the open file, when all that other processes have appended has been read."""
-        names = ("O_RDWR", "O_APPEND", "O_CREAT", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK")
-        flags = sum(
-            getattr(os, name, 0) for name in names
-        )  # no link is followed, no FIFO waited for
-        with self._lock, open(os.open(self.path, flags, 0o666), "r+b", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise FileExistsError(errno.EEXIST, "it is not a regular file; remove it")
-            file.seek(self._position)
-            for line in io.BufferedReader(io.FileIO(file.fileno(), closefd=False)):
-                record = parse_record(line) if line.endswith(b"\n") else {}
-                if record:
-                    image, stem, options = (
-                        self._image_key(record),
-                        record.get("output_stem"),
-                        record.get("options", ""),
-                    )
-                    below = self.folder / os.path.dirname(stem or "")
-                    files = [below / os.path.basename(name) for name in record["files"]]
-                    self._last[image, record["method"]] = (
-                        options,
-                        files,
-                        self._position,
-                        record.get("right"),
-                    )
-                    self._owners.update((file_key(file), (image, options)) for file in files)
-                    if stem:  # not of an error
-                        self._stems[file_key(self.folder / stem)] = image
-                self._position += len(line) if line.endswith(b"\n") else 0
+    def locked(self) -> Iterator[io.FileIO]:
+        """Yield the open file, when all that other processes have appended has been read. Raises OSError."""
+        with self._lock, open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
+            self._read(file)
             yield file
 
+    def _read(self, file: io.FileIO) -> None:
+        """Read the records that were appended since the last time."""
+        file.seek(self._position)
+        for line in io.BufferedReader(io.FileIO(file.fileno(), closefd=False)):
+            if not line.endswith(b"\n"):  # of a process that was killed
+                return
+            record = parse_record(line)
+            if record:
+                self._remember(record)
+            self._position += len(line)
+
+    def _remember(self, record: Mapping[str, Any]) -> None:
+        """Take in a record that begins at the position up to which the log was read."""
+        image = self._image_key(record)
+        options = record.get("options", "")
+        sizes = record.get("sizes")
+        if not isinstance(sizes, dict):
+            sizes = {}
+        sizes = {path: sizes.get(path) for path in record_files(record)}
+
+        entry = LogEntry(options, sizes, self._position, record.get("right"), record.get("metrics"))
+        self._entries[image, record["method"]] = entry
+        for path in sizes:
+            self._owners[self._file_key(path)] = (image, options)
+        stem = record.get("output_stem")
+        if stem:  # not of an error
+            self._stems[self._file_key(stem)] = image
+            self._last_stem[image] = stem
+
+    def _file_key(self, path: str) -> int:
+        return file_key(os.path.join(self._real_folder, path))
+
     def _image_key(self, record: Mapping[str, Any]) -> str:
-        """Return the absolute path of a photo; `source` leads there from the log's folder wherever that is."""
-        path = (
-            os.path.join(self.folder, record["source"]) if "source" in record else record["image"]
-        )
-        return os.path.normcase(os.path.abspath(path))
+        """Return the path of a photo, with its folder's links resolved.
 
-    def is_done(self, image: str, method: str, options: str) -> bool:
-        """Return whether a photo's files are all there as a run with the same options has written them."""
-        key = self._image_key({"image": image})
-        done, files, *_ = self._last.get((key, method), (None, []))
-        owned = (self._owners[file_key(file)] == (key, options) for file in files)
-        return done == options and all(owned) and all(map(os.path.isfile, files))
-
-    def verdicts(self, images: Iterable[str], method: str) -> list[bool]:
-        """Return whether the prediction is right for each of the photos whose true class is known. Raises OSError."""
-        with self.locked():
-            found = (
-                self._last.get((self._image_key({"image": image}), method)) for image in images
-            )
-            return [entry[3] for entry in found if entry and isinstance(entry[3], bool)]
-
-    def write(self, record: dict[str, Any], base: str, contents: Mapping[str, bytes]) -> bool:
-        """Write the files of a photo and append its record. Return False where another process has done so meanwhile.
-
-        `contents` maps the names of the files to their contents; {} in a name stands for the last part of `base`, such
-        as cats/33. Where that is another photo's, or a file is in the way, it becomes cats/33_2, in later runs as well.
-        `record` gets `files`, `output_stem` and `source`. Raises OSError: the disk is full, a name is too long ...
+        `source` leads there from the log's folder.
         """
-        folder, image = self.folder / os.path.dirname(base), self._image_key(record)
-        folder.mkdir(parents=True, exist_ok=True)
-        # a name that cannot be foretold, so that no link is followed
-        with tempfile.TemporaryDirectory(
-            prefix=".part-", dir=folder, ignore_cleanup_errors=True
-        ) as parts:
-            for number, content in enumerate(contents.values()):
-                Path(parts, str(number)).write_bytes(content)
-            with self.locked() as log:
-                done, _, place, _ = self._last.get((image, record["method"]), (None, [], 0, None))
-                if done == record["options"] and place >= self._start_size:
-                    return False
-                for stem in itertools.chain(
-                    [base], (f"{base}_{number}" for number in itertools.count(2))
-                ):
-                    files = [folder / name.format(os.path.basename(stem)) for name in contents]
-                    owner = self._stems.get(file_key(self.folder / stem), image)
-                    if owner == image and all(self._is_free(file, image) for file in files):
-                        break
-                for (
-                    file
-                ) in files:  # a run that is killed from here on leaves no file of the run before it
-                    file.unlink(missing_ok=True)
-                record |= {"files": [str(file) for file in files], "output_stem": stem}
-                self._append(log, record)
-                for number, file in enumerate(files):
-                    os.replace(Path(parts, str(number)), file)
+        if "source" in record:
+            path = os.path.join(self._real_folder, record["source"])
+        else:
+            path = record["image"]
+        return os.path.normcase(real_path(path))
+
+    def entry(self, image: str, method: str) -> LogEntry:
+        """Return what is known of a photo and a choice of methods."""
+        return self._entries.get((self._image_key({"image": image}), method), NO_ENTRY)
+
+    def is_done(self, image: str, method: str, options: str, only_wrong: bool = False) -> bool:
+        """Return whether a photo's files are all there as a run with the same options has written them.
+
+        A record without files is enough for a run that draws the wrong photos only.
+        """
+        entry = self.entry(image, method)
+        if entry is NO_ENTRY or entry.options != options:
+            return False
+        if not entry.sizes:
+            return only_wrong
+
+        owner = (self._image_key({"image": image}), options)
+        for path, size in entry.sizes.items():
+            if self._owners[self._file_key(path)] != owner or file_size(self.folder / path) != size:
+                return False
         return True
 
-    def _is_free(self, file: Path, image: str) -> bool:
-        """Return whether a file does not exist, or is one of this image. Raises OSError: the name is too long."""
-        owner = self._owners.get(file_key(file), (None,))[0]
-        with contextlib.suppress(FileNotFoundError):
-            return stat.S_ISREG(os.lstat(file).st_mode) and owner == image
-        return owner in (None, image)
+    # Writing
 
-    def _append(self, log: Any, record: dict[str, Any]) -> None:
-        """Append a line, all of it or none; it is read when the log is locked next. Raises OSError."""
+    def prepare(self) -> None:
+        """Create the log and a folder for unfinished files, and remove those of killed processes.
+
+        Raises OSError: nothing can be written there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.locked():  # other processes create and lock theirs under this lock, too
+            for folder in self.folder.glob(".part-*"):
+                remove_parts(folder)
+            self._parts = Path(tempfile.mkdtemp(prefix=".part-", dir=self.folder))
+            self._parts_lock = FileLock(self._parts / "lock")
+            self._parts_lock.acquire()
+
+    def close(self) -> None:
+        """Remove the folder for unfinished files."""
+        if self._parts_lock:
+            self._parts_lock.release()
+            remove_parts(self._parts)
+
+    def write(self, record: dict[str, Any], base: str, outputs: Sequence[OutputFile]) -> bool:
+        """Write the files of a photo and append its record.
+
+        Where `base`, such as cats/33, is another photo's, or a file is in the way, it becomes cats/33_2,
+        in later runs as well. `record` gets `files` (those of a class in its entry of `classes`), `sizes`,
+        `output_stem` and `source`.
+
+        Returns False where another process has done so meanwhile. Raises OSError: the disk is full, a
+        name is too long ...
+        """
+        image = self._image_key(record)
+        folder = self.folder / os.path.dirname(base)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._parts is None or not self._parts.is_dir():
+            self.prepare()
+
+        parts = [self._parts / str(number) for number in range(len(outputs))]
+        try:
+            for part, output in zip(parts, outputs, strict=True):
+                write_part(part, output.content)
+            with self.locked() as file:
+                entry = self._entries.get((image, record["method"]), NO_ENTRY)
+                if entry.options == record["options"]:
+                    if entry.place >= self._start_size:
+                        return False
+                    if not outputs and entry.sizes:  # drawn before; this run draws others only
+                        self._add_files(record, [], [])
+                        return True
+
+                stem = self._find_stem(base, image, outputs)
+                paths = [folder / output.name.format(os.path.basename(stem)) for output in outputs]
+                self._add_files(record, outputs, paths)
+                record["output_stem"] = stem
+                self._append(file, record)
+
+                # a run that is killed from here on leaves no file of the run before it
+                for path in paths:
+                    path.unlink(missing_ok=True)
+                for part, path in zip(parts, paths, strict=True):
+                    os.replace(part, path)
+        finally:
+            for part in parts:
+                with contextlib.suppress(OSError):
+                    part.unlink(missing_ok=True)
+        return True
+
+    def _find_stem(self, base: str, image: str, outputs: Sequence[OutputFile]) -> str:
+        """Return the beginning of a photo's file names: `base`, or `base` with a number behind it."""
+        known = self._last_stem.get(image, "")
+        first = 2 if known else self._next_number.get(base, 2)
+        candidates = [base]
+        if re.fullmatch(re.escape(base) + r"_\d+", known):
+            candidates.insert(0, known)
+
+        for stem in candidates:
+            if self._is_free(stem, image, outputs):
+                return stem
+
+        for number in itertools.count(first):
+            stem = f"{base}_{number}"
+            if self._is_free(stem, image, outputs):
+                if not known:  # all numbers before it are of other photos
+                    self._next_number[base] = number + 1
+                return stem
+
+    def _is_free(self, stem: str, image: str, outputs: Sequence[OutputFile]) -> bool:
+        """Return whether a photo's files may have names that begin so.
+
+        Raises OSError: a name is too long.
+        """
+        if self._stems.get(self._file_key(stem), image) != image:
+            return False
+        for output in outputs:
+            path = os.path.join(os.path.dirname(stem), output.name.format(os.path.basename(stem)))
+            owner, _ = self._owners.get(self._file_key(path), (None, ""))
+            try:
+                is_file = stat.S_ISREG(os.lstat(self.folder / path).st_mode)
+                if not is_file or owner != image:
+                    return False
+            except FileNotFoundError:
+                if owner not in (None, image):
+                    return False
+        return True
+
+    def _add_files(
+        self, record: dict[str, Any], outputs: Sequence[OutputFile], paths: Sequence[Path]
+    ) -> None:
+        """Put the paths and the sizes of files into a record."""
+        record["files"] = {}
+        record["sizes"] = {}
+        for entry in record["classes"]:
+            entry["files"] = {}
+
+        for output, path in zip(outputs, paths, strict=True):
+            relative = path.relative_to(self.folder).as_posix()
+            record["sizes"][relative] = len(output.content)
+            if output.index is None:
+                record["files"][output.kind] = relative
+            else:
+                record["classes"][output.index]["files"][output.kind] = relative
+
+    def _append(self, file: io.FileIO, record: dict[str, Any]) -> None:
+        """Append a line, all of it or none; it is read when the log is locked next.
+
+        Raises OSError: there is no room.
+        """
         with contextlib.suppress(ValueError):  # another drive of Windows
-            record["source"] = os.path.relpath(record["image"], self.folder)
+            record["source"] = os.path.relpath(real_path(record["image"]), self._real_folder)
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        end = log.seek(0, os.SEEK_END)
+        end = file.seek(0, os.SEEK_END)
         if end > self._position:  # half a line, of a process that was killed
             line = b"\n" + line
-        if log.write(line) < len(line):
-            log.truncate(end)
+        if file.write(line) < len(line):
+            file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def write_error(self, image: str, method: str, error: str) -> None:
-        """Append the record of a photo without files; where there is no room, the next run will do so."""
-        with contextlib.suppress(OSError), self.locked() as log:
-            self._append(log, {"image": image, "method": method, "error": error, "files": []})
+        """Append the record of a photo that failed; where there is no room, the next run will do so."""
+        with contextlib.suppress(OSError), self.locked() as file:
+            self._append(file, {"image": image, "method": method, "error": error})
+
+
+def real_path(path: str) -> str:
+    """Return the absolute path of a file in its real folder; a link to the file itself is not followed."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)
+
+
+def write_part(path: Path, content: bytes) -> None:
+    """Write a file so that it is on the disk when its record is written."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove a folder of unfinished files, unless a running process holds its lock."""
+    lock = folder / "lock"
+    with contextlib.suppress(OSError, Timeout):
+        if folder.is_symlink() or lock.is_symlink():
+            return
+        if lock.exists():
+            guard = FileLock(lock, timeout=0)
+            guard.acquire()
+            guard.release()
+        for path in folder.iterdir():
+            if re.fullmatch(r"\d+|lock|index\.html", path.name):  # as this program names them
+                path.unlink()
+        folder.rmdir()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2625,30 +2919,14 @@ def page_item(record: Mapping[str, Any]) -> dict[str, Any]:
         "guess": str(guess["name"]),
         "truth": str(truth["name"]) if truth else "",
     }
-    explained = zip(
-        record.get("classes") or [record.get("class")], pictures_of(record).items(), strict=False
-    )
-    rows = [(*likely(entry), *pictures) for entry, pictures in explained]
+    rows = []
     return {**item, "top": [likely(entry) for entry in (guess, *top[1:])], "rows": rows}
 
 
-def pictures_of(record: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return for each class the link to its pictures, ./cat/%00_1_dog.jpg, and what may stand for %00: gb, fem_cam."""
-    (folder, stem), found = os.path.split(record.get("output_stem", "")), dict[str, list[str]]()
-    kinds = [
-        "gb",
-        *(
-            f"{method}_{output}"
-            for method in record["method"].split(",")
-            for output in ("cam_gb", "cam")
-        ),
-    ]
-    for name, kind in itertools.product(map(os.path.basename, record["files"]), kinds):
-        if name.startswith(f"{kind}_{stem}"):
-            found.setdefault(as_link(os.path.join(folder, f"\0{name[len(kind) :]}")), []).append(
-                kind
-            )
-    return found
+def heat_grid(cam: Floats) -> list[int]:
+    """Return a map as 8 x 8 whole numbers from 0 to 100, row by row."""
+    grid = cv2.resize(cam, (8, 8), interpolation=cv2.INTER_AREA)
+    return np.rint(100 * grid).astype(int).flatten().tolist()
 
 
 def as_link(path: str) -> str:
@@ -2796,27 +3074,35 @@ show();</script></html>"""
 # ---------------------------------------------------------------------------------------------------------------------
 
 THREADS = min(4, os.cpu_count() or 1)  # that read, and as many that draw
+FEW = 4  # photos for which folding the batch norms takes longer than it saves
+EMPTY_MAPS = 10  # that have a warning of their own
+NOT_IN_RESULTS = (  # options that change no picture and no record
+    *("images", "ckpt", "device", "batch_size", "output"),
+    *("skip_existing", "only_wrong", "gallery"),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A photo that is to be explained."""
+
+    photo: Photo
+    options: str  # a hash of the options and of all files that are read, see `with_options`
 
 
 @dataclass
 class Item:
     """A photo on its way through the program; each step fills in what it finds, or `error`."""
 
+    task: Task
     path: str
-    folder: str  # of its files, below the output folder
-    options: str  # a hash of the options and of the file, by which a later run knows what was done
-    truth: int | None = None  # see true_class
-    box: tuple[float, float, float, float] = (
-        0.0,
-        0.0,
-        0.0,
-        0.0,
-    )  # the part that the network sees, in its pixels
+    truth: int | None  # see true_class
+    box: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # the seen part, in its pixels
     picture: Picture | None = None  # that part, to draw on
     inputs: Tensor | None = None  # that part as the network gets it, (3, H, W)
     explanation: Explanation | None = None  # (1, K, ...)
     record: dict[str, Any] = field(default_factory=dict)  # its line in the log
-    contents: dict[str, bytes] = field(default_factory=dict)  # of its files, see Log.write
+    outputs: list[OutputFile] = field(default_factory=list)
     error: str = ""  # one line
 
 
@@ -2827,25 +3113,34 @@ class Job:
     args: argparse.Namespace
     classifier: Classifier
     explainer: Explainer
-    targets: list[
-        int
-    ]  # indices, PREDICTED or TRUTH; none of them: the `top_k` classes of highest probability
+    targets: list[int]  # indices, PREDICTED or TRUTH; empty: the `top_k` likeliest classes
     labels: Sequence[str] | None  # of all classes, for file names; None: no class stands in them
     font: Any  # for the sheet
     glyphs: set[str]  # characters that the font has
     shown: Sequence[str]  # class names, or their indices where the font lacks a character
 
 
+@dataclass
+class Tally:
+    """What has become of the photos."""
+
+    done: int = 0
+    skipped: int = 0
+    failed: int = 0
+    empty_maps: int = 0
+
+
 def prefetch(
     function: Callable[[Any], Any], items: Iterable[Any], depth: int, threads: int
 ) -> Iterator[Any]:
-    """Map `function` over `items` in threads, `depth` ahead, in order; what was begun before an error is yielded."""
-    pool, pending, error, items = (
-        ThreadPoolExecutor(threads),
-        deque[Future[Any]](),
-        None,
-        iter(items),
-    )
+    """Map `function` over `items` in threads, `depth` ahead, in order.
+
+    What was begun before an error is yielded before it is raised.
+    """
+    pool = ThreadPoolExecutor(threads)
+    pending = deque[Future[Any]]()
+    error: BaseException | None = None
+    items = iter(items)
     try:
         while pending or not error:
             try:
@@ -2853,6 +3148,7 @@ def prefetch(
                     pending.append(pool.submit(function, next(items)))
             except (Exception, KeyboardInterrupt) as raised:
                 error = raised
+
             # on Windows, Ctrl-C ends only such waits as have a limit
             if pending and wait([pending[0]], timeout=0.2).done:
                 yield pending.popleft().result()
@@ -2862,404 +3158,669 @@ def prefetch(
         raise error
 
 
-def with_options(
-    args: argparse.Namespace, photos: Iterable[tuple[str, str]]
-) -> list[tuple[str, str, str]]:
-    """Return the photos, each with a hash of the options and of the size and time of all files that are read for it."""
-
-    def signature(path: str) -> tuple[int, int]:
-        with contextlib.suppress(OSError, ValueError):
-            return os.stat(path).st_size, os.stat(path).st_mtime_ns
-        return 0, 0
-
-    ignored = {
-        "images",
-        "photos",
-        "ckpt",
-        "device",
-        "batch_size",
-        "output",
-        "skip_existing",
-        "log_size",
-        "gallery",
-    }
-    ignored |= (
-        set() if args.sheet or args.save_arrays else {"methods"}
-    )  # which only these files share
-    options = [
-        (name, str(value)) for name, value in sorted(vars(args).items()) if name not in ignored
-    ]
-    ckpt, own_network = os.path.realpath(args.ckpt or ""), (args.arch or "").rpartition(":")[0]
-    options = repr((options, ckpt, signature(ckpt), signature(own_network)))
-    texts = [
-        f"{options} {signature(path)}".encode("utf-8", "backslashreplace") for path, _ in photos
-    ]
-    return [
-        (*photo, hashlib.sha256(text).hexdigest()[:16])
-        for photo, text in zip(photos, texts, strict=True)
-    ]
+# Before the first photo
 
 
-def load_job(args: argparse.Namespace, local_rank: int | None) -> Job:
-    """Load the network that the command line asks for, and print what is assumed about it. Raises CallError."""
+def with_options(args: argparse.Namespace, photos: Iterable[Photo]) -> list[Task]:
+    """Return the photos, each with a hash of the options and of the files that are read for it.
+
+    A file counts as changed where its size or its time has changed.
+    """
+    ignored = set(NOT_IN_RESULTS)
+    if not (args.sheet or args.save_arrays):
+        ignored.add("methods")  # which only these files share
+    options = []
+    for name, value in sorted(vars(args).items()):
+        if name not in ignored:
+            options.append((name, str(value)))
+
+    ckpt = os.path.realpath(args.ckpt or "")
+    own_network = (args.arch or "").rpartition(":")[0]
+    shared = repr((options, ckpt, signature(ckpt), signature(own_network)))
+
+    tasks = []
+    for photo in photos:
+        text = f"{shared} {signature(photo.path)}".encode("utf-8", "backslashreplace")
+        tasks.append(Task(photo, hashlib.sha256(text).hexdigest()[:16]))
+    return tasks
+
+
+def signature(path: str) -> tuple[int, int]:
+    """Return size and time of a file, or zeros where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+    return 0, 0
+
+
+def load_job(request: Request, count: int) -> Job:
+    """Load the network that the command line asks for, and print what is assumed about it.
+
+    `count` photos are to be explained. Raises CallError.
+    """
+    args = request.args
     if args.colormap not in COLORMAPS:
         hint = closest(args.colormap, COLORMAPS) or f" (known: {', '.join(COLORMAPS)})"
         raise CallError(f"unknown colormap '{args.colormap}'{hint}")
-    own_gpu = local_rank is not None and args.device in (None, "cuda") and torch.cuda.is_available()
-    device = (
-        f"cuda:{local_rank}" if own_gpu else args.device
-    )  # torchrun starts a process for each GPU
-    given = {
-        name: getattr(args, name) for name in ("class_names", "input_size", "resize", "mean", "std")
-    }
-    classifier = load_classifier(args.arch, args.ckpt, args.num_classes, device, **given)
-    names, side = classifier.class_names, classifier.input_size
-    targets = list(dict.fromkeys(find_class(wanted, names) for wanted in args.target_classes or ()))
-    if (args.only_wrong or TRUTH in targets) and all(
-        true_class(path, names) is None for path, _ in args.photos
-    ):
-        raise CallError(
-            f"no photo's folder is named after a class ({', '.join(names[:8])}), so no truth is known"
-        )
-    given = {
-        name: getattr(args, name)
-        for name in ("methods", "target_layers", "aug_smooth", "eigen_smooth")
-    }
-    bar = partial(tqdm, desc=",".join(args.methods), unit="pass", leave=False, disable=None)
-    explainer = Explainer(classifier.model, guided=args.outputs != ["cam"], progress=bar, **given)
-    try:
-        explainer.prepare(torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        if isinstance(error, CallError) or is_out_of_memory(error):
-            raise
-        why = f"fails at inputs of {side} x {side}: {first_line(error)}; pass another --input-size"
-        raise CallError(f"{classifier.arch} {why}") from error
-    if not local_rank:
-        print_line(classifier.describe(explainer.target_layers), sys.stderr)
-    labels = file_labels(names) if targets or (args.top_k or 1) > 1 else None
+
+    classifier = load_classifier(
+        args.arch,
+        args.ckpt,
+        args.num_classes,
+        choose_device(request),
+        class_names=args.class_names,
+        input_size=args.input_size,
+        resize=args.resize,
+        mean=args.mean,
+        std=args.std,
+    )
+    names = classifier.class_names
+    targets = find_targets(request, names)
+    explainer = make_explainer(args, classifier, count)
+    if request.local_rank == 0:
+        told = classifier.describe(explainer.target_layers)
+        if request.world_size > 1:
+            told += f", process {request.rank} of {request.world_size}"
+        print_line(told, sys.stderr)
+
+    labels = file_labels(names) if targets or args.top_k not in (None, 1) else None
     font, glyphs = find_font(names) if args.sheet else (None, set())
     shown = [name if glyphs.issuperset(name) else str(index) for index, name in enumerate(names)]
     return Job(args, classifier, explainer, targets, labels, font, glyphs, shown)
 
 
-def read_item(entry: tuple[str, str, str], job: Job) -> Item:
-    """Read a photo, and keep only what is needed further on, so that large photos do not pile up in memory."""
-    item = Item(*entry, truth=true_class(entry[0], job.classifier.class_names))
+def choose_device(request: Request) -> str | None:
+    """Return the device to compute on; torchrun starts a process for each GPU."""
+    device = request.args.device
+    if request.world_size > 1 and device in (None, "cuda") and torch.cuda.is_available():
+        return f"cuda:{request.local_rank}"
+    return device
+
+
+def find_targets(request: Request, names: Sequence[str]) -> list[int]:
+    """Return the classes to explain, see `Job.targets`.
+
+    Raises CallError: there is no such class, or no photo's true class is known.
+    """
+    targets = []
+    for wanted in request.args.target_classes or ():
+        index = find_class(wanted, names)
+        if index not in targets:
+            targets.append(index)
+
+    if request.args.only_wrong or TRUTH in targets:
+        if all(true_class(photo.path, names) is None for photo in request.photos):
+            some = ", ".join(names[:8])
+            raise CallError(
+                f"no photo's folder is named after a class ({some}), so no truth is known"
+            )
+    return targets
+
+
+def make_explainer(args: argparse.Namespace, classifier: Classifier, count: int) -> Explainer:
+    """Return what explains the photos. It takes over the classifier's network.
+
+    Raises CallError: the network or the layer does not work at this input size.
+    """
+    bar = partial(tqdm, desc=",".join(args.methods), unit="pass", leave=False, disable=None)
+    explainer = Explainer(
+        classifier.model,
+        args.methods,
+        args.target_layers,
+        guided=args.outputs != ["cam"],
+        aug_smooth=args.aug_smooth,
+        eigen_smooth=args.eigen_smooth,
+        progress=bar,
+        copy=False,
+        fold=count > FEW,
+    )
+    side = classifier.input_size
+    noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     try:
-        photo = read_photo(item.path)
+        explainer.prepare(noise)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise CallError(
+            f"{classifier.arch} fails at inputs of {side} x {side}: {first_line(error)}; "
+            "pass another --input-size"
+        ) from error
+    return explainer
+
+
+def list_layers(request: Request) -> int:
+    """Print the layers with a spatial map. Returns the exit status; raises CallError."""
+    explainer = load_job(request, 1).explainer
+    for name, (kind, shape) in explainer.layers.items():
+        size = " x ".join(map(str, shape))
+        if name in explainer.target_layers:
+            size += "   (default)"
+        print_line(f"{name:40} {kind:24} {size}")
+    return 0
+
+
+# Each photo
+
+
+def read_item(task: Task, job: Job) -> Item:
+    """Read a photo, and keep only what is needed further on, so that large photos use no memory."""
+    path = task.photo.path
+    item = Item(task, path, true_class(path, job.classifier.class_names))
+    try:
+        photo = read_photo(path)
         height, width = photo.shape[:2]
         item.box = job.classifier.seen_box(height, width)
-        part = job.classifier.seen(photo)
-        item.picture = resized(part, job.args.output_size or min(max(part.shape[:2]), 1024))
+        seen = job.classifier.seen(photo)
+        item.picture = resized(seen, job.args.output_size or min(max(seen.shape[:2]), 1024))
         item.inputs = job.classifier.preprocess(photo)
+    except PhotoError as error:
+        item.error = str(error)
+    except (cv2.error, MemoryError) as error:
+        item.error = f"{path}: cannot be prepared: {first_line(error)}"
+    else:
         item.record = {
-            "image": item.path,
+            "image": path,
             "width": width,
             "height": height,
             "method": ",".join(job.args.methods),
         }
-    except PhotoError as error:
-        item.error = str(error)
     return item
 
 
 def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Iterator[Item]:
-    """Yield the items with their explanations, or what went wrong, in order."""
+    """Yield the items with their explanations, or what went wrong, in order.
 
-    def attempt(part: list[Item]) -> None:
-        try:
-            explain(part, job)
-        except (RuntimeError, ValueError, MemoryError) as error:
-            if isinstance(error, CallError) or (is_out_of_memory(error) and len(part) > 1):
-                raise
-            if re.search("(CUDA|HIP) error", str(error)) and not is_out_of_memory(
-                error
-            ):  # the GPU answers no more
-                raise CallError(
-                    f"the GPU has failed: {first_line(error)}; go on with --skip-existing"
-                ) from error
-            if len(part) == 1:
-                part[0].error = f"{part[0].path}: the network failed: {first_line(error)}"
-            for item in part if len(part) > 1 else ():  # it may be one of them only
-                attempt([item])
-
+    Raises CallError: the GPU has failed.
+    """
     while batch := list(itertools.islice(items, batch_size.size)):
-        deque(batch_size.run(attempt, [item for item in batch if not item.error]), maxlen=0)
+        readable = [item for item in batch if not item.error]
+        for _ in batch_size.run(partial(try_to_explain, job=job), readable):
+            pass
         yield from batch
 
 
+def try_to_explain(items: Sequence[Item], job: Job) -> None:
+    """Explain a batch; where the network fails, explain each photo alone, to find the one at fault.
+
+    Raises CallError: the GPU has failed. Raises the error where memory does not suffice for several photos.
+    """
+    try:
+        explain(items, job)
+    except (RuntimeError, ValueError, MemoryError) as error:
+        out_of_memory = is_out_of_memory(error)
+        if out_of_memory and len(items) > 1:
+            raise
+        if re.search("(CUDA|HIP) error", str(error)) and not out_of_memory:
+            raise CallError(
+                f"the GPU has failed: {first_line(error)}; go on with --skip-existing"
+            ) from error
+        if len(items) == 1:
+            items[0].error = f"{items[0].path}: the network failed: {first_line(error)}"
+            return
+        for item in items:
+            try_to_explain([item], job)
+
+
 def explain(items: Sequence[Item], job: Job) -> None:
-    """Fill in the explanations and the records of photos; with --only-wrong, of the others the records alone."""
-    inputs = torch.stack([item.inputs for item in items])
+    """Fill in the explanations and the records of photos.
+
+    With --only-wrong, the photos that are predicted right get a record alone.
+    """
     if job.args.only_wrong:
-        logits = job.explainer.logits(inputs).cpu().numpy()
-        if not np.isfinite(logits).all():
-            raise ValueError("the logits are NaN or infinite")
-        for item, row in zip(items, logits[:, None], strict=True):
-            item.explanation = Explanation({}, None, row, row.argmax(1, keepdims=True))
-            describe_item(item, job)
-        wrong = [item.record.get("right") is False for item in items]
-        items, inputs = list(itertools.compress(items, wrong)), inputs[wrong]
-    truths = [PREDICTED if item.truth is None else item.truth for item in items]
-    if TRUTH in job.targets and PREDICTED in truths:
-        warn(
-            "where the folder is not named after a class, the prediction is explained instead of the truth"
-        )
-    targets = [[truth if target == TRUTH else target for target in job.targets] for truth in truths]
-    if items:
-        explanation = job.explainer(
-            inputs, targets if job.targets else None, top=job.args.top_k or 1
-        )
+        items = predict(items, job)
+        if not items:
+            return
+
+    targets = None
+    if job.targets:
+        targets = [targets_of(item, job.targets) for item in items]
+    inputs = torch.stack([item.inputs for item in items])
+    explanation = job.explainer(inputs, targets, top=job.args.top_k or 1)
     for index, item in enumerate(items):
         item.explanation = explanation.only(index)
         describe_item(item, job)
 
 
+def predict(items: Sequence[Item], job: Job) -> list[Item]:
+    """Fill in the records of photos from their predictions alone; return those that are predicted wrong.
+
+    Raises ValueError: the logits are not finite.
+    """
+    inputs = torch.stack([item.inputs for item in items])
+    logits = job.explainer.logits(inputs).cpu().numpy()
+    if not np.isfinite(logits).all():
+        raise ValueError("the logits are NaN or infinite")
+
+    wrong = []
+    for item, row in zip(items, logits[:, None], strict=True):
+        item.explanation = Explanation({}, None, row, row.argmax(1, keepdims=True))
+        describe_item(item, job)
+        if item.record.get("right") is False:
+            wrong.append(item)
+    return wrong
+
+
+def targets_of(item: Item, targets: Sequence[int]) -> list[int]:
+    """Return the classes to explain for a photo, with its true class in the place of TRUTH."""
+    truth = item.truth
+    if truth is None:
+        truth = PREDICTED
+        if TRUTH in targets:
+            warn(
+                "where the folder is not named after a class, "
+                "the prediction is explained instead of the truth"
+            )
+    return [truth if target == TRUTH else target for target in targets]
+
+
 def describe_item(item: Item, job: Job) -> None:
     """Complete the record of a photo that was explained, with the metrics if they are asked for."""
-    explanation, classifier = item.explanation, job.classifier
-    p, names = (
-        probabilities(torch.from_numpy(explanation.logits))[0].numpy(),
-        classifier.class_names,
-    )
-    indices, count = (
-        [*explanation.targets[0], *np.argsort(-p, kind="stable")[:5]],
-        len(explanation.targets[0]),
-    )
-    found = [
-        {"index": int(i), "name": names[i], "probability": round(float(p[i]), 6)} for i in indices
-    ]
-    classes, top5 = found[:count], found[count:]
-    item.record |= {
-        "prediction": top5[0],
-        "class": classes[0],
-        **({"classes": classes} if job.labels else {}),
-    }
+    explanation = item.explanation
+    classifier = job.classifier
+    names = classifier.class_names
+    p = probabilities(torch.from_numpy(explanation.logits))[0].numpy()
+    order = np.argsort(-p, kind="stable")
+
+    def describe(index: int) -> dict[str, Any]:
+        probability = round(float(p[index]), 6)
+        return {"index": int(index), "name": names[index], "probability": probability}
+
+    record = item.record
+    record["prediction"] = describe(order[0])
+    record["classes"] = [describe(index) for index in explanation.targets[0]]
     if item.truth is not None:
-        item.record["truth"] = {"index": item.truth, "name": names[item.truth]}
-        item.record["right"] = item.truth == top5[0]["index"]
-    item.record |= {
-        "top5": top5,
-        "target_layer": ",".join(job.explainer.target_layers),
-        "options": item.options,
+        record["truth"] = {"index": item.truth, "name": names[item.truth]}
+        record["right"] = item.truth == record["prediction"]["index"]
+    record["top5"] = [describe(index) for index in order[:5]]
+
+    record["target_layer"] = ",".join(job.explainer.target_layers)
+    record["options"] = item.task.options
+    record["input_size"] = classifier.input_size
+    record["resize"] = job.args.resize
+    record["box"] = [round(edge, 2) for edge in item.box]
+    record["mean"] = [round(value, 6) for value in classifier.preset.mean]
+    record["std"] = [round(value, 6) for value in classifier.preset.std]
+    record["heat"] = {
+        method: [heat_grid(cam) for cam in cams[0]] for method, cams in explanation.cams.items()
     }
-    item.record |= {"input_size": classifier.input_size, "resize": job.args.resize}
-    item.record["box"] = [round(x, 2) for x in item.box]
-    item.record |= {
-        key: [round(x, 6) for x in getattr(classifier.preset, key)] for key in ("mean", "std")
-    }
-    item.record |= {"metrics": []} if job.args.metrics else {}
-    for index, each in enumerate(classes if job.args.metrics else ()):
-        for method, cams in explanation.cams.items():
-            metrics = faithfulness(job.explainer, item.inputs[None], cams[0, index], each["index"])
-            item.record["metrics"].append({"class": each["name"], "method": method, **metrics})
+    if job.args.metrics:
+        record["metrics"] = measure_item(item, job)
+
+
+def measure_item(item: Item, job: Job) -> list[dict[str, Any]]:
+    """Return the metrics of each map of a photo."""
+    inputs = item.inputs[None]
+    measured = []
+    for index, entry in enumerate(item.record["classes"]):
+        for method, cams in item.explanation.cams.items():
+            metrics = faithfulness(job.explainer, inputs, cams[0, index], entry["index"])
+            measured.append({"class": entry["name"], "method": method, **metrics})
+    return measured
+
+
+# Drawing
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture of an explanation."""
+
+    output: str  # one of OUTPUTS
+    method: str  # empty where the picture is of no method
+    picture: Picture
+    note: str  # across it on the sheet
+
+    @property
+    def kind(self) -> str:
+        """Return what it is called in the record and in file names."""
+        return f"{self.method}_{self.output}".lstrip("_")
 
 
 def draw_item(item: Item, job: Job) -> Item:
-    """Fill in the contents of a photo's files; README.md has the shapes of the arrays."""
+    """Fill in the contents of a photo's files."""
     if item.error or not item.explanation.cams:
         return item
-    pictures, blocks, args, explanation = {}, [], job.args, item.explanation
-    for index, found in enumerate(item.record.get("classes", [item.record["class"]])):
-        label = job.labels[found["index"]] if job.labels else ""
-        columns = {
-            "": [("source", item.picture, "")]
-        }  # of the sheet: gb under the source, cam_gb under cam
-        for output in args.outputs:
-            for method in [""] if output == "gb" else args.methods:
-                drawn = draw(
-                    output,
-                    explanation,
-                    item.picture,
-                    method,
-                    index,
-                    colormap=args.colormap,
-                    alpha=args.alpha,
-                )
-                pictures["_".join(filter(None, (method, output, "{}", label)))] = drawn
-                empty = method and not explanation.cams[method][0, index].any()
-                entry = f"{method} {output}".strip(), drawn, "no positive evidence" if empty else ""
-                columns.setdefault(method, []).append(entry)
-        blocks.append(
-            (
-                f"explained: {job.shown[found['index']]} {found['probability']:.3f}",
-                list(columns.values()),
-            )
-        )
-    if args.sheet:
-        photo = "".join(c if c in job.glyphs else "?" for c in os.path.basename(item.path))
-        best, layer = item.record["prediction"], item.record["target_layer"]
-        truth = "" if item.record.get("right", True) else f" (truth: {job.shown[item.truth]})"
-        title = f"{photo}   prediction: {job.shown[best['index']]} {best['probability']:.3f}{truth}   layer: {layer}"
-        pictures["{}_sheet"] = draw_sheet(title, blocks, job.font, args.colormap)
-    quality = {
-        "jpg": [cv2.IMWRITE_JPEG_QUALITY, args.quality],
-        "webp": [cv2.IMWRITE_WEBP_QUALITY, args.quality],
-    }
-    for name, picture in pictures.items():
-        bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
-        encoded = cv2.imencode(f".{args.format}", bgr, quality.get(args.format, []))[1]
-        item.contents[f"{name}.{args.format}"] = encoded.tobytes()
-    if args.save_arrays:
-        arrays, buffer = (
-            {} if explanation.guided is None else {"guided": explanation.guided[0]},
-            io.BytesIO(),
-        )
-        arrays |= {
-            "methods": args.methods,
-            "classes": explanation.targets[0],
-            "logits": explanation.logits[0],
-        }
-        arrays |= {
-            "cams": [explanation.cams[method][0] for method in args.methods],
-            "box": item.box,
-        }
-        arrays |= {
-            "class_names": job.classifier.class_names,
-            "target_layers": job.explainer.target_layers,
-        }
-        np.savez_compressed(buffer, **arrays)
-        item.contents["{}.npz"] = buffer.getvalue()
-    item.picture = item.inputs = None
+    try:
+        item.outputs = make_outputs(item, job)
+    except (cv2.error, MemoryError) as error:
+        item.error = f"{item.path}: cannot be drawn: {first_line(error)}"
+    item.picture = None
+    item.inputs = None
     return item
 
 
-def save_item(item: Item, args: argparse.Namespace, log: Log) -> str:
-    """Write the files and the record of a photo, and print its line. Return "done", "skipped" or "failed"."""
-    try:
-        base = "/".join([*Path(item.folder).parts, Path(item.path).stem])
-        if not item.error and not log.write(item.record, base, item.contents):
-            return "skipped"
-    except OSError as error:
-        item.error = f"{item.path}: its results cannot be written: {error.strerror or error}"
+def make_outputs(item: Item, job: Job) -> list[OutputFile]:
+    """Return the files of a photo that was explained."""
+    args = job.args
+    outputs = []
+    blocks = []
+    for index, entry in enumerate(item.record["classes"]):
+        label = f"_{job.labels[entry['index']]}" if job.labels else ""
+        drawings = draw_class(item, job, index)
+        for drawing in drawings:
+            name = f"{drawing.kind}_{{}}{label}.{args.format}"
+            content = encode(drawing.picture, args.format, args.quality)
+            outputs.append(OutputFile(drawing.kind, index, name, content))
+        if args.sheet:
+            heading = f"explained: {job.shown[entry['index']]} {entry['probability']:.3f}"
+            blocks.append(Block(heading, sheet_columns(item.picture, drawings)))
+
+    if args.sheet:
+        sheet = draw_sheet(sheet_title(item, job), blocks, job.font, args.colormap)
+        content = encode(sheet, args.format, args.quality)
+        outputs.append(OutputFile("sheet", None, f"{{}}_sheet.{args.format}", content))
+    if args.save_arrays:
+        outputs.append(OutputFile("arrays", None, "{}.npz", pack_arrays(item, job)))
+    return outputs
+
+
+def draw_class(item: Item, job: Job, index: int) -> list[Drawing]:
+    """Return the pictures of one explained class of a photo."""
+    args = job.args
+    drawings = []
+    for output in args.outputs:
+        for method in [""] if output == "gb" else args.methods:
+            picture = draw(
+                output,
+                item.explanation,
+                item.picture,
+                method,
+                index,
+                colormap=args.colormap,
+                alpha=args.alpha,
+                fade=args.fade,
+            )
+            note = ""
+            if method and not item.explanation.cams[method][0, index].any():
+                note = "no positive evidence"
+            drawings.append(Drawing(output, method, picture, note))
+    return drawings
+
+
+def sheet_columns(source: Picture, drawings: Sequence[Drawing]) -> list[list[Cell]]:
+    """Return the columns of a sheet: gb stands under the source, a method's cam_gb under its cam."""
+    columns = {"": [Cell("source", source)]}
+    for drawing in drawings:
+        caption = f"{drawing.method} {drawing.output}".strip()
+        cell = Cell(caption, drawing.picture, drawing.note)
+        columns.setdefault(drawing.method, []).append(cell)
+    return list(columns.values())
+
+
+def sheet_title(item: Item, job: Job) -> str:
+    """Return the line on top of a sheet; a character that the font lacks is shown as ?."""
+    name = "".join(c if c in job.glyphs else "?" for c in os.path.basename(item.path))
+    best = item.record["prediction"]
+    prediction = f"{job.shown[best['index']]} {best['probability']:.3f}"
+    if item.record.get("right") is False:
+        prediction += f" (truth: {job.shown[item.truth]})"
+    return f"{name}   prediction: {prediction}   layer: {item.record['target_layer']}"
+
+
+def encode(picture: Picture, ending: str, quality: int) -> bytes:
+    """Return a picture as a file of that format."""
+    flags = []
+    if ending == "jpg":
+        flags = [cv2.IMWRITE_JPEG_QUALITY, quality]
+    elif ending == "webp":
+        flags = [cv2.IMWRITE_WEBP_QUALITY, quality]
+
+    bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+    _, encoded = cv2.imencode(f".{ending}", bgr, flags)
+    return encoded.tobytes()
+
+
+def pack_arrays(item: Item, job: Job) -> bytes:
+    """Return an explanation as a file of NumPy's; README.md has the shapes."""
+    explanation = item.explanation
+    arrays = {
+        "methods": job.args.methods,
+        "classes": explanation.targets[0],
+        "cams": [explanation.cams[method][0] for method in job.args.methods],
+        "logits": explanation.logits[0],
+        "class_names": job.classifier.class_names,
+        "target_layers": job.explainer.target_layers,
+        "box": item.box,
+    }
+    if explanation.guided is not None:
+        arrays["guided"] = explanation.guided[0]
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+# Saving and telling
+
+
+def save_item(item: Item, args: argparse.Namespace, log: Log, tally: Tally) -> None:
+    """Write the files and the record of a photo, print its line, and count it."""
+    if not item.error:
+        base = "/".join([*Path(item.task.photo.folder).parts, Path(item.path).stem])
+        try:
+            written = log.write(item.record, base, item.outputs)
+        except OSError as error:
+            item.error = f"{item.path}: its results cannot be written: {error.strerror or error}"
+
     if item.error:
         log.write_error(item.path, ",".join(args.methods), item.error)
         print_line(f"error: {item.error}", sys.stderr)
-        return "failed"
-    prediction, classes = (
-        item.record["prediction"],
-        item.record.get("classes", [item.record["class"]]),
-    )
-    truth = "" if item.record.get("right", True) else f" (truth: {item.record['truth']['name']})"
-    parts = [f"{prediction['name']} {prediction['probability']:.3g}{truth}"]
-    if classes != [prediction]:
-        parts.append(
-            "explained: "
-            + ", ".join(f"{each['name']} {each['probability']:.3g}" for each in classes)
-        )
-    for found in item.record.get("metrics", ()):
-        of = f" for {found['class']}" if len(classes) > 1 else ""
-        parts.append(
-            f"{found['method']}{of}: " + ", ".join(f"{name} {found[name]:.3g}" for name in METRICS)
-        )
-    print_line(
-        f"{item.path}: {'; '.join(parts)} -> {', '.join(item.record['files']) or 'no files'}"
-    )
-    empty = f"map is all zeros: no positive evidence at {item.record['target_layer']}"
-    for method in (
-        method for method, cams in item.explanation.cams.items() if not cams[0].any((1, 2)).all()
-    ):
-        print_line(f"warning: {item.path}: the {method} {empty}", sys.stderr)
-    return "done"
+        tally.failed += 1
+    elif not written:
+        tally.skipped += 1
+    else:
+        tally.done += 1
+        print_result(result_line(item, args.output))
+        warn_of_empty_maps(item, tally)
 
 
-def finish(args: argparse.Namespace, log: Log, images: Sequence[str]) -> str:
-    """Write the page of all results. Return what the closing line tells of it, and of the accuracy for these photos."""
-    page, verdicts, parts = None, [], []
+def print_result(line: str) -> None:
+    """Print a line on stdout; when its reader has gone, as in `| head`, the run goes on without it."""
     try:
-        verdicts = log.verdicts(images, ",".join(args.methods))
+        print_line(line)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EINVAL):  # the latter on Windows
+            raise
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def result_line(item: Item, folder: Path) -> str:
+    """Return what is printed of a photo: prediction, explained classes, metrics and files."""
+    record = item.record
+    prediction = with_probability(record["prediction"])
+    if record.get("right") is False:
+        prediction += f" (truth: {record['truth']['name']})"
+    told = [prediction]
+
+    indices = [entry["index"] for entry in record["classes"]]
+    if indices != [record["prediction"]["index"]]:
+        explained = [with_probability(entry) for entry in record["classes"]]
+        told.append(f"explained: {', '.join(explained)}")
+    for measured in record.get("metrics", ()):
+        subject = measured["method"]
+        if len(indices) > 1:
+            subject += f" for {measured['class']}"
+        told.append(f"{subject}: {format_metrics(measured)}")
+
+    files = [str(folder / path) for path in record_files(record)]
+    return f"{item.path}: {'; '.join(told)} -> {', '.join(files) or 'no files'}"
+
+
+def with_probability(entry: Mapping[str, Any]) -> str:
+    """Return a class with its probability; a colon stands where the name ends in a number."""
+    name = entry["name"]
+    if name[-1:].isdigit():
+        name += ":"
+    return f"{name} {entry['probability']:.3f}"
+
+
+def format_metrics(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {values[name]:.3f}" for name in METRICS)
+
+
+def warn_of_empty_maps(item: Item, tally: Tally) -> None:
+    """Print a warning for each map that is all zeros, up to a number of them; count them."""
+    layer = item.record["target_layer"]
+    for method, cams in item.explanation.cams.items():
+        for entry, cam in zip(item.record["classes"], cams[0], strict=True):
+            if cam.any():
+                continue
+            tally.empty_maps += 1
+            if tally.empty_maps <= EMPTY_MAPS:
+                subject = f"the {method} map for {entry['name']}"
+                reason = f"no positive evidence at {layer}"
+                print_line(f"warning: {item.path}: {subject} is all zeros: {reason}", sys.stderr)
+
+
+def finish(args: argparse.Namespace, log: Log, photos: Sequence[Photo]) -> str:
+    """Write the page of all results. Return what the closing line says of it and of the photos."""
+    if not log.path.exists():
+        return ""
+    page = None
+    try:
         with log.locked():  # a process that has read less must not write later
             page = write_gallery(args.output) if args.gallery else None
     except OSError as error:
         warn(f"no page of the results: {error}")
-    right, known = verdicts.count(True), len(verdicts)
-    parts += [f"accuracy {100 * right / known:.1f} % ({right} of {known})"] if known else []
-    parts += (
-        [f"the {known - right} wrong ones first in {page}" if right < known else f"see {page}"]
-        if page
-        else []
-    )
-    return "".join(f"; {part}" for part in parts)
+
+    methods = ",".join(args.methods)
+    entries = [log.entry(photo.path, methods) for photo in photos]
+    verdicts = [entry.right for entry in entries if isinstance(entry.right, bool)]
+    wrong = verdicts.count(False)
+    told = ""
+    if verdicts:
+        right = len(verdicts) - wrong
+        told += f"; accuracy {100 * right / len(verdicts):.1f} % ({right} of {len(verdicts)})"
+    if args.metrics:
+        with contextlib.suppress(LookupError, TypeError, ValueError):  # another program's records
+            told += mean_metrics(entries, args.methods)
+    if page and wrong:
+        told += f"; the {wrong} wrong ones first in {page}"
+    elif page:
+        told += f"; see {page}"
+    return told
 
 
-def run(args: argparse.Namespace) -> int:
-    """Explain the photos that the command line names. Returns the exit status; raises CallError."""
-    if args.list_layers:
-        explainer = load_job(args, None).explainer
-        for name, (kind, shape) in explainer.layers.items():
-            size = " x ".join(map(str, shape)) + "   (default)" * (name in explainer.target_layers)
-            print_line(f"{name:40} {kind:24} {size}")
-        return 0
-    began, interrupted, log = (
-        time.monotonic(),
-        False,
-        Log(args.output, getattr(args, "log_size", None)),
-    )
-    of_torchrun = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, value)) for name, value in of_torchrun.items()
-    )
-    mine, methods = with_options(args, args.photos[rank::world_size]), ",".join(args.methods)
-    todo = [
-        entry
-        for entry in mine
-        if not args.skip_existing or not log.is_done(entry[0], methods, entry[2])
-    ]
-    tally = Counter(skipped=len(mine) - len(todo))
+def mean_metrics(entries: Sequence[LogEntry], methods: Sequence[str]) -> str:
+    """Return the mean metrics of each method, as the closing line tells them."""
+    told = ""
+    for method in methods:
+        rows = []
+        for entry in entries:
+            for measured in entry.metrics or ():
+                if measured["method"] == method:
+                    rows.append([measured[name] for name in METRICS])
+        if rows:
+            means = dict(zip(METRICS, np.mean(rows, axis=0), strict=True))
+            told += f"; mean of {method}: {format_metrics(means)}"
+    return told
+
+
+def explain_photos(todo: Sequence[Task], request: Request, log: Log, tally: Tally) -> None:
+    """Explain photos, and write and count the results. Raises CallError."""
+    args = request.args
+    job = load_job(request, len(todo))
     try:
-        job = load_job(args, local_rank if world_size > 1 else None) if todo else None
-        batch_size = BatchSize(
-            args.batch_size or (2 if job is None or job.explainer.device.type == "cpu" else 32)
-        )
-        depth = 2 * batch_size.size + THREADS
-        items = prefetch(partial(read_item, job=job), todo, depth, THREADS)
-        items = prefetch(
-            partial(draw_item, job=job), explain_items(items, job, batch_size), depth, THREADS
-        )
-        for item in tqdm(items, total=len(todo), unit="photo", disable=None):
-            with tqdm.external_write_mode():
-                tally[save_item(item, args, log)] += 1
-    except KeyboardInterrupt:
-        interrupted = True
-    if interrupted or len(mine) > len(todo) or len(args.photos) > 1:
-        of_processes = f" by process {rank} of {world_size}" if world_size > 1 else ""
-        counts = f"{tally['done']} done, {tally['skipped']} skipped, {tally['failed']} failed"
-        go_on = "; stopped, the same command with --skip-existing goes on" if interrupted else ""
-        told = finish(args, log, [path for path, *_ in mine])
-        print_line(
-            f"{counts}{of_processes} in {time.monotonic() - began:.1f} s{told}{go_on}", sys.stderr
-        )
-    # torchrun stops all processes as soon as one does not return 0, so there a broken photo has only its line
-    return 130 if interrupted else int(tally["failed"] > 0 and world_size == 1)
+        log.prepare()
+    except OSError as error:
+        raise CallError(f"{log.path}: cannot be written: {error.strerror or error}") from error
+
+    on_cpu = job.explainer.device.type == "cpu"
+    batch_size = BatchSize(args.batch_size or (2 if on_cpu else 32))
+    depth = 2 * batch_size.size + THREADS
+    read = prefetch(partial(read_item, job=job), todo, depth, THREADS)
+    explained = explain_items(read, job, batch_size)
+    drawn = prefetch(partial(draw_item, job=job), explained, depth, THREADS)
+    for item in tqdm(drawn, total=len(todo), unit="photo", disable=None):
+        with tqdm.external_write_mode():
+            save_item(item, args, log, tally)
 
 
-def main(args: argparse.Namespace) -> int:
-    """Run the program. Returns the exit status: 0 done, 1 a photo failed, 2 a wrong call, 130 stopped by Ctrl-C."""
+def run(request: Request) -> int:
+    """Explain the photos that the command line names. Returns the exit status; raises CallError."""
+    args = request.args
+    if args.list_layers:
+        return list_layers(request)
+    began = time.monotonic()
+    log = Log(args.output, request.log_size)
+
+    share = request.photos[request.rank :: request.world_size]
+    tasks = with_options(args, share)
+    todo = [task for task in tasks if not (args.skip_existing and is_done(task, args, log))]
+    tally = Tally(skipped=len(tasks) - len(todo))
+    interrupted = False
+    with contextlib.closing(log):
+        try:
+            if todo:
+                explain_photos(todo, request, log, tally)
+        except KeyboardInterrupt:
+            interrupted = True
+        if interrupted or tally.skipped or len(request.photos) > 1:
+            told = finish(args, log, share)
+            print_summary(request, tally, time.monotonic() - began, told, interrupted)
+
+    if interrupted:
+        return 130
+    # torchrun stops all processes as soon as one does not return 0
+    return int(tally.failed > 0 and request.world_size == 1)
+
+
+def is_done(task: Task, args: argparse.Namespace, log: Log) -> bool:
+    """Return whether an earlier run with the same options has done this."""
+    return log.is_done(task.photo.path, ",".join(args.methods), task.options, args.only_wrong)
+
+
+def print_summary(
+    request: Request, tally: Tally, seconds: float, told: str, interrupted: bool
+) -> None:
+    """Print the closing lines."""
+    if tally.empty_maps > EMPTY_MAPS:
+        print_line(f"warning: {tally.empty_maps} maps in all are all zeros", sys.stderr)
+    line = f"{tally.done} done, {tally.skipped} skipped, {tally.failed} failed"
+    if request.world_size > 1:
+        line += f" by process {request.rank} of {request.world_size}"
+    line += f" in {seconds:.1f} s{told}"
+    if interrupted:
+        line += "; stopped, the same command with --skip-existing goes on"
+    print_line(line, sys.stderr)
+
+
+def main(request: Request) -> int:
+    """Run the program.
+
+    Returns the exit status: 0 done, 1 a photo failed, 2 a wrong call, 130 stopped by Ctrl-C.
+    """
     warnings.filterwarnings("ignore")  # the user cannot act on them
     logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
     Image.MAX_IMAGE_PIXELS = None  # read_photo has a limit of its own
     try:
-        return run(args)
-    except (CallError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, CallError) and not is_out_of_memory(error):
-            raise
-        why = (
-            "" if isinstance(error, CallError) else "the network needs more memory than there is: "
-        )
-        print_line(f"error: {why}{first_line(error)}", sys.stderr)
+        return run(request)
+    except CallError as error:
+        print_line(f"error: {first_line(error)}", sys.stderr)
         return 2
-    except (
-        OSError
-    ) as error:  # stdout: `| head` has read enough, or the disk that it goes to is full
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (its last flush would fail as well)
-        print_line(
-            f"error: stopped, nothing more can be written: {error.strerror or error}", sys.stderr
-        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = f"the network needs more memory than there is: {first_line(error)}"
+        print_line(f"error: {message}", sys.stderr)
+        return 2
+    except OSError as error:  # stdout goes to a disk that is full
+        # its last flush would fail as well
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        message = f"stopped, nothing more can be written: {error.strerror or error}"
+        print_line(f"error: {message}", sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print_line("error: stopped by Ctrl-C", sys.stderr)
         return 130
 
 
+def interrupt(number: int, frame: Any) -> NoReturn:
+    """Handle Ctrl-C. Further ones are ignored, so that what was begun ends in order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main(ARGS))
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a script that starts it with &
+        signal.signal(signal.SIGINT, interrupt)
+    sys.exit(main(REQUEST))

@@ -116,9 +116,12 @@ def explain(tiny, tmp_path, capfd):
         words = ["--ckpt", ckpt, "--device", "cpu", "--output", output, *words]
         try:
             args = program_file.parse_args([str(word) for word in words])
-            args.photos = program_file.find_photos(args.images) if args.images else []
-            args.output.mkdir(parents=True, exist_ok=True)
-            status = program_file.main(args)
+            photos = program_file.find_photos(args.images) if args.images else []
+            log = args.output / LOG_NAME
+            size = log.stat().st_size if log.is_file() else 0
+            names = {"rank": 0, "local_rank": 0, "world_size": 1}
+            ranks = {k: int(os.environ.get(k.upper(), v)) for k, v in names.items()}
+            status = program_file.main(program_file.Request(args, photos, size, **ranks))
         except (SystemExit, CallError) as stop:
             status = getattr(stop, "code", 2)
         return Result(status, *capfd.readouterr())
