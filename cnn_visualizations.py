@@ -2293,9 +2293,9 @@ def impute(photo: Floats, kept: NDArray[np.bool_]) -> Floats:
     return filled
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7  Output. Arrays become pictures and files, each of them whole or not there, and the log says which are done.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 7  Output. Explanations become pictures and files; a log says which photos are done.
+# --------------------------------------------------------------------------------------------------
 
 COLORMAPS = {
     name[9:].lower(): number for name, number in vars(cv2).items() if name.startswith("COLORMAP_")
@@ -2321,8 +2321,8 @@ def draw_cam(
 ) -> Picture:
     """Return the map (H, W) in [0, 1] as colours over the picture, uint8 RGB.
 
-    `alpha` is the opacity of the colours; with `fade` it is multiplied by the map at each pixel. A map that is 0
-    everywhere leaves the picture as it is.
+    `alpha` is the opacity of the colours; with `fade` it is multiplied by the map at each pixel. A map
+    that is 0 everywhere leaves the picture as it is.
     """
     if not cam.any():
         return picture
@@ -2339,9 +2339,9 @@ def draw_cam(
 
 
 def draw_gradients(gradients: Floats, width: int, height: int) -> Picture:
-    """Return gradients (3 or 1, H, W) as a picture, uint8 RGB: zero is grey, positive values are brighter.
+    """Return gradients (3 or 1, H, W) as a picture, uint8 RGB: zero is grey, positive is brighter.
 
-    The scale is set by the 99.5th percentile, so that a few extreme pixels do not turn all others grey.
+    The 99.5th percentile sets the scale, so that a few extreme pixels do not turn all others grey.
     """
     sizes = np.abs(gradients)
     strongest = float(np.percentile(sizes, 99.5))
@@ -2453,7 +2453,7 @@ def draw_sheet(title: str, blocks: Sequence[Block], font: Any, colormap: str) ->
 
 
 def draw_scale(sheet: Image.Image, pen: Any, font: Any, colormap: str) -> None:
-    """Draw the colours from 0 to 1 into the upper right corner of a sheet, where a long title ends."""
+    """Draw the colours from 0 to 1 into the upper right corner of a sheet, where a title ends."""
     right = sheet.width
     pen.rectangle((right - 290, 0, right, LINE), "white")
     pen.text((right - 280, 6), "evidence 0", "dimgray", font)
@@ -2495,6 +2495,7 @@ def find_font(names: Sequence[str]) -> tuple[Any, set[str]]:
             if len(in_font & wanted) > len(characters & wanted):
                 font = ImageFont.truetype(path, TEXT)
                 characters = in_font
+
     return font, characters
 
 
@@ -2512,7 +2513,7 @@ def file_labels(class_names: Sequence[str]) -> list[str]:
 
 
 def file_key(path: str | Path) -> int:
-    """Return a hash of a path that ignores case and the encoding of accents, as some file systems do."""
+    """Return a hash of a path that ignores case and the encoding of accents, as file systems may."""
     return hash(unicodedata.normalize("NFC", os.path.abspath(path)).casefold())
 
 
@@ -2565,9 +2566,9 @@ NO_ENTRY = LogEntry("", {}, -1, None, None)
 class Log:
     """`results.jsonl` in the output folder, and the files that it lists.
 
-    A line is a JSON object for a photo and a choice of methods; the last one of the two counts. Lines
-    are only appended. Several processes append under a lock, and each reads what the others have
-    appended before it writes, so that none writes over another's files.
+    A line is a JSON object for a photo and a choice of methods; the last one of the two counts.
+    Lines are only appended. Several processes append under a lock, and each reads what the others
+    have appended before it writes, so that none writes over another's files.
     """
 
     def __init__(self, folder: Path, start_size: int) -> None:
@@ -2604,7 +2605,7 @@ class Log:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[io.FileIO]:
-        """Yield the open file, when all that other processes have appended has been read. Raises OSError."""
+        """Yield the open log, when all that other processes have appended is read. Raises OSError."""
         with self._lock, open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
             self._read(file)
             yield file
@@ -2657,7 +2658,7 @@ class Log:
         return self._entries.get((self._image_key({"image": image}), method), NO_ENTRY)
 
     def is_done(self, image: str, method: str, options: str, only_wrong: bool = False) -> bool:
-        """Return whether a photo's files are all there as a run with the same options has written them.
+        """Return whether a photo's files are there as a run with the same options has written them.
 
         A record without files is enough for a run that draws the wrong photos only.
         """
@@ -2697,12 +2698,12 @@ class Log:
     def write(self, record: dict[str, Any], base: str, outputs: Sequence[OutputFile]) -> bool:
         """Write the files of a photo and append its record.
 
-        Where `base`, such as cats/33, is another photo's, or a file is in the way, it becomes cats/33_2,
-        in later runs as well. `record` gets `files` (those of a class in its entry of `classes`), `sizes`,
-        `output_stem` and `source`.
+        Where `base`, such as cats/33, is another photo's, or a file is in the way, it becomes
+        cats/33_2, in later runs as well. `record` gets `files` (those of a class in its entry of
+        `classes`), `sizes`, `output_stem` and `source`.
 
-        Returns False where another process has done so meanwhile. Raises OSError: the disk is full, a
-        name is too long ...
+        Returns False where another process has done so meanwhile. Raises OSError: the disk is full,
+        a name is too long ...
         """
         image = self._image_key(record)
         folder = self.folder / os.path.dirname(base)
@@ -2714,26 +2715,25 @@ class Log:
         try:
             for part, output in zip(parts, outputs, strict=True):
                 write_part(part, output.content)
+
             with self.locked() as file:
                 entry = self._entries.get((image, record["method"]), NO_ENTRY)
-                if entry.options == record["options"]:
-                    if entry.place >= self._start_size:
-                        return False
-                    if not outputs and entry.sizes:  # drawn before; this run draws others only
-                        self._add_files(record, [], [])
-                        return True
+                is_same = entry.options == record["options"]
+                if is_same and entry.place >= self._start_size:
+                    return False
+                if is_same and entry.sizes and not outputs:  # drawn before; this run draws none
+                    self._add_files(record, [], [])
+                    return True
 
                 stem = self._find_stem(base, image, outputs)
-                paths = [folder / output.name.format(os.path.basename(stem)) for output in outputs]
+                paths = file_paths(stem, outputs)
                 self._add_files(record, outputs, paths)
                 record["output_stem"] = stem
                 self._append(file, record)
 
-                # a run that is killed from here on leaves no file of the run before it
-                for path in paths:
-                    path.unlink(missing_ok=True)
+                # of a run that is killed here, the sizes of files do not fit its record
                 for part, path in zip(parts, paths, strict=True):
-                    os.replace(part, path)
+                    os.replace(part, self.folder / path)
         finally:
             for part in parts:
                 with contextlib.suppress(OSError):
@@ -2741,7 +2741,7 @@ class Log:
         return True
 
     def _find_stem(self, base: str, image: str, outputs: Sequence[OutputFile]) -> str:
-        """Return the beginning of a photo's file names: `base`, or `base` with a number behind it."""
+        """Return the beginning of a photo's file names: `base`, or `base` and a number."""
         known = self._last_stem.get(image, "")
         first = 2 if known else self._next_number.get(base, 2)
         candidates = [base]
@@ -2766,20 +2766,18 @@ class Log:
         """
         if self._stems.get(self._file_key(stem), image) != image:
             return False
-        for output in outputs:
-            path = os.path.join(os.path.dirname(stem), output.name.format(os.path.basename(stem)))
+        for path in file_paths(stem, outputs):
             owner, _ = self._owners.get(self._file_key(path), (None, ""))
-            try:
-                is_file = stat.S_ISREG(os.lstat(self.folder / path).st_mode)
-                if not is_file or owner != image:
-                    return False
-            except FileNotFoundError:
-                if owner not in (None, image):
+            if owner not in (None, image):
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                mode = os.lstat(self.folder / path).st_mode
+                if owner is None or not stat.S_ISREG(mode):
                     return False
         return True
 
     def _add_files(
-        self, record: dict[str, Any], outputs: Sequence[OutputFile], paths: Sequence[Path]
+        self, record: dict[str, Any], outputs: Sequence[OutputFile], paths: Sequence[str]
     ) -> None:
         """Put the paths and the sizes of files into a record."""
         record["files"] = {}
@@ -2788,12 +2786,11 @@ class Log:
             entry["files"] = {}
 
         for output, path in zip(outputs, paths, strict=True):
-            relative = path.relative_to(self.folder).as_posix()
-            record["sizes"][relative] = len(output.content)
+            record["sizes"][path] = len(output.content)
             if output.index is None:
-                record["files"][output.kind] = relative
+                record["files"][output.kind] = path
             else:
-                record["classes"][output.index]["files"][output.kind] = relative
+                record["classes"][output.index]["files"][output.kind] = path
 
     def _append(self, file: io.FileIO, record: dict[str, Any]) -> None:
         """Append a line, all of it or none; it is read when the log is locked next.
@@ -2811,13 +2808,19 @@ class Log:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def write_error(self, image: str, method: str, error: str) -> None:
-        """Append the record of a photo that failed; where there is no room, the next run will do so."""
+        """Append the record of a photo that failed; without room, the next run will do so."""
         with contextlib.suppress(OSError), self.locked() as file:
             self._append(file, {"image": image, "method": method, "error": error})
 
 
+def file_paths(stem: str, outputs: Sequence[OutputFile]) -> list[str]:
+    """Return the paths of files below the log's folder, such as cats/gb_33.jpg for cats/33."""
+    folder, slash, name = stem.rpartition("/")
+    return [folder + slash + output.name.format(name) for output in outputs]
+
+
 def real_path(path: str) -> str:
-    """Return the absolute path of a file in its real folder; a link to the file itself is not followed."""
+    """Return the absolute path of a file with the links to its folder resolved."""
     folder, name = os.path.split(os.path.abspath(path))
     return os.path.join(os.path.realpath(folder), name)
 
@@ -3069,9 +3072,9 @@ find("#summary").textContent = `${photos.length} photos, ${states.get("failed") 
 show();</script></html>"""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 9  Run. Threads read, one explains, threads write; a photo that fails stops nothing.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 THREADS = min(4, os.cpu_count() or 1)  # that read, and as many that draw
 FEW = 4  # photos for which folding the batch norms takes longer than it saves
@@ -3141,6 +3144,7 @@ def prefetch(
     pending = deque[Future[Any]]()
     error: BaseException | None = None
     items = iter(items)
+
     try:
         while pending or not error:
             try:
@@ -3154,6 +3158,7 @@ def prefetch(
                 yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
     if not isinstance(error, StopIteration):
         raise error
 
@@ -3169,6 +3174,7 @@ def with_options(args: argparse.Namespace, photos: Iterable[Photo]) -> list[Task
     ignored = set(NOT_IN_RESULTS)
     if not (args.sheet or args.save_arrays):
         ignored.add("methods")  # which only these files share
+
     options = []
     for name, value in sorted(vars(args).items()):
         if name not in ignored:
@@ -3217,6 +3223,7 @@ def load_job(request: Request, count: int) -> Job:
     names = classifier.class_names
     targets = find_targets(request, names)
     explainer = make_explainer(args, classifier, count)
+
     if request.local_rank == 0:
         told = classifier.describe(explainer.target_layers)
         if request.world_size > 1:
@@ -3248,12 +3255,10 @@ def find_targets(request: Request, names: Sequence[str]) -> list[int]:
         if index not in targets:
             targets.append(index)
 
-    if request.args.only_wrong or TRUTH in targets:
-        if all(true_class(photo.path, names) is None for photo in request.photos):
-            some = ", ".join(names[:8])
-            raise CallError(
-                f"no photo's folder is named after a class ({some}), so no truth is known"
-            )
+    needs_truth = request.args.only_wrong or TRUTH in targets
+    if needs_truth and all(true_class(photo.path, names) is None for photo in request.photos):
+        some = ", ".join(names[:8])
+        raise CallError(f"no photo's folder is named after a class ({some}), so no truth is known")
     return targets
 
 
@@ -3274,6 +3279,7 @@ def make_explainer(args: argparse.Namespace, classifier: Classifier, count: int)
         copy=False,
         fold=count > FEW,
     )
+
     side = classifier.input_size
     noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     try:
@@ -3310,6 +3316,7 @@ def read_item(task: Task, job: Job) -> Item:
         photo = read_photo(path)
         height, width = photo.shape[:2]
         item.box = job.classifier.seen_box(height, width)
+
         seen = job.classifier.seen(photo)
         item.picture = resized(seen, job.args.output_size or min(max(seen.shape[:2]), 1024))
         item.inputs = job.classifier.preprocess(photo)
@@ -3342,7 +3349,7 @@ def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Ite
 def try_to_explain(items: Sequence[Item], job: Job) -> None:
     """Explain a batch; where the network fails, explain each photo alone, to find the one at fault.
 
-    Raises CallError: the GPU has failed. Raises the error where memory does not suffice for several photos.
+    Raises CallError: the GPU has failed. Raises the error where memory does not suffice for a batch.
     """
     try:
         explain(items, job)
@@ -3354,6 +3361,7 @@ def try_to_explain(items: Sequence[Item], job: Job) -> None:
             raise CallError(
                 f"the GPU has failed: {first_line(error)}; go on with --skip-existing"
             ) from error
+
         if len(items) == 1:
             items[0].error = f"{items[0].path}: the network failed: {first_line(error)}"
             return
@@ -3376,13 +3384,14 @@ def explain(items: Sequence[Item], job: Job) -> None:
         targets = [targets_of(item, job.targets) for item in items]
     inputs = torch.stack([item.inputs for item in items])
     explanation = job.explainer(inputs, targets, top=job.args.top_k or 1)
+
     for index, item in enumerate(items):
         item.explanation = explanation.only(index)
         describe_item(item, job)
 
 
 def predict(items: Sequence[Item], job: Job) -> list[Item]:
-    """Fill in the records of photos from their predictions alone; return those that are predicted wrong.
+    """Fill in the records of photos from their predictions; return those that are predicted wrong.
 
     Raises ValueError: the logits are not finite.
     """
@@ -3431,6 +3440,7 @@ def describe_item(item: Item, job: Job) -> None:
     if item.truth is not None:
         record["truth"] = {"index": item.truth, "name": names[item.truth]}
         record["right"] = item.truth == record["prediction"]["index"]
+
     record["top5"] = [describe(index) for index in order[:5]]
 
     record["target_layer"] = ",".join(job.explainer.target_layers)
@@ -3440,6 +3450,7 @@ def describe_item(item: Item, job: Job) -> None:
     record["box"] = [round(edge, 2) for edge in item.box]
     record["mean"] = [round(value, 6) for value in classifier.preset.mean]
     record["std"] = [round(value, 6) for value in classifier.preset.std]
+
     record["heat"] = {
         method: [heat_grid(cam) for cam in cams[0]] for method, cams in explanation.cams.items()
     }
@@ -3494,6 +3505,7 @@ def make_outputs(item: Item, job: Job) -> list[OutputFile]:
     args = job.args
     outputs = []
     blocks = []
+
     for index, entry in enumerate(item.record["classes"]):
         label = f"_{job.labels[entry['index']]}" if job.labels else ""
         drawings = draw_class(item, job, index)
@@ -3501,6 +3513,7 @@ def make_outputs(item: Item, job: Job) -> list[OutputFile]:
             name = f"{drawing.kind}_{{}}{label}.{args.format}"
             content = encode(drawing.picture, args.format, args.quality)
             outputs.append(OutputFile(drawing.kind, index, name, content))
+
         if args.sheet:
             heading = f"explained: {job.shown[entry['index']]} {entry['probability']:.3f}"
             blocks.append(Block(heading, sheet_columns(item.picture, drawings)))
@@ -3530,6 +3543,7 @@ def draw_class(item: Item, job: Job, index: int) -> list[Drawing]:
                 alpha=args.alpha,
                 fade=args.fade,
             )
+
             note = ""
             if method and not item.explanation.cams[method][0, index].any():
                 note = "no positive evidence"
@@ -3538,7 +3552,7 @@ def draw_class(item: Item, job: Job, index: int) -> list[Drawing]:
 
 
 def sheet_columns(source: Picture, drawings: Sequence[Drawing]) -> list[list[Cell]]:
-    """Return the columns of a sheet: gb stands under the source, a method's cam_gb under its cam."""
+    """Return the columns of a sheet: gb is under the source, a method's cam_gb under its cam."""
     columns = {"": [Cell("source", source)]}
     for drawing in drawings:
         caption = f"{drawing.method} {drawing.output}".strip()
@@ -3584,6 +3598,7 @@ def pack_arrays(item: Item, job: Job) -> bytes:
     }
     if explanation.guided is not None:
         arrays["guided"] = explanation.guided[0]
+
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()
@@ -3614,7 +3629,7 @@ def save_item(item: Item, args: argparse.Namespace, log: Log, tally: Tally) -> N
 
 
 def print_result(line: str) -> None:
-    """Print a line on stdout; when its reader has gone, as in `| head`, the run goes on without it."""
+    """Print a line on stdout; when its reader has gone, as in `| head`, the run goes on."""
     try:
         print_line(line)
     except OSError as error:
@@ -3635,6 +3650,7 @@ def result_line(item: Item, folder: Path) -> str:
     if indices != [record["prediction"]["index"]]:
         explained = [with_probability(entry) for entry in record["classes"]]
         told.append(f"explained: {', '.join(explained)}")
+
     for measured in record.get("metrics", ()):
         subject = measured["method"]
         if len(indices) > 1:
@@ -3675,6 +3691,7 @@ def finish(args: argparse.Namespace, log: Log, photos: Sequence[Photo]) -> str:
     """Write the page of all results. Return what the closing line says of it and of the photos."""
     if not log.path.exists():
         return ""
+
     page = None
     try:
         with log.locked():  # a process that has read less must not write later
@@ -3686,6 +3703,7 @@ def finish(args: argparse.Namespace, log: Log, photos: Sequence[Photo]) -> str:
     entries = [log.entry(photo.path, methods) for photo in photos]
     verdicts = [entry.right for entry in entries if isinstance(entry.right, bool)]
     wrong = verdicts.count(False)
+
     told = ""
     if verdicts:
         right = len(verdicts) - wrong
@@ -3693,6 +3711,7 @@ def finish(args: argparse.Namespace, log: Log, photos: Sequence[Photo]) -> str:
     if args.metrics:
         with contextlib.suppress(LookupError, TypeError, ValueError):  # another program's records
             told += mean_metrics(entries, args.methods)
+
     if page and wrong:
         told += f"; the {wrong} wrong ones first in {page}"
     elif page:
@@ -3725,11 +3744,14 @@ def explain_photos(todo: Sequence[Task], request: Request, log: Log, tally: Tall
         raise CallError(f"{log.path}: cannot be written: {error.strerror or error}") from error
 
     on_cpu = job.explainer.device.type == "cpu"
-    batch_size = BatchSize(args.batch_size or (2 if on_cpu else 32))
+    default = 2 if on_cpu else 32
+    batch_size = BatchSize(args.batch_size or default)
+
     depth = 2 * batch_size.size + THREADS
     read = prefetch(partial(read_item, job=job), todo, depth, THREADS)
     explained = explain_items(read, job, batch_size)
     drawn = prefetch(partial(draw_item, job=job), explained, depth, THREADS)
+
     for item in tqdm(drawn, total=len(todo), unit="photo", disable=None):
         with tqdm.external_write_mode():
             save_item(item, args, log, tally)
@@ -3745,8 +3767,13 @@ def run(request: Request) -> int:
 
     share = request.photos[request.rank :: request.world_size]
     tasks = with_options(args, share)
-    todo = [task for task in tasks if not (args.skip_existing and is_done(task, args, log))]
+    todo = []
+    for task in tasks:
+        if not is_done(task, args, log):
+            todo.append(task)
+
     tally = Tally(skipped=len(tasks) - len(todo))
+
     interrupted = False
     with contextlib.closing(log):
         try:
@@ -3765,7 +3792,9 @@ def run(request: Request) -> int:
 
 
 def is_done(task: Task, args: argparse.Namespace, log: Log) -> bool:
-    """Return whether an earlier run with the same options has done this."""
+    """Return whether a photo is to be skipped, since an earlier run has done the same."""
+    if not args.skip_existing:
+        return False
     return log.is_done(task.photo.path, ",".join(args.methods), task.options, args.only_wrong)
 
 
@@ -3775,6 +3804,7 @@ def print_summary(
     """Print the closing lines."""
     if tally.empty_maps > EMPTY_MAPS:
         print_line(f"warning: {tally.empty_maps} maps in all are all zeros", sys.stderr)
+
     line = f"{tally.done} done, {tally.skipped} skipped, {tally.failed} failed"
     if request.world_size > 1:
         line += f" by process {request.rank} of {request.world_size}"
@@ -3792,6 +3822,7 @@ def main(request: Request) -> int:
     warnings.filterwarnings("ignore")  # the user cannot act on them
     logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
     Image.MAX_IMAGE_PIXELS = None  # read_photo has a limit of its own
+
     try:
         return run(request)
     except CallError as error:

@@ -65,6 +65,11 @@ def last_records(folder):
     return {(record["image"], record["method"]): record for record in records(folder)}
 
 
+def paths_of(record, folder):
+    """Return the paths of all files that a record in a folder lists."""
+    return [folder / path for path in program_file.record_files(record)]
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """One thread for all computation: small inputs gain nothing from more, which wait for each other."""
