@@ -2321,8 +2321,8 @@ def draw_cam(
 ) -> Picture:
     """Return the map (H, W) in [0, 1] as colours over the picture, uint8 RGB.
 
-    `alpha` is the opacity of the colours; with `fade` it is multiplied by the map at each pixel. A map
-    that is 0 everywhere leaves the picture as it is.
+    `alpha` is the opacity of the colours; with `fade` it is multiplied by the map at each pixel. A
+    map that is 0 everywhere leaves the picture as it is.
     """
     if not cam.any():
         return picture
@@ -2339,7 +2339,7 @@ def draw_cam(
 
 
 def draw_gradients(gradients: Floats, width: int, height: int) -> Picture:
-    """Return gradients (3 or 1, H, W) as a picture, uint8 RGB: zero is grey, positive is brighter.
+    """Return gradients (3 or 1, H, W) as a picture, uint8 RGB: grey is zero, brighter positive.
 
     The 99.5th percentile sets the scale, so that a few extreme pixels do not turn all others grey.
     """
@@ -2513,7 +2513,7 @@ def file_labels(class_names: Sequence[str]) -> list[str]:
 
 
 def file_key(path: str | Path) -> int:
-    """Return a hash of a path that ignores case and the encoding of accents, as file systems may."""
+    """Return a hash of a path that ignores case and the form of accents, as file systems do."""
     return hash(unicodedata.normalize("NFC", os.path.abspath(path)).casefold())
 
 
@@ -2605,7 +2605,7 @@ class Log:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[io.FileIO]:
-        """Yield the open log, when all that other processes have appended is read. Raises OSError."""
+        """Yield the open log, when all that other processes appended is read. Raises OSError."""
         with self._lock, open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
             self._read(file)
             yield file
@@ -3349,7 +3349,7 @@ def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Ite
 def try_to_explain(items: Sequence[Item], job: Job) -> None:
     """Explain a batch; where the network fails, explain each photo alone, to find the one at fault.
 
-    Raises CallError: the GPU has failed. Raises the error where memory does not suffice for a batch.
+    Raises CallError: the GPU has failed. Raises the error of too little memory for a batch.
     """
     try:
         explain(items, job)
