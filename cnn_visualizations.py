@@ -681,6 +681,12 @@ def read_photo(path: str | Path) -> Picture:
         ) from error
 
 
+@contextlib.contextmanager
+def open_photo(path: str | Path, short_side: int = 0) -> Iterator[Picture]:
+    """Yield what `read_photo` returns."""
+    yield read_photo(path)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any Pillow mode to 8-bit RGB; 16 bits are scaled down, where Pillow's own convert clips them to white."""
     if image.mode[0] in "IF":
@@ -2854,7 +2860,7 @@ def remove_parts(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_gallery(folder: Path) -> Path | None:
+def write_gallery(folder: Path, colormap: str = "jet") -> Path | None:
     """Write index.html, a page of what the log says. Return its path; None without photos. Raises OSError."""
     page, items = folder / "index.html", dict[tuple[str, str], dict[str, Any]]()
     with open(folder / LOG_NAME, "rb") as lines:
@@ -3311,15 +3317,17 @@ def list_layers(request: Request) -> int:
 def read_item(task: Task, job: Job) -> Item:
     """Read a photo, and keep only what is needed further on, so that large photos use no memory."""
     path = task.photo.path
-    item = Item(task, path, true_class(path, job.classifier.class_names))
+    classifier = job.classifier
+    item = Item(task, path, true_class(path, classifier.class_names))
     try:
-        photo = read_photo(path)
-        height, width = photo.shape[:2]
-        item.box = job.classifier.seen_box(height, width)
+        short_side = 0 if classifier.squash else classifier.preset.resize_size[0]
+        with open_photo(path, short_side) as photo:
+            height, width = photo.shape[:2]
+            item.box = classifier.seen_box(height, width)
 
-        seen = job.classifier.seen(photo)
-        item.picture = resized(seen, job.args.output_size or min(max(seen.shape[:2]), 1024))
-        item.inputs = job.classifier.preprocess(photo)
+            seen = classifier.seen(photo)
+            item.picture = resized(seen, job.args.output_size or min(max(seen.shape[:2]), 1024))
+            item.inputs = classifier.preprocess(photo)
     except PhotoError as error:
         item.error = str(error)
     except (cv2.error, MemoryError) as error:
@@ -3657,7 +3665,7 @@ def result_line(item: Item, folder: Path) -> str:
             subject += f" for {measured['class']}"
         told.append(f"{subject}: {format_metrics(measured)}")
 
-    files = [str(folder / path) for path in record_files(record)]
+    files = [str(folder / path) for path in record["sizes"]]
     return f"{item.path}: {'; '.join(told)} -> {', '.join(files) or 'no files'}"
 
 
@@ -3695,7 +3703,7 @@ def finish(args: argparse.Namespace, log: Log, photos: Sequence[Photo]) -> str:
     page = None
     try:
         with log.locked():  # a process that has read less must not write later
-            page = write_gallery(args.output) if args.gallery else None
+            page = write_gallery(args.output, args.colormap) if args.gallery else None
     except OSError as error:
         warn(f"no page of the results: {error}")
 

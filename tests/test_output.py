@@ -294,6 +294,20 @@ def test_a_map_of_zeros_is_drawn_without_colour_and_told(explain, photo, tmp_pat
     assert "no positive evidence" in [text for text, _, _ in texts]
 
 
+def test_fade_leaves_the_photo_as_it_is_where_the_map_is_cold(explain, tmp_path):
+    photo = paint(tmp_path / "1.png", 1, (320, 320))
+    options = ["--resize", "squash", "--format", "png", "--save-arrays", "--outputs", "cam"]
+    assert explain(*options, "--sheet", "--fade", "--alpha", "1", photo).status == 0
+    faded = pixels(tmp_path / "out" / "gradcam_cam_1.png")
+    with np.load(tmp_path / "out" / "1.npz") as arrays:
+        cam = cv2.resize(arrays["cams"][0, 0], (320, 320))
+
+    difference = np.abs(faded - pixels(photo)).max(2)
+    assert difference[cam < 0.01].max() <= 3
+    assert difference[cam > 0.9].max() > 50
+    assert len(places(pixels(tmp_path / "out" / "1_sheet.png"), faded)) == 1
+
+
 # Names of files
 
 
@@ -330,7 +344,7 @@ def test_files_are_named_after_method_photo_and_the_classes_asked_for(
     assert result.stdout.partition(" -> ")[2] == ", ".join(map(str, paths)) + "\n"
 
     (record,) = records(tmp_path / "out")
-    assert paths_of(record, tmp_path / "out") == paths
+    assert sorted(paths_of(record, tmp_path / "out")) == sorted(paths)
     assert record["sizes"] == {path.name: path.stat().st_size for path in paths}
 
 
