@@ -568,6 +568,12 @@ def report_crash(kind: type[BaseException], error: BaseException, trace: Any) ->
     print_line(f"error: {message}", sys.stderr)
 
 
+def on_interrupt(handler: Any) -> None:
+    """Set what Ctrl-C does, unless it is ignored: a script has started the program with "&"."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)
+
+
 def start() -> argparse.Namespace:
     """Return the command line with its photos; what can be found wrong without torch ends the program here.
 
@@ -607,7 +613,7 @@ if __name__ == "__main__":
         "OMP_WAIT_POLICY", "passive"
     )  # threads that spin while they wait slow the others down
     sys.excepthook = report_crash
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
+    on_interrupt(signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
 import copy
 import errno
 import hashlib
@@ -2555,7 +2561,7 @@ class OutputFile:
     content: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LogEntry:
     """What is remembered of the last record of a photo and a choice of methods."""
 
@@ -2720,7 +2726,7 @@ class Log:
         parts = [self._parts / str(number) for number in range(len(outputs))]
         try:
             for part, output in zip(parts, outputs, strict=True):
-                write_part(part, output.content)
+                part.write_bytes(output.content)
 
             with self.locked() as file:
                 entry = self._entries.get((image, record["method"]), NO_ENTRY)
@@ -2828,15 +2834,12 @@ def file_paths(stem: str, outputs: Sequence[OutputFile]) -> list[str]:
 def real_path(path: str) -> str:
     """Return the absolute path of a file with the links to its folder resolved."""
     folder, name = os.path.split(os.path.abspath(path))
-    return os.path.join(os.path.realpath(folder), name)
+    return os.path.join(real_folder(folder), name)
 
 
-def write_part(path: Path, content: bytes) -> None:
-    """Write a file so that it is on the disk when its record is written."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+@functools.cache
+def real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def remove_parts(folder: Path) -> None:
@@ -3853,13 +3856,12 @@ def main(request: Request) -> int:
         return 130
 
 
-def interrupt(number: int, frame: Any) -> NoReturn:
-    """Handle Ctrl-C. Further ones are ignored, so that what was begun ends in order."""
+def interrupt(*_: Any) -> NoReturn:
+    """Handle Ctrl-C: stop in order, and ignore further ones meanwhile."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in a script that starts it with &
-        signal.signal(signal.SIGINT, interrupt)
+    on_interrupt(interrupt)
     sys.exit(main(REQUEST))
