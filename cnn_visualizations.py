@@ -3852,7 +3852,7 @@ def main(request: Request) -> int:
         print_line(f"error: {message}", sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print_line("error: stopped by Ctrl-C", sys.stderr)
+        print_line("stopped", sys.stderr)
         return 130
 
 
