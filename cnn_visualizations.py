@@ -997,7 +997,6 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.excepthook = report_crash
 
-import copy
 import errno
 import hashlib
 import importlib.util
@@ -1015,8 +1014,9 @@ import types
 import unicodedata
 import warnings
 import zipfile
-from collections import Counter, OrderedDict, deque, namedtuple
+from collections import Counter, OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from copy import copy, deepcopy
 from dataclasses import field, replace
 from functools import partial
 from urllib.parse import quote
@@ -1024,7 +1024,7 @@ from urllib.parse import quote
 import cv2
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
@@ -1724,7 +1724,7 @@ class Classifier:
         image = Image.fromarray(photo)
         if self.channels == 1:
             image = image.convert("L")
-        preset = copy.copy(self.preset)
+        preset = copy(self.preset)
         if self.sees_all(*photo.shape[:2]):
             preset.resize_size = preset.crop_size
         return preset(image)
@@ -3253,15 +3253,17 @@ def find_class(wanted: str, class_names: Sequence[str]) -> int:
     raise CallError(f"--target-class: no class '{wanted}'{hint} (classes 0 to {last}: {known})")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5  Explanation. One forward pass gives the logits and the activations, two backward passes the rest.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 5  Explanation. One forward pass gives logits and activations, two backward passes the rest.
+# --------------------------------------------------------------------------------------------------
 
-# The autograd nodes of activation functions, whose incoming gradients guided backpropagation clamps. Gates (Sigmoid,
-# Hardsigmoid, Tanh) scale a signal rather than rectify it and are left alone.
+# The autograd nodes of activation functions, whose incoming gradients guided backpropagation
+# clamps. Gates (Sigmoid, Hardsigmoid, Tanh) scale a signal rather than rectify it and are left
+# alone.
 ACTIVATION_NODES = re.compile(
     r"\w*(relu|elu|silu|swish|mish|hardtanh|threshold|softplus)\w*Backward\d*", re.IGNORECASE
 )
+NO_CLASS = -3  # in `minus`: no logit is subtracted from that of the target
 Targets = Sequence[int] | Tensor | int | None
 
 
@@ -3269,312 +3271,486 @@ Targets = Sequence[int] | Tensor | int | None
 class Explanation:
     """The explanation of N inputs of H x W.
 
+    Where K classes were asked for each input, all but `logits` have K as their second axis: (N, K,
+    ...).
+
     Attributes:
-        cams: for each method the maps, float32 (N, H, W) in [0, 1]: highest where the evidence for the class is
-            strongest in this photo. A map that is 0 everywhere means that the layer holds no positive evidence.
-        guided: guided-backpropagation gradients, float32 (N, 3, H, W), in logit per normalised input value; None if
-            they were not asked for. In a network without activations they are the plain gradients.
+        cams: for each method the maps, float32 (N, H, W) in [0, 1]: highest where the evidence for
+            the class is strongest in this photo. A map that is 0 everywhere means that the layer
+            holds no positive evidence.
+        guided: guided-backpropagation gradients, float32 (N, 3, H, W), in logit per normalised
+            input value; None if they were not asked for. In a network without activations they are
+            the plain gradients.
         logits: float32 (N, classes).
         targets: int64 (N,), the class that was explained.
-
-    Where K classes were asked for each input, `cams`, `guided` and `targets` have K as their second axis: (N, K, ...).
+        minus: int64 (N,), the class whose logit was subtracted, or NO_CLASS; None if no difference
+            was asked for.
     """
 
     cams: dict[str, Floats]
     guided: Floats | None
     logits: Floats
     targets: NDArray[np.int64]
+    minus: NDArray[np.int64] | None = None
 
     def __repr__(self) -> str:
         shapes = {method: maps.shape for method, maps in self.cams.items()}
         return f"Explanation(cams={shapes}, targets={self.targets.tolist()})"
 
     def only(self, index: int) -> Explanation:
-        """Return the explanation of one input, as a batch of one; a class that was asked for twice is there once."""
-        i, classes = slice(index, index + 1), np.atleast_1d(self.targets[index]).tolist()
+        """Return the explanation of one input, as a batch of one.
+
+        A class that was asked for twice is there once.
+        """
+        rows: Any = slice(index, index + 1)
         if self.targets.ndim == 2:
-            i = np.ix_([index], [classes.index(target) for target in dict.fromkeys(classes)])
-        cams = {method: maps[i] for method, maps in self.cams.items()}
-        guided = None if self.guided is None else self.guided[i]
-        return Explanation(cams, guided, self.logits[index : index + 1], self.targets[i])
+            asked = self.targets[index].tolist()
+            if self.minus is not None:
+                asked = list(zip(asked, self.minus[index].tolist(), strict=True))
+            first_places = [asked.index(question) for question in dict.fromkeys(asked)]
+            rows = np.ix_([index], first_places)
+
+        def pick(values: Any) -> Any:
+            return None if values is None else values[rows]
+
+        cams = {method: maps[rows] for method, maps in self.cams.items()}
+        logits = self.logits[index : index + 1]
+        return Explanation(cams, pick(self.guided), logits, pick(self.targets), pick(self.minus))
 
 
 def gradcam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Grad-CAM++ (Chattopadhyay et al., WACV 2018, arXiv:1710.11063, equation 19), as the grad-cam package has it.
+    """Grad-CAM++ (Chattopadhyay et al., WACV 2018, arXiv:1710.11063, equation 19).
 
-    The 1e-6 in its denominator is as large as the squared gradients of real networks; the paper has none.
+    As in the grad-cam package, whose 1e-6 in the denominator is as large as the squared gradients
+    of real networks. Only the sum of a channel's activations is clamped at 0: with a negative sum
+    the denominator has zeros, and the map is unstable.
     """
+    total = activations.sum((-2, -1), keepdim=True).clamp(min=0)
     squared = gradients**2
-    alphas = squared / (
-        2 * squared + activations.sum((-2, -1), keepdim=True) * squared * gradients + 1e-6
-    )
-    weights = (gradients.clamp(min=0) * torch.where(gradients != 0, alphas, 0)).sum(
-        (-2, -1), keepdim=True
-    )
+    alphas = squared / (2 * squared + total * squared * gradients + 1e-6)
+    alphas = torch.where(gradients != 0, alphas, 0)
+    weights = (gradients.clamp(min=0) * alphas).sum((-2, -1), keepdim=True)
     return activations * weights
 
 
 def xgradcam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """XGrad-CAM (Fu et al., BMVC 2020, arXiv:2008.02312): the mean gradient, weighted by the activations."""
+    """XGrad-CAM (Fu et al., BMVC 2020, arXiv:2008.02312): gradients weighted by the activations."""
     shares = activations / (activations.sum((-2, -1), keepdim=True) + 1e-7)
     return activations * (gradients * shares).sum((-2, -1), keepdim=True)
 
 
 def randomcam(activations: Tensor, gradients: Tensor | None) -> Tensor:
-    """Random weights, the same in each run: what a map without knowledge of the network looks like."""
+    """Random weights, the same in each run, as a sanity check."""
     weights = np.random.RandomState(0).uniform(-1, 1, activations.shape[-3])
     return activations * torch.from_numpy(weights).to(activations)[:, None, None]
 
 
+def channel_sum(contributions: Tensor) -> Tensor:
+    """Return the sum over the channels."""
+    return contributions.sum(-3)
+
+
 def principal_component(contributions: Tensor, of_class: bool = True) -> Tensor:
-    """Eigen-CAM (Muhammad and Yeasin, IJCNN 2020, arXiv:2008.00299): projection on the first principal component.
+    """Eigen-CAM (Muhammad and Yeasin, IJCNN 2020, arXiv:2008.00299): the first principal component.
 
-    The channels are centred, as in the grad-cam package. A component has no sign of its own, and grad-cam leaves it to
-    chance. Here the map of a class rises with the sum of the contributions where the two correlate (0.4 or more); else,
-    and where no class is asked for, with the sum of their absolute values.
+    The channels are centred, as in the grad-cam package. The sign of a component is arbitrary, so
+    it is chosen: the map rises with the sum of the contributions where the two correlate (0.3 or
+    more). Otherwise, and where it does not depend on the class, it rises with the sum of their
+    absolute values.
     """
-    columns = contributions.detach().flatten(-2).transpose(-2, -1).cpu().numpy()  # (..., h * w, C)
-    centred = columns - columns.mean(-2, keepdims=True)
-    first = np.linalg.svd(centred, full_matrices=False)[2][..., :1, :]
-    maps = (centred @ first.swapaxes(-2, -1))[..., 0]  # (..., h * w), of mean 0
+    columns = contributions.detach().flatten(-2).transpose(-2, -1)  # (..., h * w, C)
+    if columns.device.type == "mps":
+        columns = columns.cpu()  # it has no float64
+    columns = columns.double()
+    centred = columns - columns.mean(-2, keepdim=True)
+
+    # The eigenvectors of the smaller Gram matrix give the projection, (..., h * w).
+    positions, channels = centred.shape[-2:]
+    transposed = centred.transpose(-2, -1)
+    if positions <= channels:
+        variances, vectors = torch.linalg.eigh(centred @ transposed)
+        maps = vectors[..., -1] * variances[..., -1:].clamp(min=0).sqrt()
+    else:
+        component = torch.linalg.eigh(transposed @ centred).eigenvectors[..., -1:]
+        maps = (centred @ component)[..., 0]
+
     total = centred.sum(-1)
-    signed, unsigned = ((each * maps).sum(-1) for each in (total, np.abs(columns).sum(-1)))
-    correlates = np.abs(signed) > 0.4 * np.linalg.norm(total, axis=-1) * np.linalg.norm(
-        maps, axis=-1
-    )
-    maps = (
-        maps
-        * np.where(np.where(of_class & correlates, signed, unsigned) < 0, -1, 1).astype(maps.dtype)[
-            ..., None
-        ]
-    )
-    return torch.from_numpy(maps).to(contributions).unflatten(-1, contributions.shape[-2:])
+    direction = (columns.abs().sum(-1) * maps).sum(-1)
+    if of_class:
+        covariance = (total * maps).sum(-1)
+        correlates = covariance.abs() > 0.3 * total.norm(dim=-1) * maps.norm(dim=-1)
+        direction = torch.where(correlates, covariance, direction)
+    maps = torch.where(direction[..., None] < 0, -maps, maps)
+    return maps.to(contributions).unflatten(-1, contributions.shape[-2:])
 
 
-CHANNEL_SUM = partial(torch.sum, dim=-3)
-# weight_fn: activations and gradients of the class score, (..., C, h, w) -> each channel's contribution to the map,
-# of the same shape; reduce_fn: contributions -> map (..., h, w); gradients: whether they are read, that is the class
-CamMethod = namedtuple(
-    "CamMethod", ("weight_fn", "reduce_fn", "gradients"), defaults=(CHANNEL_SUM, True)
-)
+@dataclass(frozen=True)
+class CamMethod:
+    """A method that needs one forward and at most one backward pass.
+
+    `contributions` takes the activations of a layer and the gradients of the class score with
+    respect to them, both (..., C, h, w), and returns what each channel adds to the map.
+    """
+
+    contributions: Callable[[Tensor, Tensor], Tensor]
+    reduce: Callable[[Tensor], Tensor] = channel_sum  # contributions -> map (..., h, w)
+    gradients: bool = True  # whether they are read; if not, all classes have the same map
+    relu: bool = True  # whether negative values of the map become 0
+    product: bool = False  # whether the maps of several layers are multiplied instead of averaged
+
+
 CAM_METHODS = {
-    "gradcam": CamMethod(
-        lambda a, g: a * g.mean((-2, -1), keepdim=True)
-    ),  # Selvaraju, ICCV 2017, arXiv:1610.02391
+    # Selvaraju et al., ICCV 2017, arXiv:1610.02391
+    "gradcam": CamMethod(lambda a, g: a * g.mean((-2, -1), keepdim=True)),
     "gradcam++": CamMethod(gradcam_plus_plus),
     "xgradcam": CamMethod(xgradcam),
     "eigencam": CamMethod(lambda a, g: a, partial(principal_component, of_class=False), False),
     "eigengradcam": CamMethod(lambda a, g: a * g, principal_component),
-    "hirescam": CamMethod(lambda a, g: a * g),  # Draelos and Carin, 2020, arXiv:2011.08891
-    "layercam": CamMethod(
-        lambda a, g: a * g.clamp(min=0)
-    ),  # Jiang, IEEE TIP 2021, doi:10.1109/TIP.2021.3089943
-    "gradcamelementwise": CamMethod(
-        lambda a, g: (a * g).clamp(min=0)
-    ),  # a variant of the grad-cam package
-    "refinecam": CamMethod(gradcam_plus_plus),  # arXiv:2605.14641: the product over several layers
+    # Draelos and Carin, 2020, arXiv:2011.08891
+    "hirescam": CamMethod(lambda a, g: a * g),
+    # Jiang et al., IEEE TIP 2021, doi:10.1109/TIP.2021.3089943
+    "layercam": CamMethod(lambda a, g: a * g.clamp(min=0)),
+    # a variant of the grad-cam package
+    "gradcamelementwise": CamMethod(lambda a, g: (a * g).clamp(min=0)),
+    # arXiv:2605.14641
+    "refinecam": CamMethod(gradcam_plus_plus, product=True),
     "randomcam": CamMethod(randomcam, gradients=False),
 }
-BY_GRAD_CAM = {  # through the classes of the grad-cam package
-    "fem": "FEM",  # Fuad et al., IPTA 2020: channels weighted by the share of their values above two deviations
-    "fullgrad": "FullGrad",  # Srinivas and Fleuret, NeurIPS 2019, arXiv:1905.00780: every bias instead of a layer
-    "kpcacam": "KPCA_CAM",  # Karmani et al., 2024, arXiv:2410.00267: a kernel PCA of the activations
-    "shapleycam": "ShapleyCAM",  # arXiv:2501.06261: needs second derivatives
-    "finercam": "FinerCAM",  # CVPR 2025, arXiv:2501.11309: the class against the three most similar ones
-    "segeigencam": "SegEigenCAM",  # Chung and Ying, Applied Sciences 2025, doi:10.3390/app15137562
-}
+# These methods find a weight for each channel, (..., C, 1, 1), which takes the gradients' place.
+MANY_PASSES = ("scorecam", "ablationcam")
+BY_CHANNEL_WEIGHTS = CamMethod(lambda a, weights: a * weights, gradients=False)
+LAYER_BY_LAYER = ("shapleycam",)  # of grad-cam's: it frees the graph after its first layer
 
 
 def normalise(maps: Tensor, epsilon: float = 1e-7) -> Tensor:
-    """Stretch each map of (..., h, w) to [0, 1]; one that is the same everywhere becomes 0, as in grad-cam."""
+    """Stretch each map of (..., h, w) to [0, 1], as grad-cam; a constant one becomes 0."""
     maps = maps - maps.amin((-2, -1), keepdim=True)
     return maps / (epsilon + maps.amax((-2, -1), keepdim=True))
 
 
-def as_map(output: Tensor, size: Sequence[int]) -> Tensor | None:
-    """Return a layer's output for inputs of `size` (H, W) as (N, C, h, w), or None if it is not spatial.
+def same_aspect(rows: int, columns: int, size: Sequence[int]) -> bool:
+    """Return whether a map has the height to width of an input of `size` (H, W), up to rounding."""
+    height, width = size
+    if height == width:
+        return rows == columns  # both sides were rounded alike
+    return abs(rows * width - columns * height) <= max(size)
 
-    Convolutional layers return it so, Swin's (N, h, w, C), and a ViT's (N, T, C): the first of its tokens is the class
-    token; some networks have more of those, or none.
+
+def as_map(output: Tensor, size: Sequence[int]) -> Tensor | None:
+    """Return a layer's output for inputs of `size` (H, W) as (N, C, h, w); None: it is not spatial.
+
+    Convolutional layers return it so, Swin's (N, h, w, C), and a ViT's (N, T, C): the first of its
+    tokens is the class token; some networks have more of those, or none.
     """
     if output.ndim == 4:
-        sides = itertools.pairwise(output.shape[1:])
-        like_input = [
-            abs(rows * size[1] - columns * size[0]) <= max(size) for rows, columns in sides
-        ]
-        spatial = output.movedim(3, 1) if like_input == [True, False] else output
+        first, second, third = output.shape[1:]
+        channels_last = same_aspect(first, second, size) and not same_aspect(second, third, size)
+        spatial = output.movedim(3, 1) if channels_last else output
         return spatial if spatial[0, 0].numel() > 1 else None
-    for special in (1, 0, 2, 3, 4, 5) if output.ndim == 3 else ():
-        positions = max(output.shape[1] - special, 0)
-        rows = math.isqrt(positions * size[0] // size[1])
-        if positions > 1 and rows and rows * rows * size[1] == positions * size[0]:
-            return output[:, special:].transpose(1, 2).unflatten(2, (rows, positions // rows))
+    if output.ndim != 3:
+        return None
+
+    height, width = size
+    for special_tokens in (1, 0, 2, 3, 4, 5):
+        positions = output.shape[1] - special_tokens
+        if positions < 2:
+            continue
+        rows = math.isqrt(positions * height // width)
+        if rows and rows * rows * width == positions * height:
+            patches = output[:, special_tokens:].transpose(1, 2)
+            return patches.unflatten(2, (rows, positions // rows))
     return None
 
 
 def graph_nodes(*roots: Any) -> set[Any]:
     """Return every node of the autograd graph that ends in `roots`."""
-    found, stack = set(), [*roots]
+    nodes = set()
+    stack = list(roots)
     while stack:
         node = stack.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            stack += [parent for parent, _ in node.next_functions]
-    return found
+        if node is None or node in nodes:
+            continue
+        nodes.add(node)
+        stack += [parent for parent, _ in node.next_functions]
+    return nodes
+
+
+def is_activation(node: Any) -> bool:
+    """Return whether an autograd node is an activation, or a ReLU written as clamp or maximum."""
+    name = node.name()
+    if ACTIVATION_NODES.fullmatch(name):
+        return True
+
+    if name.startswith(("ClampBackward", "ClampMinBackward")):
+        bounds = [node._saved_min]
+    elif name.startswith("MaximumBackward"):
+        bounds = [node._saved_self, node._saved_other]
+    else:
+        return False
+    bounds = [torch.as_tensor(bound) for bound in bounds if bound is not None]
+    return any(not bound.any() for bound in bounds)
+
+
+def clamp_gradients(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Let only positive gradients pass, as a hook of an autograd node."""
+    return tuple(None if gradient is None else gradient.clamp(min=0) for gradient in gradients)
 
 
 def guided_gradients(scores: Sequence[Tensor], inputs: Tensor) -> Tensor:
-    """Guided backpropagation (Springenberg et al., ICLR 2015 workshop, arXiv:1412.6806) of K scores: (N, K, 3, H, W).
+    """Guided backpropagation (Springenberg et al., ICLR 2015 workshop, arXiv:1412.6806).
 
-    A backward pass, which uses up the graph; each activation function, module or not, lets only positive gradients in.
+    Returns the gradients of K scores, (N, K, 3, H, W). Each activation function, module or not,
+    lets only positive gradients in. Uses up the graph.
     """
-    for node in graph_nodes(*(score.grad_fn for score in scores)):
-        if ACTIVATION_NODES.fullmatch(node.name()):
-            node.register_prehook(
-                lambda gradients: tuple(None if g is None else g.clamp(min=0) for g in gradients)
-            )
-    each = [
-        torch.autograd.grad(score, inputs, retain_graph=score is not scores[-1])[0]
-        for score in scores
-    ]
-    return torch.stack(each, 1)
+    roots = [score.grad_fn for score in scores]
+    for node in graph_nodes(*roots):
+        if is_activation(node):
+            node.register_prehook(clamp_gradients)
+
+    maps = []
+    for score in scores:
+        is_last = score is scores[-1]
+        maps += torch.autograd.grad(score, inputs, retain_graph=not is_last)
+    return torch.stack(maps, 1)
+
+
+def dotted_name(model: nn.Module, text: str) -> str:
+    """Return "layer4.1" for "layer4[-1]" or, as in grad-cam's examples, "model.layer4[-1]"."""
+    names = dict(model.named_modules())
+    prefix = text.partition(".")[0]
+    if prefix in ("model", "module") and prefix not in names:
+        text = text.partition(".")[2]
+
+    name = ""
+    for step in text.replace("[", ".[").split("."):
+        index = re.fullmatch(r"\[(-?\d+)\]", step)
+        if index and name in names:
+            children = [child for child, _ in names[name].named_children()]
+            with contextlib.suppress(IndexError):
+                step = children[int(index[1])]
+        name = f"{name}.{step}" if name else step
+    return name
 
 
 def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
-    """Return the dotted name of a layer that is given by its name or as the module itself. Raises CallError."""
+    """Return the dotted name of a layer, given by name or as the module. Raises CallError."""
     names = {module: name for name, module in model.named_modules() if name}
-    name = (
-        names.get(layer, type(layer).__name__)
-        if isinstance(layer, nn.Module)
-        else layer.removeprefix("module.")
-    )
+    if isinstance(layer, nn.Module):
+        name = names.get(layer, type(layer).__name__)
+    else:
+        name = dotted_name(model, layer)
     if name in names.values():
         return name
-    hint = "; repeat the option for each layer" if "," in name else closest(name, [*names.values()])
+
+    hint = closest(name, names.values())
+    if "," in name:
+        hint = "; repeat the option for each layer"
     raise CallError(f"the network has no layer '{name}'{hint}; --list-layers shows them all")
 
 
-def choose_targets(logits: Tensor, targets: Targets, top: int | None = None) -> Tensor:
-    """Return the class to explain for each input, int64 (N,), or the K classes, (N, K). Raises CallError."""
-    count, classes = logits.shape
-    if targets is None:
-        return (
-            logits.detach().argmax(1)
-            if top is None
-            else logits.detach().topk(min(top, classes)).indices
-        )
-    chosen = torch.as_tensor(targets)
-    fits = (
-        chosen.dtype != torch.bool
-        and not chosen.is_floating_point()
-        and chosen.shape[:1] in ((), (1,), (count,))
-    )
-    if not fits or chosen.ndim > 2 or ((chosen < PREDICTED) | (chosen >= classes)).any():
-        raise CallError(
-            f"targets {chosen.tolist()} do not fit {count} inputs and {classes} classes; give one each"
-        )
+def fit_classes(classes: Any, logits: Tensor, allowed: Sequence[int]) -> Tensor:
+    """Return classes as indices, int64 (N,) or (N, K), PREDICTED replaced. Raises CallError.
+
+    `allowed` are the negative numbers that may stand among them.
+    """
+    count, outputs = logits.shape
+    chosen = torch.as_tensor(classes)
+    is_integer = not (chosen.is_floating_point() or chosen.dtype == torch.bool)
+    rows_fit = chosen.ndim <= 2 and chosen.shape[:1] in ((), (1,), (count,))
+    in_range = (chosen >= 0) & (chosen < outputs)
+    for special in allowed:
+        in_range = in_range | (chosen == special)
+    if not (is_integer and rows_fit and in_range.all()):
+        fault = f"do not fit {count} inputs and {outputs} classes; give one each"
+        raise CallError(f"targets {chosen.tolist()} {fault}")
+
     chosen = chosen.long().expand(count, *chosen.shape[1:]).to(logits.device, non_blocking=True)
-    predicted = logits.detach().argmax(1).view(count, *[1] * (chosen.ndim - 1))
+    predicted = logits.detach().argmax(1)
+    if chosen.ndim == 2:
+        predicted = predicted[:, None]
     return torch.where(chosen == PREDICTED, predicted, chosen)
+
+
+def choose_targets(logits: Tensor, targets: Targets, top: int | None = None) -> Tensor:
+    """Return the class to explain for each input, int64 (N,), or K classes, (N, K).
+
+    Raises CallError: the targets do not fit.
+    """
+    if targets is not None:
+        return fit_classes(targets, logits, allowed=[PREDICTED])
+    if top is None:
+        return logits.detach().argmax(1)
+    return logits.detach().topk(min(top, logits.shape[1])).indices
+
+
+def score_weights(targets: Tensor, minus: Tensor | None, outputs: int) -> Tensor:
+    """Return the weights of the logits in each explained score, float32 (N, K, outputs).
+
+    1 for the target, -1 for the class that is subtracted from it, else 0. `targets` and `minus` are
+    (N,) or (N, K).
+    """
+    columns = torch.arange(outputs, device=targets.device)
+    weights = (targets.view(len(targets), -1, 1) == columns).float()
+    if minus is None:
+        return weights
+    return weights - (minus.view(len(minus), -1, 1) == columns).float()
+
+
+def logits_for(network: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the network's logits (N, classes). Raises CallError: not one row for each input."""
+    logits = as_logits(network(inputs))
+    if len(logits) != len(inputs):
+        given = f"{len(logits)} answers for {len(inputs)} inputs"
+        raise CallError(
+            f"the network gives {given}; let it keep the batch dimension, as x.flatten(1) does"
+        )
+    return logits
 
 
 @contextlib.contextmanager
 def capture_outputs(
     network: nn.Module, layers: Sequence[str], differentiable: bool = False
-) -> Iterator[Any]:
-    """Collect the outputs of layers by name while the network runs; of a layer that is called again, the last one."""
+) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of layers by name while the network runs; of several calls, the last.
+
+    Raises CallError: a layer returns no tensor, or is not called.
+    """
     outputs: dict[str, Tensor] = {}
 
     def collect(name: str, module: nn.Module, args: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
-            raise CallError(
-                f"layer '{name}' returns a {type(output).__name__}, not a tensor; choose a layer inside it"
-            )
-        if (
-            differentiable and not output.requires_grad
-        ):  # because nothing before this layer needs a gradient
-            output = output.detach().requires_grad_()
+            returned = f"returns a {type(output).__name__}, not a tensor"
+            raise CallError(f"layer '{name}' {returned}; choose a layer inside it")
+        if differentiable and not output.requires_grad:
+            output = output.detach().requires_grad_()  # nothing before this layer needs a gradient
         outputs[name] = output
-        return (
-            output.clone()
-        )  # what follows may change it in place, and it is wanted as the layer returned it
+        return output.clone()  # later layers may change it in place
 
     with contextlib.ExitStack() as hooks:
         for name in layers:
-            hooks.enter_context(
-                network.get_submodule(name).register_forward_hook(partial(collect, name))
-            )
+            module = network.get_submodule(name)
+            hooks.enter_context(module.register_forward_hook(partial(collect, name)))
         yield outputs
+
     for name in layers:
         if name not in outputs:
-            raise CallError(
-                f"layer '{name}' is not called when the network runs; choose another one"
-            )
+            fault = "is not called when the network runs; choose another one"
+            raise CallError(f"layer '{name}' {fault}")
 
 
-# one call of a module in a forward pass; `came_from` and `node` are the autograd nodes on its two sides
-Call = namedtuple("Call", ("name", "module", "input", "came_from", "output", "node"))
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a module in a recorded forward pass."""
+
+    name: str  # of the module; "" for the whole network
+    module: nn.Module
+    input: Tensor  # its first argument
+    source: Any  # the autograd node that made the input
+    output: Tensor
+    node: Any  # the autograd node that made the output
+
+
+def record_calls(network: nn.Module, inputs: Tensor) -> tuple[list[Call], Tensor]:
+    """Run a network. Return the calls of its modules in the order of their ends, and the logits."""
+    calls: list[Call] = []
+
+    def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        takes_tensor = bool(args) and isinstance(args[0], Tensor)
+        if takes_tensor and isinstance(output, Tensor):
+            calls.append(Call(name, module, args[0], args[0].grad_fn, output, output.grad_fn))
+
+    with contextlib.ExitStack() as hooks:
+        for name, module in network.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(record, name)))
+        return calls, logits_for(network, inputs)
+
+
+def spatial_calls(calls: Sequence[Call], size: Sequence[int]) -> list[tuple[Call, Tensor]]:
+    """Return the calls whose output has a map, with the map (N, C, h, w).
+
+    A ViT's attention has outputs of four dimensions that are no maps, (N, heads, tokens, width). So
+    only maps with the height to width of the inputs, `size` (H, W), count, unless there are none.
+    """
+    spatial = []
+    like_input = []
+    for call in calls:
+        spatial_map = as_map(call.output, size)
+        if spatial_map is None or not call.name:
+            continue
+        spatial.append((call, spatial_map))
+        rows, columns = spatial_map.shape[2:]
+        if same_aspect(rows, columns, size):
+            like_input.append((call, spatial_map))
+    return like_input or spatial
 
 
 def find_target_layer(calls: Sequence[Call], logits: Tensor, size: Sequence[int]) -> str:
-    """Return the last layer with a spatial map on which the logits depend, for inputs of `size` (H, W).
+    """Return the last layer with a spatial map on which the logits depend.
 
-    Adaptive pooling and dropout count only where nothing else does. Of a ViT, whose class token alone reaches the head,
-    that is the norm before the last attention, which grad-cam's examples use too. Raises CallError: there is none.
+    Adaptive pooling and dropout count only where nothing else does. Of a ViT, whose class token
+    alone reaches the head, that is the norm before the last attention, as in grad-cam's examples.
+    Raises CallError: there is none.
     """
-    heads = (
-        call.input for call in reversed(calls) if isinstance(call.module, (nn.Linear, nn.Conv2d))
-    )
-    # the input of the head, not the score: the weights of a head that was just initialised may all be zero
-    features = next(heads, logits)[0]
-    probe = (features * torch.linspace(1, 2, features.numel()).to(features).view_as(features)).sum()
-    spatial = [
-        call for call in reversed(calls) if call.name and as_map(call.output, size) is not None
-    ]
+    spatial = [call for call, _ in reversed(spatial_calls(calls, size))]
+    if not spatial:
+        sides = f"{size[0]} x {size[1]}"
+        raise CallError(
+            f"no layer has a spatial map for inputs of {sides}; pass one as target layer"
+        )
+
+    # Take the input of the head, not the score: the weights of a new head may all be zero.
+    features = logits
+    for call in calls:
+        if isinstance(call.module, (nn.Linear, nn.Conv2d)):
+            features = call.input
+    factors = torch.linspace(1, 2, features[0].numel()).to(features).view_as(features[0])
+    probe = (features[0] * factors).sum()
+
     for call in spatial:
         passing = isinstance(call.module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout))
-        if call.output.requires_grad and not passing:
-            gradient = torch.autograd.grad(
-                probe, call.output, retain_graph=True, allow_unused=True
-            )[0]
-            if gradient is not None and as_map(gradient, size)[0].any(0).sum() > 1:
-                return call.name
-    if not spatial:
-        raise CallError(
-            f"no layer has a spatial map for inputs of {size[0]} x {size[1]}; pass one as target layer"
-        )
+        if passing or not call.output.requires_grad:
+            continue
+        gradient = torch.autograd.grad(probe, call.output, retain_graph=True, allow_unused=True)[0]
+        if gradient is None:
+            continue
+        depends = as_map(gradient, size)[0].any(0)  # on which positions of the map
+        if depends.sum() > 1:
+            return call.name
     return spatial[0].name
+
+
+def count_readers(logits: Tensor) -> Counter[Any]:
+    """Return how many nodes of the autograd graph read the output of each node."""
+    readers: Counter[Any] = Counter()
+    for node in graph_nodes(logits.grad_fn):
+        readers.update(parent for parent, _ in node.next_functions)
+    return readers
 
 
 def fold_batch_norms(
     network: nn.Module, calls: Sequence[Call], logits: Tensor, keep: Sequence[str]
 ) -> None:
-    """Fold each batch norm into the convolution before it, where nothing else reads that convolution's output.
+    """Fold each batch norm into the convolution before it, if nothing else reads the convolution.
 
-    `keep` names the layers whose own output is wanted. The graph of the recorded pass tells which output goes where.
+    `keep` names the layers whose own output is wanted. The graph of the recorded pass tells which
+    output goes where.
     """
-    readers = Counter(
-        parent for node in graph_nodes(logits.grad_fn) for parent, _ in node.next_functions
-    )
+    readers = count_readers(logits)
     kept = {call.node for call in calls if call.name in keep}
-    plain = [
-        call for call in calls if not (call.module._forward_hooks or call.module._forward_pre_hooks)
-    ]
-    convolutions = {
-        call.node: call
-        for call in plain
-        if type(call.module) is nn.Conv2d and call.node not in kept
-    }
-    for call in plain:
-        source, norm = convolutions.get(call.came_from), call.module
-        if (
-            source
-            and type(norm) is nn.BatchNorm2d
-            and norm.track_running_stats
-            and readers[source.node] == 1
-        ):
-            fused = nn.utils.fusion.fuse_conv_bn_eval(source.module, norm).requires_grad_(False)
-            network.set_submodule(source.name, fused)
+    convolutions: dict[Any, Call] = {}  # by the node of their output
+    for call in calls:
+        kind = type(call.module)
+        if call.module._forward_hooks or call.module._forward_pre_hooks:
+            continue  # what they do is not known
+        if kind is nn.Conv2d and call.node not in kept:
+            convolutions[call.node] = call
+        if kind is not nn.BatchNorm2d or call.source not in convolutions:
+            continue
+
+        convolution = convolutions[call.source]
+        if call.module.track_running_stats and readers[call.source] == 1:
+            fused = nn.utils.fusion.fuse_conv_bn_eval(convolution.module, call.module)
+            network.set_submodule(convolution.name, fused.requires_grad_(False))
             network.set_submodule(call.name, nn.Identity())
 
 
@@ -3585,7 +3761,7 @@ class BatchSize:
         self.size = size
 
     def run(self, function: Callable[[Any], Any], items: Any) -> Iterator[Any]:
-        """Yield `function` of consecutive slices of `items`. Raises what `function` raises for one item."""
+        """Yield `function` of consecutive slices of `items`. Raises what it raises for one item."""
         while len(items):
             part = items[: self.size]
             try:
@@ -3600,36 +3776,211 @@ class BatchSize:
 
 @contextlib.contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """Compute in float32 without autocast; on CUDA without TF32, whose ten bits show in the maps, and repeatably."""
+    """Compute in float32 without autocast; on CUDA without TF32 (ten bits), and repeatably."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    exact = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
-    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, which refuses to mix the two settings
-        exact = [(cudnn.conv, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
-    exact += [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
+    settings = [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, which refuses to mix the two ways
+        settings += [(cudnn.conv, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
+    else:
+        settings += [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+    if device.type != "cuda":
+        settings = []
+
     with torch.autocast(device.type, enabled=False), contextlib.ExitStack() as stack:
-        for place, name, value in exact if device.type == "cuda" else ():
+        for place, name, value in settings:
             stack.callback(setattr, place, name, getattr(place, name))
             setattr(place, name, value)
         yield
 
 
+def copy_network(model: nn.Module) -> nn.Module:
+    """Return a copy of a network.
+
+    Tensors that belong to a graph cannot be copied, such as what a module keeps of its last run
+    (weight_norm's weight). They are detached.
+    """
+    replacements = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                replacements[id(value)] = value.detach()
+    return deepcopy(model, replacements)
+
+
+@dataclass(frozen=True)
+class LayerValues:
+    """What one pass over N inputs gives for a target layer."""
+
+    activations: Tensor  # (N, C, h, w)
+    gradients: Tensor | None  # of the K scores, (N, K, C, h, w); None if no method reads them
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the methods read for N inputs and K scores."""
+
+    inputs: Tensor  # (N, 3, H, W)
+    weights: Tensor  # (N, K, classes), of the logits in the scores
+    layers: dict[str, LayerValues]  # by the name of the target layer
+
+
+def layer_values(
+    outputs: Mapping[str, Tensor], scores: Sequence[Tensor], keep_graph: bool, size: Sequence[int]
+) -> dict[str, LayerValues]:
+    """Return the values of the layers with these outputs; without `scores`, without gradients.
+
+    Raises CallError: a layer has no spatial map, or a score does not depend on it.
+    """
+    gradients = []
+    for score in scores:
+        keep = keep_graph or score is not scores[-1]
+        of_score = torch.autograd.grad(score, [*outputs.values()], None, keep, allow_unused=True)
+        gradients.append(dict(zip(outputs, of_score, strict=True)))
+
+    layers = {}
+    for layer, output in outputs.items():
+        activations = as_map(output.detach(), size)
+        if activations is None:
+            values = f"no spatial map but {shape_of(output)} values"
+            raise CallError(f"layer '{layer}' has {values}; choose another one")
+        maps = []
+        for of_score in gradients:
+            if of_score[layer] is None:
+                fault = f"does not depend on layer '{layer}'"
+                raise CallError(f"the class score {fault}; choose another one")
+            maps.append(as_map(of_score[layer], size))
+        layers[layer] = LayerValues(activations, torch.stack(maps, 1) if maps else None)
+    return layers
+
+
+class PartialPass:
+    """The network from the last call of a layer on, to run for other outputs of that layer.
+
+    Args:
+        inputs: (1, 3, H, W).
+
+    Attributes:
+        output: what the layer returns in its last call for `inputs`.
+        logits: (1, classes), for `inputs`.
+    """
+
+    def __init__(self, network: nn.Module, layer: str, inputs: Tensor) -> None:
+        self.network = network
+        self.module = network.get_submodule(layer)
+        outputs: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            outputs.append(output.clone())
+
+        with self.module.register_forward_hook(keep):
+            self.logits = as_logits(network(inputs))
+        self.calls = len(outputs)
+        self.output = outputs[-1]
+        self.find_stand_in(inputs)
+
+    def find_stand_in(self, inputs: Tensor) -> None:
+        """Find what the layers before run on; their output is replaced anyway.
+
+        A small dummy input is the fastest. Networks that refuse it get the real input, and those
+        that compare the sizes of two branches get one for each copy.
+        """
+        small = torch.zeros_like(inputs[..., :64, :64])
+        choices = ((small, False), (inputs, False), (inputs, True))
+        for self.stand_in, self.one_for_each in choices:
+            with contextlib.suppress(RuntimeError, AssertionError, ValueError, CallError):
+                twice = self.run(torch.cat([self.output, self.output]))
+                if len(twice) == 2 and torch.allclose(twice, self.logits, 1e-3, 1e-3):
+                    return
+
+    def run(self, copies: Tensor) -> Tensor:
+        """Return the logits (B, classes) for B outputs of the layer."""
+        calls = itertools.count(1)
+
+        def replace_last(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            if next(calls) == self.calls:
+                return copies
+            return None
+
+        inputs = self.stand_in
+        if self.one_for_each:
+            inputs = inputs.expand(len(copies), -1, -1, -1)
+        with self.module.register_forward_hook(replace_last):
+            return as_logits(self.network(inputs))
+
+
+@contextlib.contextmanager
+def grad_cam_method(
+    method: str, network: nn.Module, layers: Sequence[str], reshape: Callable[[Tensor], Tensor]
+) -> Iterator[Any]:
+    """Yield an object of the grad-cam package's class for a method; take its hooks off afterwards.
+
+    The class is the one whose name is the method's, but for capitals and underscores.
+    """
+    import pytorch_grad_cam
+
+    classes = {}
+    for name, value in vars(pytorch_grad_cam).items():
+        if isinstance(value, type):
+            classes[name.lower().replace("_", "")] = value
+    modules = [network.get_submodule(name) for name in layers]
+    with contextlib.redirect_stdout(io.StringIO()):  # FullGrad prints a warning
+        cam = classes[method](network, modules, reshape)
+
+    network.requires_grad_(True)  # Shapley-CAM needs second derivatives, which frozen weights lack
+    try:
+        yield cam
+    finally:
+        network.requires_grad_(False)
+        network.zero_grad(set_to_none=True)
+        kept = getattr(cam, "base_cam", cam).activations_and_grads
+        kept.activations = []  # release() fails to detach them where they are views
+        kept.gradients = []
+        kept.release()
+
+
+def grad_cam_target(cam: Any, weights: Tensor) -> dict[str, Any]:
+    """Return the arguments that tell a class of the grad-cam package what to explain.
+
+    `weights`, (classes,), are those of the logits in the score. Raises CallError: the class cannot
+    explain it.
+    """
+    if "target_idx" not in inspect.signature(cam.forward).parameters:
+        return {"targets": [lambda logits: logits.flatten() @ weights]}
+    if (weights < 0).any():
+        raise CallError("it compares classes by itself, so it takes no difference of two")
+    return {"targets": None, "target_idx": int(weights.argmax())}
+
+
 class Explainer:
     """Explains the predictions of any `nn.Module` classifier.
 
-    The model is not changed: everything runs on a frozen float32 copy, whose batch norms are folded into the
-    convolutions. After training on, make a new explainer. Raises CallError: no such method or layer.
+    Everything runs in float32 and eval mode on a frozen copy of the model, which itself is not
+    changed. After training on, make a new explainer.
 
     Args:
-        model: takes (N, 3, H, W), returns logits (N, classes); or (N, 1) or (N,) for a single sigmoid output, of which
-            the positive side is explained. `DataParallel` around it and half precision are fine.
+        model: takes (N, 3, H, W), returns logits (N, classes); or (N, 1) or (N,) for a single
+            sigmoid output, of which the positive side is explained. `DataParallel` around it and
+            half precision are fine.
         methods: names from METHODS and MORE_METHODS, or one of them.
-        target_layers: names of layers, or the modules, whose maps are averaged, or one of them; None: the last layer
-            with a spatial map on which the score depends.
+        target_layers: names of layers, or the modules, whose maps are averaged, or one of them;
+            None: the last layer with a spatial map on which the score depends. "layer4[-1]" is the
+            last child of layer4.
         guided: whether guided backpropagation is wanted too.
-        aug_smooth: average the maps over six variants of the input, mirrored and multiplied by 0.9 to 1.1, as grad-cam.
-        eigen_smooth: take the first principal component of the contributions of the channels instead of their sum.
-        batch_size: how many inputs Score-CAM and `logits` run at once, at most; None: 2 on the CPU, else 32.
+        aug_smooth: average the maps over six variants of the input, mirrored and multiplied by 0.9
+            to 1.1, as grad-cam.
+        eigen_smooth: take the first principal component of the contributions of the channels
+            instead of their sum.
+        batch_size: how many inputs Score-CAM and `logits` run at once, at most; None: 2 on the CPU,
+            else 32.
         progress: wraps the passes of Score-CAM and Ablation-CAM, such as tqdm.
+        copy: False: take over the model itself, which is then changed (frozen, eval mode, batch
+            norms folded).
+        fold: whether batch norms are folded into the convolutions: faster from a handful of inputs
+            on.
+        multi_label: whether each logit is a sigmoid of its own; `faithfulness` reads it.
+
+    Raises:
+        CallError: there is no such method or layer.
     """
 
     def __init__(
@@ -3643,361 +3994,340 @@ class Explainer:
         eigen_smooth: bool = False,
         batch_size: int | None = None,
         progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
+        copy: bool = True,
+        fold: bool = True,
+        multi_label: bool = False,
     ) -> None:
-        methods = methods if isinstance(methods, str) else ",".join(methods)
+        if not isinstance(methods, str):
+            methods = ",".join(methods)
         self.methods = tuple(names_from((*METHODS, *MORE_METHODS), "method", METHODS)(methods))
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        layers = (
-            [target_layers] if isinstance(target_layers, (str, nn.Module)) else target_layers or ()
-        )
-        self.target_layers = tuple(layer_name(model, layer) for layer in layers)
-        self.guided, self.aug_smooth, self.eigen_smooth, self.progress = (
-            guided,
-            aug_smooth,
-            eigen_smooth,
-            progress,
-        )
-        # Tensors that hang on a graph cannot be copied: what a module keeps of its last run, as weight_norm's weight.
-        kept = (
-            value
-            for module in model.modules()
-            for value in vars(module).values()
-            if isinstance(value, Tensor)
-        )
-        with torch.inference_mode(False):
-            network = copy.deepcopy(
-                model, {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf}
-            )
-            self.device = next(
-                itertools.chain(network.parameters(), network.buffers()), torch.empty(0)
-            ).device
-            # channels-last where oneDNN computes; on a GPU it pays only in half precision, which is not used
-            fast = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
-            network.to(memory_format=torch.channels_last if fast else torch.contiguous_format)
-            self.network = network.eval().requires_grad_(False).float()
-        self.batch_size = BatchSize(batch_size or (2 if self.device.type == "cpu" else 32))
+        if target_layers is None:
+            target_layers = ()
+        elif isinstance(target_layers, (str, nn.Module)):
+            target_layers = [target_layers]
+        self.target_layers = tuple(layer_name(model, layer) for layer in target_layers)
+        self.guided = guided
+        self.aug_smooth = aug_smooth
+        self.eigen_smooth = eigen_smooth
+        self.progress = progress
+        self.multi_label = multi_label
+        # The grad-cam package's FullGrad counts the biases of convolutions and of batch norms.
+        ours = all(method in CAM_METHODS or method in MANY_PASSES for method in self.methods)
+        self.fold = fold and ours
+        self._set_network(model, copy)
+        if batch_size is None:
+            batch_size = 2 if self.device.type == "cpu" else 32
+        self.batch_size = BatchSize(batch_size)
         self.layers: dict[str, tuple[str, tuple[int, ...]]] = {}
 
+    def _set_network(self, model: nn.Module, copy: bool) -> None:
+        """Make the frozen network."""
+        with torch.inference_mode(False):
+            network = copy_network(model) if copy else model
+            tensors = itertools.chain(network.parameters(), network.buffers())
+            self.device = next(tensors, torch.empty(0)).device
+
+            # channels-last where oneDNN computes; on a GPU it pays only in half precision
+            memory_format = torch.contiguous_format
+            if self.device.type == "cpu" and torch.backends.mkldnn.is_available():
+                memory_format = torch.channels_last
+            network.to(memory_format=memory_format)
+            self.network = network.eval().requires_grad_(False).float()
+
     def prepare(self, inputs: Tensor) -> None:
-        """Run one input (1, 3, H, W): find the target layer where none was named, and fold the batch norms.
+        """Run one input (1, 3, H, W): find the default target layer, and fold the batch norms.
 
-        `layers` is then a dict of the layers with a spatial map: their name, type, and the shape of the map (C, h, w).
+        `layers` is then a dict of the layers with a map: their name, type, and its shape (C, h, w).
         """
-        calls: list[Call] = []
-
-        def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and args and isinstance(args[0], Tensor):
-                calls.append(Call(name, module, args[0], args[0].grad_fn, output, output.grad_fn))
-
+        size = inputs.shape[2:]
         with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
-            with contextlib.ExitStack() as hooks:
-                for name, module in self.network.named_modules():
-                    hooks.enter_context(module.register_forward_hook(partial(record, name)))
-                logits = as_logits(self.network(self._own(inputs).requires_grad_()))
-            maps = ((call, as_map(call.output, inputs.shape[2:])) for call in calls if call.name)
-            self.layers = {
-                c.name: (type(c.module).__name__, (*m.shape[1:],)) for c, m in maps if m is not None
-            }
-            self.target_layers = self.target_layers or (
-                find_target_layer(calls, logits, inputs.shape[2:]),
-            )
-            if (
-                "fullgrad" not in self.methods
-            ):  # which counts the biases of both, convolution and batch norm
-                fold_batch_norms(self.network, calls, logits, keep=self.target_layers)
-                folded = as_logits(self.network(self._own(inputs)))
-                if not torch.allclose(
-                    folded, logits, 1e-3, 1e-3
-                ):  # a weight is read elsewhere as well
-                    for call in calls[:-1]:
-                        self.network.set_submodule(call.name, call.module)
+            calls, logits = record_calls(self.network, self._own(inputs).requires_grad_())
+            if not self.target_layers:
+                self.target_layers = (find_target_layer(calls, logits, size),)
+            if self.fold:
+                self._fold(calls, logits, inputs)
+        for call, spatial_map in spatial_calls(calls, size):
+            self.layers[call.name] = (type(call.module).__name__, tuple(spatial_map.shape[1:]))
+
+    def _fold(self, calls: Sequence[Call], logits: Tensor, inputs: Tensor) -> None:
+        """Fold the batch norms, if the logits of `inputs` stay the same."""
+        fold_batch_norms(self.network, calls, logits, keep=self.target_layers)
+        folded = logits_for(self.network, self._own(inputs))
+        if not torch.allclose(folded, logits, 1e-3, 1e-3):  # a weight is read elsewhere as well
+            for call in calls[:-1]:
+                self.network.set_submodule(call.name, call.module)
 
     def __call__(
-        self, inputs: Tensor, targets: Targets = None, *, top: int | None = None
+        self,
+        inputs: Tensor,
+        targets: Targets = None,
+        *,
+        top: int | None = None,
+        minus: Targets = None,
     ) -> Explanation:
-        """Explain inputs (N, 3, H, W), normalised as the model expects them; they are converted to float32.
+        """Explain inputs (N, 3, H, W), normalised as the model expects them.
 
-        Without `targets`, the class with the highest logit is explained (-1 stands for it too), or the `top` classes
-        with the highest. Targets are one class for all inputs, or (N,) for each; or K classes, (1, K) or (N, K). Raises
-        CallError: they, the inputs or the layers cannot be explained. Raises ValueError: the logits are not finite.
+        Args:
+            targets: one class for all inputs, or (N,) for each; or K classes, (1, K) or (N, K). -1
+                stands for the class with the highest logit, which is explained by default.
+            top: without `targets`, explain that many classes with the highest logits.
+            minus: explain the difference: the logits of these classes are subtracted from those of
+                the targets. In the form of `targets`; NO_CLASS where nothing is subtracted.
+
+        Raises:
+            CallError: the inputs, the classes or the layers cannot be explained.
+            ValueError: the logits are not finite.
         """
         if not isinstance(inputs, Tensor):
-            raise CallError(
-                f"inputs are a tensor, not {type(inputs).__name__}; use classifier.preprocess(photo)[None]"
-            )
+            hint = "use classifier.preprocess(photo)[None]"
+            raise CallError(f"inputs are a tensor, not {type(inputs).__name__}; {hint}")
         if inputs.ndim != 4 or not len(inputs):
-            raise CallError(
-                f"inputs are a batch (N, 3, H, W), not {shape_of(inputs)}; of one photo: inputs[None]"
-            )
+            shape = f"(N, 3, H, W), not {shape_of(inputs)}"
+            raise CallError(f"inputs are a batch {shape}; of one photo: inputs[None]")
         if not self.layers:
             self.prepare(inputs[:1])
-        # Whatever mode the caller is in, this needs a graph, and leaves the caller's settings alone.
+
+        # Whatever mode the caller is in, this needs a graph; the caller's settings stay.
         with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
             if not self.aug_smooth:
-                return self._explain(inputs, targets, top, self.methods, self.guided)
-            explanation, variants = self._explain(inputs, targets, top, (), self.guided), []
-            for step, factor in itertools.product((1, -1), (0.9, 1, 1.1)):  # mirrored where -1
-                varied = (inputs.flip(3) if step < 0 else inputs).detach().float() * factor
-                cams = self._explain(varied, explanation.targets, None, self.methods, False).cams
-                variants.append({method: maps[..., ::step] for method, maps in cams.items()})
-            cams = {
-                method: np.mean([cams[method] for cams in variants], axis=0)
-                for method in self.methods
-            }
-            return replace(explanation, cams=cams)
+                return self._explain(inputs, targets, top, minus, self.methods, self.guided)
+            explanation = self._explain(inputs, targets, top, minus, (), self.guided)
+            return replace(explanation, cams=self._augmented_cams(inputs, explanation))
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Return the network's logits (N, classes) for inputs (N, 3, H, W), on its device."""
+
+        def run(network: nn.Module, part: Tensor) -> Tensor:
+            return logits_for(network, self._own(part))
+
         with exact_arithmetic(self.device):
-            return self._in_batches(
-                lambda network, part: as_logits(network(self._own(part))), inputs
-            )
-
-    def _in_batches(
-        self, function: Callable[..., Tensor], items: Any, progress: Any = iter
-    ) -> Tensor:
-        """Return `function` of the network and all items, a few at once; on a CPU by threads that share the cores."""
-        cores = torch.get_num_threads()
-        networks = [self.network]
-        with contextlib.suppress(
-            RuntimeError
-        ):  # a module has kept tensors of a pass, which cannot be copied
-            while self.device.type == "cpu" and len(networks) < min(4, cores):
-                # each thread has its own modules, which may keep something during a pass, but the same weights
-                shared = {
-                    id(each): each for each in (*self.network.parameters(), *self.network.buffers())
-                }
-                networks.append(copy.deepcopy(self.network, shared))
-
-        @torch.inference_mode()
-        def run(network: nn.Module, part: Any) -> Tensor:
-            return torch.cat([*self.batch_size.run(partial(function, network), part)])
-
-        workers = len(networks)
-        with ThreadPoolExecutor(workers, None, torch.set_num_threads, (cores // workers,)) as pool:
-            parts = progress(items.split(64))
-            found = [
-                each for part in parts for each in pool.map(run, networks, part.chunk(workers))
-            ]
-        torch.set_num_threads(cores)  # a thread that is started later follows the last call
-        return torch.cat(found)
+            return self._in_batches(run, inputs)
 
     def _own(self, inputs: Tensor) -> Tensor:
         """Return a copy of the inputs as the network wants them."""
         return inputs.detach().to(self.device, torch.float32).clone()
 
+    def _in_batches(
+        self, function: Callable[..., Tensor], items: Tensor, progress: Any = iter
+    ) -> Tensor:
+        """Return `function` of the network and all items, a few at once; on a CPU by threads."""
+        cores = torch.get_num_threads()
+        networks = self._networks_for_threads(min(4, cores))
+        workers = len(networks)
+
+        @torch.inference_mode()
+        def run(network: nn.Module, part: Tensor) -> Tensor:
+            return torch.cat(list(self.batch_size.run(partial(function, network), part)))
+
+        results: list[Tensor] = []
+        with ThreadPoolExecutor(workers, None, torch.set_num_threads, (cores // workers,)) as pool:
+            for part in progress(items.split(64)):
+                results += pool.map(run, networks, part.chunk(workers))
+        torch.set_num_threads(cores)  # new threads inherit the last value
+        return torch.cat(results)
+
+    def _networks_for_threads(self, count: int) -> list[nn.Module]:
+        """Return a network for each thread, with modules of its own and the same weights."""
+        networks = [self.network]
+        if self.device.type != "cpu":
+            return networks
+
+        with contextlib.suppress(RuntimeError):  # a module keeps tensors that cannot be copied
+            while len(networks) < count:
+                tensors = itertools.chain(self.network.parameters(), self.network.buffers())
+                networks.append(deepcopy(self.network, {id(tensor): tensor for tensor in tensors}))
+        return networks
+
+    def _augmented_cams(self, inputs: Tensor, explanation: Explanation) -> dict[str, Floats]:
+        """Return the means of the maps over six variants of the inputs, as in grad-cam."""
+        import ttach
+
+        variants = ttach.Compose([ttach.HorizontalFlip(), ttach.Multiply([0.9, 1, 1.1])])
+        cams: dict[str, list[Floats]] = {method: [] for method in self.methods}
+        for variant in variants:
+            varied = variant.augment_image(inputs.detach().float())
+            asked = explanation.targets, None, explanation.minus
+            explained = self._explain(varied, *asked, self.methods, False)
+            for method, maps in explained.cams.items():
+                batch = torch.from_numpy(maps).view(-1, 1, *inputs.shape[2:])
+                cams[method].append(variant.deaugment_mask(batch).view(maps.shape).numpy())
+        return {method: np.mean(maps, axis=0) for method, maps in cams.items()}
+
     def _explain(
-        self, inputs: Tensor, targets: Targets, top: int | None, methods: Any, guided: bool
+        self,
+        inputs: Tensor,
+        targets: Targets,
+        top: int | None,
+        minus: Targets,
+        methods: Sequence[str],
+        guided: bool,
     ) -> Explanation:
-        inputs, size = self._own(inputs).requires_grad_(guided), inputs.shape[2:]
-        with_gradients = any(
-            CAM_METHODS[method].gradients for method in methods if method in CAM_METHODS
-        )
+        """Explain inputs, in the mode and the arithmetic that `__call__` has set."""
+        inputs = self._own(inputs).requires_grad_(guided)
+        kinds = [CAM_METHODS.get(method, BY_CHANNEL_WEIGHTS) for method in methods]
+        with_gradients = any(kind.gradients for kind in kinds)
         with capture_outputs(self.network, self.target_layers, with_gradients) as outputs:
-            logits = as_logits(self.network(inputs))
+            logits = logits_for(self.network, inputs)
         targets = choose_targets(logits, targets, top)
-        classes = targets.view(
-            len(inputs), -1
-        )  # (N, K); K is 1 where the caller thinks of one class
-        scores = [logits.gather(1, column[:, None]).sum() for column in classes.T]
-        of_scores = []
-        for score in scores if with_gradients else ():
-            keep = guided or score is not scores[-1]
-            of_scores.append(
-                torch.autograd.grad(score, [*outputs.values()], None, keep, allow_unused=True)
-            )
-        layers = {}  # for each layer its activations (N, C, h, w), and the gradients (N, K, C, h, w) of the scores
-        for (layer, output), *gradients in zip(outputs.items(), *of_scores, strict=True):
-            activations = as_map(output.detach(), size)
-            if activations is None:
-                raise CallError(
-                    f"layer '{layer}' has no spatial map but {shape_of(output)} values; choose another one"
-                )
-            if any(gradient is None for gradient in gradients):
-                raise CallError(
-                    f"the class score does not depend on layer '{layer}'; choose another one"
-                )
-            maps = [as_map(gradient, size) for gradient in gradients]
-            layers[layer] = activations, torch.stack(maps, 1) if maps else None
+        if minus is not None:
+            minus = fit_classes(minus, logits, allowed=[PREDICTED, NO_CLASS])
+            if minus.shape != targets.shape:
+                fault = f"{shape_of(minus)} classes from {shape_of(targets)} targets"
+                raise CallError(f"cannot subtract {fault}; give one for each target")
+
+        weights = score_weights(targets, minus, logits.shape[1])
+        scores = (logits[:, None] * weights).sum((0, 2)).unbind()  # over all inputs, for K classes
+        read = scores if with_gradients else ()
+        layers = layer_values(outputs, read, guided, inputs.shape[2:])
         guided_maps = guided_gradients(scores, inputs) if guided else None
+
         # The first result that is waited for: a GPU has been given all of the work above by now.
         if not torch.isfinite(logits).all():
             raise ValueError("the logits are NaN or infinite; the weights are probably broken")
 
-        def array(found: Tensor) -> NDArray[Any]:  # (N, K, ...) -> (N, ...) or (N, K, ...)
-            return found.view(*targets.shape, *found.shape[2:]).cpu().contiguous().numpy()
+        def array(values: Tensor | None) -> Any:  # (N, K, ...) -> (N, ...) or (N, K, ...)
+            if values is None:
+                return None
+            return values.reshape(*targets.shape, *values.shape[2:]).cpu().contiguous().numpy()
 
-        cams = {
-            method: array(self._cam(method, layers, inputs.detach(), classes)) for method in methods
-        }
-        return Explanation(
-            cams,
-            array(guided_maps) if guided else None,
-            logits.detach().cpu().numpy(),
-            array(classes),
-        )
+        batch = Batch(inputs.detach(), weights, layers)
+        cams = {method: array(self._cam(method, batch)) for method in methods}
+        logits = logits.detach().cpu().numpy()
+        return Explanation(cams, array(guided_maps), logits, array(targets), array(minus))
 
-    def _cam(
-        self, method: str, layers: Mapping[str, Any], inputs: Tensor, classes: Tensor
-    ) -> Tensor:
-        """Return the maps (N, K, H, W) of one method, in [0, 1], averaged over all layers."""
-        if method in BY_GRAD_CAM:
-            # its Shapley-CAM fails with several layers at once
-            groups = [[layer] for layer in layers] if method == "shapleycam" else [[*layers]]
-            photos = [
-                (group, *photo)
-                for group in groups
-                for photo in zip(inputs.split(1), classes, strict=True)
-            ]
-            found = torch.stack([self._by_grad_cam(method, *photo) for photo in photos])
-            return normalise(found.view(len(groups), *classes.shape, *inputs.shape[2:]).mean(0))
-        weigh = (
-            self._score_weights if method == "scorecam" else self._ablation_weights
-        )  # one input, by many passes
+    def _cam(self, method: str, batch: Batch) -> Tensor:
+        """Return the maps (N, K, H, W) of one method, in [0, 1], of all layers together."""
+        if method not in CAM_METHODS and method not in MANY_PASSES:
+            return self._by_grad_cam(method, batch)
+
+        size = batch.inputs.shape[2:]
         maps = []
-        for layer, (activations, gradients) in layers.items():
-            if method in CAM_METHODS:
-                weight_fn, reduce_fn, _ = CAM_METHODS[method]
-                contributions = weight_fn(activations[:, None], gradients)
-            else:
-                photos = zip(activations, inputs.split(1), classes, strict=True)
-                weights = torch.stack([weigh(layer, *photo) for photo in photos])
-                contributions, reduce_fn = (
-                    weights[..., None, None] * activations[:, None],
-                    CHANNEL_SUM,
-                )
-            if self.eigen_smooth and reduce_fn is CHANNEL_SUM:
-                reduce_fn = principal_component
-            small = reduce_fn(contributions).expand(*classes.shape, *activations.shape[2:])
-            maps.append(
-                nn.functional.interpolate(
-                    normalise(small.clamp(min=0)), inputs.shape[2:], mode="bilinear"
-                )
-            )
-        joined = torch.stack(maps)
-        return normalise(normalise(joined).prod(0) if method == "refinecam" else joined.mean(0))
+        for name in batch.layers:
+            small = normalise(self._small_maps(method, name, batch))
+            maps.append(nn.functional.interpolate(small, size, mode="bilinear"))
+        of_layers = torch.stack(maps)
+        if method in CAM_METHODS and CAM_METHODS[method].product:
+            return normalise(normalise(of_layers).prod(0))
+        return normalise(of_layers.mean(0))
+
+    def _small_maps(self, method: str, name: str, batch: Batch) -> Tensor:
+        """Return the maps (N, K, h, w) of one method at one layer."""
+        kind = CAM_METHODS.get(method, BY_CHANNEL_WEIGHTS)
+        layer = batch.layers[name]
+        gradients = layer.gradients
+        if method in MANY_PASSES:
+            weigh = self._score_weights if method == "scorecam" else self._ablation_weights
+            photos = zip(layer.activations, batch.inputs.split(1), batch.weights, strict=True)
+            of_channels = [weigh(name, *photo) for photo in photos]
+            gradients = torch.stack(of_channels)[..., None, None]
+
+        contributions = kind.contributions(layer.activations[:, None], gradients)
+        reduce = kind.reduce
+        if self.eigen_smooth and reduce is channel_sum:
+            reduce = principal_component
+        small = reduce(contributions)
+        if kind.relu:
+            small = small.clamp(min=0)
+        inputs, scores = batch.weights.shape[:2]
+        return small.expand(inputs, scores, -1, -1)
 
     @torch.inference_mode()
     def _ablation_weights(
-        self, layer: str, activations: Tensor, inputs: Tensor, targets: Tensor
+        self, name: str, activations: Tensor, inputs: Tensor, weights: Tensor
     ) -> Tensor:
-        """Ablation-CAM (Desai and Ramaswamy, WACV 2020): how much of the score is lost without a channel.
+        """Ablation-CAM (Desai and Ramaswamy, WACV 2020): the score that is lost without a channel.
 
-        For one input (1, 3, H, W) and the classes (K,); returns (K, C). The paper divides by the score, which may be
-        negative. Only what follows the layer runs again: its last call returns many ablated copies of its output. What
-        precedes it gets a small stand-in for the input, or where that does not fit the input, once or for each copy.
+        For one input (1, 3, H, W) and K scores; returns (K, C). The paper divides by the score,
+        which may be negative. Only what follows the layer runs again, for many ablated copies of
+        its output at once.
         """
-        module, outputs = self.network.get_submodule(layer), list[Tensor]()
-        with module.register_forward_hook(
-            lambda module, args, output: outputs.append(output.clone())
-        ):
-            logits = as_logits(self.network(inputs))
-
-        def logits_for(copies: Tensor, stand_in: Tensor, count: int) -> Tensor:
-            calls = itertools.count(1)
-            with module.register_forward_hook(
-                lambda *_: copies if next(calls) == len(outputs) else None
-            ):
-                return as_logits(self.network(stand_in.expand(count or len(copies), -1, -1, -1)))
-
-        output = outputs[-1]
-        for stand_in, count in (
-            (torch.zeros_like(inputs[..., :64, :64]), 1),
-            (inputs, 1),
-            (inputs, 0),
-        ):
-            with contextlib.suppress(RuntimeError, AssertionError, ValueError):
-                twice = logits_for(torch.cat([output, output]), stand_in, count)
-                if len(twice) == 2 and torch.allclose(twice, logits, 1e-3, 1e-3):
-                    break
-        axis = (
-            1 if output.shape[1:] == activations.shape else output.ndim - 1
-        )  # of the channels, see as_map
-        score = logits[0, targets]
+        later = PartialPass(self.network, name, inputs)
+        output = later.output
+        # the axis of the channels, see as_map
+        axis = 1 if output.shape[1:] == activations.shape else output.ndim - 1
+        score = weights @ later.logits[0]
         ablated = score.repeat(output.shape[axis], 1)
+
+        # Channels that are zero everywhere change nothing.
         alive = output.movedim(axis, 1)[0].flatten(1).any(1).nonzero()[:, 0]
-        for channels in self.progress(
-            alive.split(max(1, min(256, 2**25 // (output.numel() * 4))))
-        ):  # 32 MB together
+        at_once = max(1, min(256, 2**25 // (output.numel() * 4)))  # 32 MB together
+        for channels in self.progress(alive.split(at_once)):
             copies = output.repeat(len(channels), *[1] * (output.ndim - 1))
-            copies.movedim(axis, 1)[
-                torch.arange(len(channels), device=channels.device), channels
-            ] = 0
-            ablated[channels] = logits_for(copies, stand_in, count)[:, targets]
+            rows = torch.arange(len(channels), device=channels.device)
+            copies.movedim(axis, 1)[rows, channels] = 0
+            ablated[channels] = later.run(copies) @ weights.T
         return (score - ablated).T
 
     @torch.inference_mode()
     def _score_weights(
-        self, layer: str, activations: Tensor, inputs: Tensor, targets: Tensor
+        self, name: str, activations: Tensor, inputs: Tensor, weights: Tensor
     ) -> Tensor:
-        """Score-CAM (Wang et al., CVPR workshops 2020, arXiv:1910.01279): the softmax of the scores of masked inputs.
+        """Score-CAM (Wang et al., CVPR workshops 2020, arXiv:1910.01279).
 
-        For one input (1, 3, H, W) and the classes (K,); returns (K, C). The mask is a channel of activations (C, h, w),
-        enlarged and stretched to [0, 1]; that of a constant channel is zero: those share one pass.
+        The softmax of the scores of masked inputs, for one input (1, 3, H, W) and K scores; returns
+        (K, C). A mask is a channel of activations (C, h, w), enlarged and stretched to [0, 1]; that
+        of a constant channel is zero: those share one pass.
         """
-        varied = (activations.flatten(1).amax(1) > activations.flatten(1).amin(1)).nonzero()[:, 0]
-        scores = self.logits(torch.zeros_like(inputs))[0, targets].repeat(len(activations), 1)
+        values = activations.flatten(1)
+        varied = (values.amax(1) > values.amin(1)).nonzero()[:, 0]
+        of_zeros = weights @ self.logits(torch.zeros_like(inputs))[0]
+        scores = of_zeros.repeat(len(activations), 1)
 
         def masked_scores(network: nn.Module, channels: Tensor) -> Tensor:
             small = activations[channels][:, None]
-            masks = nn.functional.interpolate(
-                small, inputs.shape[2:], mode="bilinear", align_corners=True
-            )
-            return as_logits(network(inputs * normalise(masks, 1e-8)))[:, targets]
+            size = inputs.shape[2:]
+            masks = nn.functional.interpolate(small, size, mode="bilinear", align_corners=True)
+            return logits_for(network, inputs * normalise(masks, 1e-8)) @ weights.T
 
         if len(varied):
             scores[varied] = self._in_batches(masked_scores, varied, self.progress)
         return scores.softmax(0).T
 
-    def _by_grad_cam(
-        self, method: str, names: Sequence[str], inputs: Tensor, targets: Tensor
-    ) -> Tensor:
-        """Return the maps (K, H, W) of one input (1, 3, H, W) by grad-cam's class. Raises CallError."""
-        import pytorch_grad_cam
-        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    def _by_grad_cam(self, method: str, batch: Batch) -> Tensor:
+        """Return the maps (N, K, H, W) of a method of the grad-cam package. Raises CallError."""
+        groups = [list(batch.layers)]
+        if method in LAYER_BY_LAYER:
+            groups = [[name] for name in batch.layers]
 
-        layers = (
-            [] if method == "fullgrad" else [self.network.get_submodule(name) for name in names]
-        )
-        reshape = partial(as_map, size=inputs.shape[2:]) if layers else None
-        cam = getattr(pytorch_grad_cam, BY_GRAD_CAM[method])(self.network, layers, reshape)
-        kept = getattr(cam, "base_cam", cam).activations_and_grads
-        # Shapley-CAM cannot cope with the constant gradients of frozen weights.
-        self.network.requires_grad_(method == "shapleycam")
-        maps = []
+        of_groups = []
+        for names in groups:
+            maps = []
+            for image, rows in zip(batch.inputs.split(1), batch.weights, strict=True):
+                of_scores = [self._grad_cam_map(method, names, image, row) for row in rows]
+                maps.append(torch.stack(of_scores))
+            of_groups.append(torch.stack(maps))
+        return normalise(torch.stack(of_groups).mean(0))
+
+    def _grad_cam_map(
+        self, method: str, names: Sequence[str], inputs: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Return the map (H, W) of one input (1, 3, H, W) and one score. Raises CallError."""
+
+        def reshape(output: Tensor) -> Tensor:
+            spatial_map = as_map(output, inputs.shape[2:])
+            return output if spatial_map is None else spatial_map
+
         try:
-            for target in targets.tolist():
-                asked = {
-                    "targets": [ClassifierOutputTarget(target)],
-                    "eigen_smooth": self.eigen_smooth,
-                }
-                if method == "finercam":
-                    asked |= {"targets": None, "target_idx": target}
-                # These hooks stand behind grad-cam's, so that what follows cannot change the activations that it keeps.
+            with grad_cam_method(method, self.network, names, reshape) as cam:
+                target = grad_cam_target(cam, weights)
+                # This hook comes after grad-cam's: later layers cannot change what grad-cam keeps.
                 with capture_outputs(self.network, names):
-                    found = cam(inputs.clone().requires_grad_(), **asked)
-                maps.append(torch.from_numpy(np.float32(found[0])).to(inputs))
-            return torch.stack(maps)
+                    image = inputs.clone().requires_grad_()
+                    maps = cam(image, eigen_smooth=self.eigen_smooth, **target)
+            return torch.from_numpy(np.float32(maps[0])).to(inputs)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            # Shapley-CAM takes no tokens, Finer-CAM no single output, FullGrad no layer that is called twice.
-            raise CallError(
-                f"{method} does not work on layer '{', '.join(names)}': {first_line(error)}"
-            ) from error
-        finally:
-            self.network.requires_grad_(False)
-            kept.activations, kept.gradients = (
-                [],
-                [],
-            )  # which its own release() fails to detach where they are views
-            kept.release()
+            # as Shapley-CAM with tokens, Finer-CAM with a single output
+            fault = f"does not work on layer '{', '.join(names)}': {first_line(error)}"
+            raise CallError(f"{method} {fault}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6  Metrics. The network's predictions for changed inputs show how faithful a map is.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 METRICS = ("average_drop", "increase", "deletion", "insertion", "road")
 
@@ -4005,614 +4335,1551 @@ METRICS = ("average_drop", "increase", "deletion", "insertion", "road")
 def faithfulness(
     explainer: Explainer, inputs: Tensor, cam: Floats, target: int
 ) -> dict[str, float]:
-    """Measure a map (H, W) in [0, 1] of inputs (1, 3, H, W) by how the probability p of a class changes with the input.
+    """Measure a map by how the probability p of a class changes with the input.
 
-    - average_drop, in [0, 1], lower is better: the share of p that is lost when the input is multiplied by the map.
-    - increase, 0 or 1, higher is better: whether p grows by that (both Chattopadhyay et al., WACV 2018,
-      arXiv:1710.11063, as means over many photos).
-    - deletion, in [0, 1], lower is better: the mean p while the hottest pixels are set to zero (the mean colour) first.
-    - insertion, in [0, 1], higher is better: the mean p while they come back first (both Petsiuk et al., RISE, BMVC
-      2018, arXiv:1806.07421, in 20 steps; there the insertion starts from a blurred photo).
-    - road, in [-0.5, 0.5], higher is better: half of how much more p drops when the hottest 20, 40, 60 and 80 percent
-      are imputed from their neighbours than when the coldest are (Rong et al., ICML 2022, arXiv:2202.00449, as
-      grad-cam's ROADCombined).
+    The map is (H, W) in [0, 1], the inputs are (1, 3, H, W). Returns five numbers:
+
+    - average_drop, in [0, 1], lower is better: the share of p that is lost when the input is
+      multiplied by the map.
+    - increase, 0 or 1, higher is better: whether p grows by that (both Chattopadhyay et al., WACV
+      2018, arXiv:1710.11063, as means over many photos).
+    - deletion, in [0, 1], lower is better: the mean p while the hottest pixels are set to zero (the
+      mean colour) first.
+    - insertion, in [0, 1], higher is better: the mean p while they come back first (both Petsiuk et
+      al., RISE, BMVC 2018, arXiv:1806.07421, in 20 steps; there the insertion starts from a blurred
+      photo).
+    - road, in [-0.5, 0.5], higher is better: half of how much more p drops when the hottest 20, 40,
+      60 and 80 percent are imputed from their neighbours than when the coldest are (Rong et al.,
+      ICML 2022, arXiv:2202.00449, as grad-cam's ROADCombined).
     """
-    photo, pixels = inputs[0].cpu().numpy(), cam.size
-    kept = [
-        turned < np.quantile(turned, share)
-        for turned in (cam, 1 - cam)
-        for share in (0.2, 0.4, 0.6, 0.8)
-    ]
-    counts = np.array([*range(0, pixels, -(-pixels // 20)), pixels])
-    ranks = np.argsort(np.argsort(-cam.flatten(), kind="stable"))
-    hottest = (ranks.reshape(cam.shape) < counts[:, None, None])[:, None]
-    changed = [
-        photo[None],
-        photo[None] * cam,
-        photo * ~hottest,
-        photo * hottest,
-        [impute(photo, k) for k in kept],
-    ]
-    asked = torch.from_numpy(np.concatenate(changed).astype(np.float32))
-    p = probabilities(explainer.logits(asked))[:, target].double().cpu().numpy()
-    before, masked, *curves, road = np.split(p, np.cumsum([len(part) for part in changed[:-1]]))
-    areas = (((curve[1:] + curve[:-1]) / 2 * np.diff(counts)).sum() / pixels for curve in curves)
-    drop = max(0.0, before[0] - masked[0]) / (before[0] + 1e-7)
-    values = (drop, masked[0] > before[0], *areas, (road[4:] - road[:4]).mean() / 2)
-    return {name: round(float(value), 6) for name, value in zip(METRICS, values, strict=True)}
+    photo = inputs[0].cpu().numpy()
+    cam = np.reshape(cam, photo.shape[1:])  # (1, H, W) is taken too
+    counts, hottest = hottest_first(cam)
+    changed = {
+        "photo": photo[None],
+        "masked": photo[None] * cam,
+        "deletion": photo * ~hottest[:, None],
+        "insertion": photo * hottest[:, None],
+        "hottest imputed": impute_shares(photo, cam),
+        "coldest imputed": impute_shares(photo, 1 - cam),
+    }
+    p = class_probabilities(explainer, changed, target)
+
+    before, after = p["photo"][0], p["masked"][0]
+    road = (p["coldest imputed"] - p["hottest imputed"]).mean() / 2
+    values = {
+        "average_drop": max(0.0, before - after) / (before + 1e-7),
+        "increase": after > before,
+        "deletion": area_under(p["deletion"], counts),
+        "insertion": area_under(p["insertion"], counts),
+        "road": road,
+    }
+    return {name: round(float(values[name]), 6) for name in METRICS}
 
 
-def probabilities(logits: Tensor) -> Tensor:
-    """Return the probability of each class from logits (N, classes): softmax, or sigmoid of a single output."""
-    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+def hottest_first(cam: Floats) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return growing numbers of pixels, in 20 steps, and masks (S, H, W) of the hottest so many."""
+    step = math.ceil(cam.size / 20)
+    counts = np.array([*range(0, cam.size, step), cam.size])
+    order = np.argsort(-cam.flatten(), kind="stable")
+    ranks = np.argsort(order).reshape(cam.shape)
+    return counts, ranks < counts[:, None, None]
+
+
+def area_under(curve: NDArray[np.float64], counts: NDArray[np.int64]) -> float:
+    """Return the mean of a curve over the share of the pixels, by the trapezoidal rule."""
+    means = (curve[1:] + curve[:-1]) / 2
+    return (means * np.diff(counts)).sum() / counts[-1]
+
+
+def class_probabilities(
+    explainer: Explainer, changed: Mapping[str, Floats], target: int
+) -> dict[str, NDArray[np.float64]]:
+    """Return the probabilities of a class for groups of inputs (B, 3, H, W) by the group's name."""
+    inputs = torch.from_numpy(np.concatenate(list(changed.values())).astype(np.float32))
+    p = probabilities(explainer.logits(inputs), explainer.multi_label)[:, target]
+    ends = np.cumsum([len(group) for group in changed.values()])
+    groups = np.split(p.double().cpu().numpy(), ends[:-1])
+    return dict(zip(changed, groups, strict=True))
+
+
+def probabilities(logits: Tensor, multi_label: bool = False) -> Tensor:
+    """Return the probability of each class from logits (N, classes).
+
+    Softmax, or the sigmoid of each where they are independent labels or there is a single one.
+    """
+    if multi_label or logits.shape[1] == 1:
+        return logits.sigmoid()
+    return logits.softmax(1)
+
+
+def impute_shares(photo: Floats, cam: Floats) -> Floats:
+    """Return a photo (3, H, W) with its hottest 80, 60, 40 and 20 percent imputed, (4, 3, H, W)."""
+    images = []
+    for share in (0.2, 0.4, 0.6, 0.8):
+        kept = cam < np.quantile(cam, share)
+        images.append(impute(photo, kept))
+    return np.stack(images)
 
 
 def impute(photo: Floats, kept: NDArray[np.bool_]) -> Floats:
-    """Return a photo (3, H, W) with the pixels that are not in `kept` (H, W) filled from those around, plus noise.
+    """Return a photo (3, H, W) with the pixels outside `kept` (H, W) filled from those around.
 
-    ROAD's noisy linear imputation (arXiv:2202.00449, section 4): grad-cam's equations, and a faster solver.
+    ROAD's noisy linear imputation (arXiv:2202.00449, section 4): grad-cam's equations, and a faster
+    solver.
     """
     from pytorch_grad_cam.metrics.road import NoisyLinearImputer, neighbors_weights
     from scipy.sparse import csc_matrix
     from scipy.sparse.linalg import splu
 
-    system, right = NoisyLinearImputer.setup_sparse_system(
-        kept.astype(np.float32), photo, neighbors_weights
-    )
-    solver = splu(
-        csc_matrix(system), "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
-    )
+    mask = kept.astype(np.float32)
+    system, right = NoisyLinearImputer.setup_sparse_system(mask, photo, neighbors_weights)
+    symmetric = {"SymmetricMode": True}
+    solver = splu(csc_matrix(system), "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=symmetric)
     noise = np.random.default_rng(0).standard_normal(right.T.shape)
     filled = photo.copy()
     filled[:, ~kept] = solver.solve(right).T + 0.01 * noise
     return filled
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7  Output. Arrays become pictures and files, each of them whole or not there, and the log says which are done.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 7  Output. Explanations become pictures and files; a log says which photos are done.
+# --------------------------------------------------------------------------------------------------
 
 COLORMAPS = {
     name[9:].lower(): number for name, number in vars(cv2).items() if name.startswith("COLORMAP_")
 }
 CELL = 320  # pixels: side of a picture on a sheet
 TEXT = 22  # height of the text on a sheet, in pixels
+LINE = TEXT + 12  # height of a line of text on a sheet
+GAP = 8  # between the pictures of a sheet
 
 
 def resized(picture: Picture, long_side: int) -> Picture:
     """Return the picture enlarged or shrunk to that long side."""
-    scale = long_side / max(picture.shape[:2])
-    size = tuple(max(1, round(length * scale)) for length in picture.shape[1::-1])
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    height, width = picture.shape[:2]
+    scale = long_side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    return cv2.resize(picture, size, interpolation=interpolation)
 
 
-def draw_cam(picture: Picture, cam: Floats, colormap: str = "jet", alpha: float = 0.5) -> Picture:
-    """Return the map (H, W) in [0, 1] as colours over the picture; a map that is 0 everywhere leaves it as it is."""
+def draw_cam(
+    picture: Picture, cam: Floats, colormap: str = "jet", alpha: float = 0.5, fade: bool = False
+) -> Picture:
+    """Return the map (H, W) in [0, 1] as colours over the picture, uint8 RGB.
+
+    `alpha` is the opacity of the colours; with `fade` it is multiplied by the map at each pixel. A
+    map that is 0 everywhere leaves the picture as it is.
+    """
     if not cam.any():
         return picture
     enlarged = cv2.resize(cam, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    colours = cv2.applyColorMap(cv2.convertScaleAbs(enlarged, alpha=255), COLORMAPS[colormap])
-    return cv2.addWeighted(picture, 1 - alpha, cv2.cvtColor(colours, cv2.COLOR_BGR2RGB), alpha, 0)
+    levels = cv2.convertScaleAbs(enlarged, alpha=255)
+    bgr = cv2.applyColorMap(levels, COLORMAPS[colormap])
+    colours = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+
+    if not fade:
+        return cv2.addWeighted(picture, 1 - alpha, colours, alpha, 0)
+    opacity = np.float32(alpha) * enlarged[:, :, None]
+    mixed = picture * (1 - opacity) + colours * opacity
+    return np.rint(mixed).astype(np.uint8)
 
 
 def draw_gradients(gradients: Floats, width: int, height: int) -> Picture:
-    """Return gradients (3, H, W) as a picture: grey is zero; a brighter pixel would raise the score, a darker lower it.
+    """Return gradients (3 or 1, H, W) as a picture, uint8 RGB: grey is zero, brighter positive.
 
-    The scale is set by the 99.5th percentile, so that a few extreme pixels do not turn all others grey.
+    The 99.5th percentile sets the scale, so that a few extreme pixels do not turn all others grey.
     """
-    strongest = (
-        float(np.percentile(np.abs(gradients), 99.5)) or float(np.abs(gradients).max()) or 1.0
-    )
-    enlarged = cv2.resize(
-        gradients.transpose(1, 2, 0), (width, height), interpolation=cv2.INTER_LINEAR
-    )
-    return cv2.addWeighted(enlarged, 127.5 / strongest, enlarged, 0, 127.5, dtype=cv2.CV_8U)
+    sizes = np.abs(gradients)
+    strongest = float(np.percentile(sizes, 99.5))
+    if strongest == 0:
+        strongest = float(sizes.max()) or 1.0
+
+    channels_last = gradients.transpose(1, 2, 0)
+    enlarged = cv2.resize(channels_last, (width, height), interpolation=cv2.INTER_LINEAR)
+    drawn = cv2.addWeighted(enlarged, 127.5 / strongest, enlarged, 0, 127.5, dtype=cv2.CV_8U)
+    return drawn if drawn.ndim == 3 else cv2.cvtColor(drawn, cv2.COLOR_GRAY2RGB)
 
 
 def draw(
     output: str,
     explanation: Explanation,
-    seen: Picture,
+    seen: Picture | Image.Image,
     method: str = "",
     index: int = 0,
     **look: Any,
 ) -> Picture:
-    """Return one of OUTPUTS as a picture, uint8 RGB, as large as `seen`, what the network saw (Classifier.seen).
+    """Return one of OUTPUTS as a picture, uint8 RGB, as large as `seen`.
 
-    `method` is by default the first one; `index` counts the inputs, or where there are K classes for each, all N * K;
-    `look` is the colormap and alpha of `draw_cam`.
+    Args:
+        output: "cam", "gb" or "cam_gb".
+        explanation: what an Explainer returned.
+        seen: what the network saw (Classifier.seen), as an array or as a PIL image.
+        method: by default the first one of the explanation.
+        index: counts the inputs, or where there are K classes for each, all N * K.
+        look: colormap, alpha and fade, see `draw_cam`.
     """
+    if isinstance(seen, Image.Image):
+        seen = np.asarray(seen.convert("RGB"))
+    height, width = seen.shape[:2]
+
     maps = explanation.cams[method or next(iter(explanation.cams))]
     cam = maps.reshape(-1, *maps.shape[-2:])[index]
     if output == "cam":
         return draw_cam(seen, cam, **look)
-    guided = explanation.guided.reshape(-1, 3, *maps.shape[-2:])[index]
-    return draw_gradients(guided * cam if output == "cam_gb" else guided, *seen.shape[1::-1])
+
+    gradients = explanation.guided.reshape(-1, *explanation.guided.shape[-3:])[index]
+    if output == "cam_gb":
+        gradients = gradients * cam
+    return draw_gradients(gradients, width, height)
 
 
-def draw_sheet(
-    title: str, blocks: Sequence[tuple[str, Sequence[Any]]], font: Any, colormap: str
-) -> Picture:
-    """Return a table with a colour scale: for each class a heading, and columns of (caption, picture, note over it)."""
-    columns, gap, line = blocks[0][1], 8, TEXT + 12
-    bands, deepest = math.ceil(len(columns) / 6), max(map(len, columns))  # columns are wrapped
-    across = math.ceil(len(columns) / bands)
-    room = 40 // (bands * deepest)  # more rows of pictures would be taller than WebP takes
-    if len(blocks) > room:
-        warn(f"a sheet has room for {room} classes; the others are left out")
-    cell = line + len(resized(columns[0][0][1], CELL))  # a picture and the caption above it
-    block = line + bands * deepest * cell
-    right, bottom = max(984, across * (CELL + gap) + gap), line + len(blocks[:room]) * block + gap
-    sheet = Image.new("RGB", (right, bottom), "white")
+@dataclass(frozen=True)
+class Cell:
+    """A picture on a sheet."""
+
+    caption: str  # above it
+    picture: Picture
+    note: str = ""  # across it, in red
+
+
+@dataclass(frozen=True)
+class Block:
+    """The part of a sheet that is about one class."""
+
+    heading: str
+    columns: list[list[Cell]]
+
+
+class SheetLayout:
+    """Where the parts of a sheet are, in pixels. All pictures of a sheet have the same size."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        columns = blocks[0].columns
+        rows_of_columns = math.ceil(len(columns) / 6)  # columns are wrapped
+        self.depth = max(len(column) for column in columns)  # pictures below each other
+        self.across = math.ceil(len(columns) / rows_of_columns)
+
+        # more rows of pictures would be taller than WebP takes
+        rows = rows_of_columns * self.depth
+        self.room = min(len(blocks), 40 // rows)
+
+        self.cell_height = LINE + len(resized(columns[0][0].picture, CELL))
+        self.block_height = LINE + rows * self.cell_height
+        self.width = max(984, GAP + self.across * (CELL + GAP))
+        self.height = LINE + self.room * self.block_height + GAP
+
+    def corner(self, block: int, column: int) -> tuple[int, int]:
+        """Return the left and upper edge of a column of a block."""
+        down, right = divmod(column, self.across)
+        left = GAP + right * (CELL + GAP)
+        top = LINE + block * self.block_height
+        return left, top + LINE + down * self.depth * self.cell_height
+
+
+def draw_sheet(title: str, blocks: Sequence[Block], font: Any, colormap: str) -> Picture:
+    """Return a table of pictures with a block for each class, below a title and a colour scale."""
+    layout = SheetLayout(blocks)
+    if len(blocks) > layout.room:
+        warn(f"a sheet has room for {layout.room} classes; the others are left out")
+    sheet = Image.new("RGB", (layout.width, layout.height), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((gap, 6), title, "black", font)
-    pen.rectangle((right - 290, 0, right, line), "white")  # here a long title ends
-    pen.text((right - 280, 6), "evidence 0", "dimgray", font)
-    pen.text((right - 22, 6), "1", "dimgray", font)
-    scale = draw_cam(
-        np.zeros((TEXT, 128, 3), np.uint8),
-        np.linspace(0, 1, 128, dtype=np.float32)[None],
-        colormap,
-        1,
-    )
-    sheet.paste(Image.fromarray(scale), (right - 156, 8))
-    for top, (heading, columns) in zip(range(line, bottom, block), blocks, strict=False):
-        pen.text((gap, top + 4), heading, "black", font)
-        for number, column in enumerate(columns):
-            left, upper = (
-                gap + number % across * (CELL + gap),
-                top + line + number // across * deepest * cell,
-            )
-            for caption, picture, note in column:
-                pen.text((left, upper + 4), caption, "dimgray", font)
-                sheet.paste(Image.fromarray(resized(picture, CELL)), (left, upper + line))
-                middle = upper + (line + cell) // 2
-                pen.text(
-                    (left + gap, middle), note, "red", font, stroke_width=3, stroke_fill="white"
-                )
-                upper += cell
+
+    pen.text((GAP, 6), title, "black", font)
+    draw_scale(sheet, pen, font, colormap)
+
+    for number, block in enumerate(blocks[: layout.room]):
+        top = LINE + number * layout.block_height
+        pen.text((GAP, top + 4), block.heading, "black", font)
+        for place, column in enumerate(block.columns):
+            left, upper = layout.corner(number, place)
+            for cell in column:
+                draw_cell(sheet, pen, font, cell, left, upper)
+                upper += layout.cell_height
     return np.asarray(sheet)
 
 
-def find_font(names: Sequence[str]) -> tuple[Any, set[str]]:
-    """Return the font that has most of the characters of the names, and all that it has: Pillow's own has ASCII."""
-    font, has = ImageFont.load_default(TEXT), set(map(chr, range(32, 127)))
-    wanted = has.union(*names)
-    if not wanted <= has:
-        from matplotlib import font_manager, ft2font
+def draw_scale(sheet: Image.Image, pen: Any, font: Any, colormap: str) -> None:
+    """Draw the colours from 0 to 1 into the upper right corner of a sheet, where a title ends."""
+    right = sheet.width
+    pen.rectangle((right - 290, 0, right, LINE), "white")
+    pen.text((right - 280, 6), "evidence 0", "dimgray", font)
+    pen.text((right - 22, 6), "1", "dimgray", font)
 
-        for path in sorted(
-            font_manager.findSystemFonts(), key=lambda path: ("Sans" not in path, path)
-        ):
-            with contextlib.suppress(OSError, RuntimeError, ValueError):
-                found = set(map(chr, ft2font.FT2Font(path).get_charmap()))
-                if len(found & wanted) > len(has & wanted):
-                    font, has = ImageFont.truetype(path, TEXT), found
-    return font, has
+    ramp = np.linspace(0, 1, 128, dtype=np.float32)[None]
+    scale = draw_cam(np.zeros((TEXT, 128, 3), np.uint8), ramp, colormap, alpha=1)
+    sheet.paste(Image.fromarray(scale), (right - 156, 8))
+
+
+def draw_cell(sheet: Image.Image, pen: Any, font: Any, cell: Cell, left: int, top: int) -> None:
+    """Draw a picture with its caption and note on a sheet."""
+    pen.text((left, top + 4), cell.caption, "dimgray", font)
+    picture = resized(cell.picture, CELL)
+    sheet.paste(Image.fromarray(picture), (left, top + LINE))
+
+    middle = top + LINE + len(picture) // 2
+    place = (left + GAP, middle)
+    pen.text(place, cell.note, "red", font, stroke_width=3, stroke_fill="white")
+
+
+def find_font(names: Sequence[str]) -> tuple[Any, set[str]]:
+    """Return the font with the most characters of the names, and the set of its characters.
+
+    Pillow's own font has ASCII.
+    """
+    font = ImageFont.load_default(TEXT)
+    characters = {chr(code) for code in range(32, 127)}
+    wanted = characters.union(*names)
+    if wanted <= characters:
+        return font, characters
+
+    from matplotlib import font_manager, ft2font
+
+    paths = font_manager.findSystemFonts()
+    for path in sorted(paths, key=lambda path: ("Sans" not in path, path)):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # not a usable font
+            in_font = set(map(chr, ft2font.FT2Font(path).get_charmap()))
+            if len(in_font & wanted) > len(characters & wanted):
+                font = ImageFont.truetype(path, TEXT)
+                characters = in_font
+
+    return font, characters
 
 
 def file_labels(class_names: Sequence[str]) -> list[str]:
-    """Return what stands for each class in file names: its name, or where that is not enough its index and its name."""
+    """Return what stands for each class in file names: its name, or its index and its name.
+
+    The index is added where two names would be equal, or where nothing of a name can stand there.
+    """
     # without underscores, so that no two photos' names with labels behind them can be equal
     labels = [re.sub(r"[^\w.+]+|_", "-", name).strip("-.")[:40] for name in class_names]
-    if all(labels) and len({label.casefold() for label in labels}) == len(labels):
+    distinct = {label.casefold() for label in labels}
+    if all(labels) and len(distinct) == len(labels):
         return labels
     return [f"{index}-{label}".rstrip("-") for index, label in enumerate(labels)]
 
 
 def file_key(path: str | Path) -> int:
-    """Return a hash that is equal for names of one file, also where case or the writing of accents does not count."""
+    """Return a hash of a path that ignores case and the form of accents, as file systems do."""
     return hash(unicodedata.normalize("NFC", os.path.abspath(path)).casefold())
 
 
-class Log:
-    """`results.jsonl` in the output folder, and the files that it lists. Raises CallError: it cannot be opened.
+def file_size(path: str | Path) -> int:
+    """Return the size of a file in bytes, or -1 where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        if os.path.isfile(path):
+            return os.path.getsize(path)
+    return -1
 
-    A line is a JSON object for a photo and a choice of methods; the last one of the two counts. Nothing is ever
-    rewritten. Several processes append under a lock, and each reads what the others have appended before it writes: so
-    none writes over another's files.
+
+def open_regular(path: Path, flags: int) -> io.FileIO:
+    """Open a file without following a link or waiting for a FIFO.
+
+    Raises OSError: it cannot be opened, or it is not a regular file.
+    """
+    for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
+        flags |= getattr(os, name, 0)
+    file = io.FileIO(os.open(path, flags, 0o666), "r+" if flags & os.O_RDWR else "r")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise FileExistsError(errno.EEXIST, "it is not a regular file; remove it")
+    return file
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file to write."""
+
+    kind: str  # gb, gradcam_cam, gradcam_cam_gb, sheet, arrays ...
+    index: int | None  # of its class in record["classes"]; None: it belongs to no class
+    name: str  # with {} for the photo's name
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """What is remembered of the last record of a photo and a choice of methods."""
+
+    options: str  # a hash, see `with_options`
+    sizes: dict[str, Any]  # path relative to the log's folder -> bytes, as the record has them
+    place: int  # of the record in the log, in bytes
+    right: Any  # whether the prediction is right; None: the true class is not known
+    metrics: Any  # as in the record
+
+
+NO_ENTRY = LogEntry("", {}, -1, None, None)
+
+
+class Log:
+    """`results.jsonl` in the output folder, and the files that it lists.
+
+    A line is a JSON object for a photo and a choice of methods; the last one of the two counts.
+    Lines are only appended. Several processes append under a lock, and each reads what the others
+    have appended before it writes, so that none writes over another's files.
     """
 
-    def __init__(self, folder: Path, start_size: int | None = None) -> None:
-        """Read the log. From `start_size` bytes on, by default from now on, it is of processes that run meanwhile."""
-        self.folder, self.path = folder, folder / LOG_NAME
+    def __init__(self, folder: Path, start_size: int) -> None:
+        """Read the log, if there is one; nothing is created. Raises CallError: it cannot be read.
+
+        From `start_size` bytes on it is of processes that run meanwhile.
+        """
+        self.folder = folder
+        self.path = folder / LOG_NAME
+        self._start_size = start_size
+        self._real_folder = os.path.realpath(folder)
         self._lock = FileLock(folder / ".results.lock", poll_interval=0.01)
         self._position = 0  # up to which the log was read
-        # (image, method) -> options, files, place in the log, whether the prediction is right
-        self._last: dict[tuple[str, str], tuple[str, list[Path], int, bool | None]] = {}
-        self._owners: dict[
-            int, tuple[str, str]
-        ] = {}  # file -> (image, options) of the last record that lists it
-        self._stems: dict[
-            int, str
-        ] = {}  # the beginning of files' names -> the image that they are of
+        self._entries: dict[tuple[str, str], LogEntry] = {}  # by (image, methods)
+        # file -> (image, options) of the last record that lists it
+        self._owners: dict[int, tuple[str, str]] = {}
+        self._stems: dict[int, str] = {}  # beginning of files' names -> image
+        self._last_stem: dict[str, str] = {}  # image -> beginning of its files' names
+        self._next_number: dict[
+            str, int
+        ] = {}  # name -> number behind it from which one may be free
+        self._parts: Path | None = None  # folder of unfinished files
+        self._parts_lock: FileLock | None = None
+
         try:
-            with self.locked():
-                self._start_size = self._position if start_size is None else start_size
+            with open_regular(self.path, os.O_RDONLY) as file:
+                self._read(file)
+        except FileNotFoundError:
+            pass
         except OSError as error:
-            raise CallError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+            raise CallError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+
+    # Reading
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[Any]:
-        """Yield the open file, when all that other processes have appended has been read."""
-        names = ("O_RDWR", "O_APPEND", "O_CREAT", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK")
-        flags = sum(
-            getattr(os, name, 0) for name in names
-        )  # no link is followed, no FIFO waited for
-        with self._lock, open(os.open(self.path, flags, 0o666), "r+b", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise FileExistsError(errno.EEXIST, "it is not a regular file; remove it")
-            file.seek(self._position)
-            for line in io.BufferedReader(io.FileIO(file.fileno(), closefd=False)):
-                record = parse_record(line) if line.endswith(b"\n") else {}
-                if record:
-                    image, stem, options = (
-                        self._image_key(record),
-                        record.get("output_stem"),
-                        record.get("options", ""),
-                    )
-                    below = self.folder / os.path.dirname(stem or "")
-                    files = [below / os.path.basename(name) for name in record["files"]]
-                    self._last[image, record["method"]] = (
-                        options,
-                        files,
-                        self._position,
-                        record.get("right"),
-                    )
-                    self._owners.update((file_key(file), (image, options)) for file in files)
-                    if stem:  # not of an error
-                        self._stems[file_key(self.folder / stem)] = image
-                self._position += len(line) if line.endswith(b"\n") else 0
+    def locked(self) -> Iterator[io.FileIO]:
+        """Yield the open log, when all that other processes appended is read. Raises OSError."""
+        with self._lock, open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
+            self._read(file)
             yield file
 
+    def _read(self, file: io.FileIO) -> None:
+        """Read the records that were appended since the last time."""
+        file.seek(self._position)
+        for line in io.BufferedReader(io.FileIO(file.fileno(), closefd=False)):
+            if not line.endswith(b"\n"):  # of a process that was killed
+                return
+            record = parse_record(line)
+            if record:
+                self._remember(record)
+            self._position += len(line)
+
+    def _remember(self, record: Mapping[str, Any]) -> None:
+        """Take in a record that begins at the position up to which the log was read."""
+        image = self._image_key(record)
+        options = record.get("options", "")
+        sizes = record.get("sizes")
+        if not isinstance(sizes, dict):
+            sizes = {}
+        sizes = {path: sizes.get(path) for path in record_files(record)}
+
+        entry = LogEntry(options, sizes, self._position, record.get("right"), record.get("metrics"))
+        self._entries[image, record["method"]] = entry
+        for path in sizes:
+            self._owners[self._file_key(path)] = (image, options)
+        stem = record.get("output_stem")
+        if stem:  # not of an error
+            self._stems[self._file_key(stem)] = image
+            self._last_stem[image] = stem
+
+    def _file_key(self, path: str) -> int:
+        return file_key(os.path.join(self._real_folder, path))
+
     def _image_key(self, record: Mapping[str, Any]) -> str:
-        """Return the absolute path of a photo; `source` leads there from the log's folder wherever that is."""
-        path = (
-            os.path.join(self.folder, record["source"]) if "source" in record else record["image"]
-        )
-        return os.path.normcase(os.path.abspath(path))
+        """Return the path of a photo, with its folder's links resolved.
 
-    def is_done(self, image: str, method: str, options: str) -> bool:
-        """Return whether a photo's files are all there as a run with the same options has written them."""
-        key = self._image_key({"image": image})
-        done, files, *_ = self._last.get((key, method), (None, []))
-        owned = (self._owners[file_key(file)] == (key, options) for file in files)
-        return done == options and all(owned) and all(map(os.path.isfile, files))
-
-    def verdicts(self, images: Iterable[str], method: str) -> list[bool]:
-        """Return whether the prediction is right for each of the photos whose true class is known. Raises OSError."""
-        with self.locked():
-            found = (
-                self._last.get((self._image_key({"image": image}), method)) for image in images
-            )
-            return [entry[3] for entry in found if entry and isinstance(entry[3], bool)]
-
-    def write(self, record: dict[str, Any], base: str, contents: Mapping[str, bytes]) -> bool:
-        """Write the files of a photo and append its record. Return False where another process has done so meanwhile.
-
-        `contents` maps the names of the files to their contents; {} in a name stands for the last part of `base`, such
-        as cats/33. Where that is another photo's, or a file is in the way, it becomes cats/33_2, in later runs as well.
-        `record` gets `files`, `output_stem` and `source`. Raises OSError: the disk is full, a name is too long ...
+        `source` leads there from the log's folder.
         """
-        folder, image = self.folder / os.path.dirname(base), self._image_key(record)
-        folder.mkdir(parents=True, exist_ok=True)
-        # a name that cannot be foretold, so that no link is followed
-        with tempfile.TemporaryDirectory(
-            prefix=".part-", dir=folder, ignore_cleanup_errors=True
-        ) as parts:
-            for number, content in enumerate(contents.values()):
-                Path(parts, str(number)).write_bytes(content)
-            with self.locked() as log:
-                done, _, place, _ = self._last.get((image, record["method"]), (None, [], 0, None))
-                if done == record["options"] and place >= self._start_size:
-                    return False
-                for stem in itertools.chain(
-                    [base], (f"{base}_{number}" for number in itertools.count(2))
-                ):
-                    files = [folder / name.format(os.path.basename(stem)) for name in contents]
-                    owner = self._stems.get(file_key(self.folder / stem), image)
-                    if owner == image and all(self._is_free(file, image) for file in files):
-                        break
-                for (
-                    file
-                ) in files:  # a run that is killed from here on leaves no file of the run before it
-                    file.unlink(missing_ok=True)
-                record |= {"files": [str(file) for file in files], "output_stem": stem}
-                self._append(log, record)
-                for number, file in enumerate(files):
-                    os.replace(Path(parts, str(number)), file)
+        if "source" in record:
+            path = os.path.join(self._real_folder, record["source"])
+        else:
+            path = record["image"]
+        return os.path.normcase(real_path(path))
+
+    def entry(self, image: str, method: str) -> LogEntry:
+        """Return what is known of a photo and a choice of methods."""
+        return self._entries.get((self._image_key({"image": image}), method), NO_ENTRY)
+
+    def is_done(self, image: str, method: str, options: str, only_wrong: bool = False) -> bool:
+        """Return whether a photo's files are there as a run with the same options has written them.
+
+        A record without files is enough for a run that draws the wrong photos only.
+        """
+        entry = self.entry(image, method)
+        if entry is NO_ENTRY or entry.options != options:
+            return False
+        if not entry.sizes:
+            return only_wrong
+
+        owner = (self._image_key({"image": image}), options)
+        for path, size in entry.sizes.items():
+            if self._owners[self._file_key(path)] != owner or file_size(self.folder / path) != size:
+                return False
         return True
 
-    def _is_free(self, file: Path, image: str) -> bool:
-        """Return whether a file does not exist, or is one of this image. Raises OSError: the name is too long."""
-        owner = self._owners.get(file_key(file), (None,))[0]
-        with contextlib.suppress(FileNotFoundError):
-            return stat.S_ISREG(os.lstat(file).st_mode) and owner == image
-        return owner in (None, image)
+    # Writing
 
-    def _append(self, log: Any, record: dict[str, Any]) -> None:
-        """Append a line, all of it or none; it is read when the log is locked next. Raises OSError."""
+    def prepare(self) -> None:
+        """Create the log and a folder for unfinished files, and remove those of killed processes.
+
+        Raises OSError: nothing can be written there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.locked():  # other processes create and lock theirs under this lock, too
+            for folder in self.folder.glob(".part-*"):
+                remove_parts(folder)
+            self._parts = Path(tempfile.mkdtemp(prefix=".part-", dir=self.folder))
+            self._parts_lock = FileLock(self._parts / "lock")
+            self._parts_lock.acquire()
+
+    def close(self) -> None:
+        """Remove the folder for unfinished files."""
+        if self._parts_lock:
+            self._parts_lock.release()
+            remove_parts(self._parts)
+
+    def write(self, record: dict[str, Any], base: str, outputs: Sequence[OutputFile]) -> bool:
+        """Write the files of a photo and append its record.
+
+        Where `base`, such as cats/33, is another photo's, or a file is in the way, it becomes
+        cats/33_2, in later runs as well. `record` gets `files` (those of a class in its entry of
+        `classes`), `sizes`, `output_stem` and `source`.
+
+        Returns False where another process has done so meanwhile. Raises OSError: the disk is full,
+        a name is too long ...
+        """
+        image = self._image_key(record)
+        folder = self.folder / os.path.dirname(base)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._parts is None or not self._parts.is_dir():
+            self.prepare()
+
+        parts = [self._parts / str(number) for number in range(len(outputs))]
+        try:
+            for part, output in zip(parts, outputs, strict=True):
+                part.write_bytes(output.content)
+
+            with self.locked() as file:
+                entry = self._entries.get((image, record["method"]), NO_ENTRY)
+                is_same = entry.options == record["options"]
+                if is_same and entry.place >= self._start_size:
+                    return False
+                if is_same and entry.sizes and not outputs:  # drawn before; this run draws none
+                    self._add_files(record, [], [])
+                    return True
+
+                stem = self._find_stem(base, image, outputs)
+                paths = file_paths(stem, outputs)
+                self._add_files(record, outputs, paths)
+                record["output_stem"] = stem
+                self._append(file, record)
+
+                # of a run that is killed here, the sizes of files do not fit its record
+                for part, path in zip(parts, paths, strict=True):
+                    os.replace(part, self.folder / path)
+        finally:
+            for part in parts:
+                with contextlib.suppress(OSError):
+                    part.unlink(missing_ok=True)
+        return True
+
+    def _find_stem(self, base: str, image: str, outputs: Sequence[OutputFile]) -> str:
+        """Return the beginning of a photo's file names: `base`, or `base` and a number."""
+        known = self._last_stem.get(image, "")
+        first = 2 if known else self._next_number.get(base, 2)
+        candidates = [base]
+        if re.fullmatch(re.escape(base) + r"_\d+", known):
+            candidates.insert(0, known)
+
+        for stem in candidates:
+            if self._is_free(stem, image, outputs):
+                return stem
+
+        for number in itertools.count(first):
+            stem = f"{base}_{number}"
+            if self._is_free(stem, image, outputs):
+                if not known:  # all numbers before it are of other photos
+                    self._next_number[base] = number + 1
+                return stem
+
+    def _is_free(self, stem: str, image: str, outputs: Sequence[OutputFile]) -> bool:
+        """Return whether a photo's files may have names that begin so.
+
+        Raises OSError: a name is too long.
+        """
+        if self._stems.get(self._file_key(stem), image) != image:
+            return False
+        for path in file_paths(stem, outputs):
+            owner, _ = self._owners.get(self._file_key(path), (None, ""))
+            if owner not in (None, image):
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                mode = os.lstat(self.folder / path).st_mode
+                if owner is None or not stat.S_ISREG(mode):
+                    return False
+        return True
+
+    def _add_files(
+        self, record: dict[str, Any], outputs: Sequence[OutputFile], paths: Sequence[str]
+    ) -> None:
+        """Put the paths and the sizes of files into a record."""
+        record["files"] = {}
+        record["sizes"] = {}
+        for entry in record["classes"]:
+            entry["files"] = {}
+
+        for output, path in zip(outputs, paths, strict=True):
+            record["sizes"][path] = len(output.content)
+            if output.index is None:
+                record["files"][output.kind] = path
+            else:
+                record["classes"][output.index]["files"][output.kind] = path
+
+    def _append(self, file: io.FileIO, record: dict[str, Any]) -> None:
+        """Append a line, all of it or none; it is read when the log is locked next.
+
+        Raises OSError: there is no room.
+        """
         with contextlib.suppress(ValueError):  # another drive of Windows
-            record["source"] = os.path.relpath(record["image"], self.folder)
+            record["source"] = os.path.relpath(real_path(record["image"]), self._real_folder)
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        end = log.seek(0, os.SEEK_END)
+        end = file.seek(0, os.SEEK_END)
         if end > self._position:  # half a line, of a process that was killed
             line = b"\n" + line
-        if log.write(line) < len(line):
-            log.truncate(end)
+        if file.write(line) < len(line):
+            file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def write_error(self, image: str, method: str, error: str) -> None:
-        """Append the record of a photo without files; where there is no room, the next run will do so."""
-        with contextlib.suppress(OSError), self.locked() as log:
-            self._append(log, {"image": image, "method": method, "error": error, "files": []})
+        """Append the record of a photo that failed; without room, the next run will do so."""
+        with contextlib.suppress(OSError), self.locked() as file:
+            self._append(file, {"image": image, "method": method, "error": error})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 8  Gallery. A page of all results, made from the log alone: one file without a server, a package or the network.
-# ---------------------------------------------------------------------------------------------------------------------
+def file_paths(stem: str, outputs: Sequence[OutputFile]) -> list[str]:
+    """Return the paths of files below the log's folder, such as cats/gb_33.jpg for cats/33."""
+    folder, slash, name = stem.rpartition("/")
+    return [folder + slash + output.name.format(name) for output in outputs]
 
 
-def write_gallery(folder: Path) -> Path | None:
-    """Write index.html, a page of what the log says. Return its path; None without photos. Raises OSError."""
-    page, items = folder / "index.html", dict[tuple[str, str], dict[str, Any]]()
-    with open(folder / LOG_NAME, "rb") as lines:
-        for record in map(parse_record, lines):
-            with contextlib.suppress(
-                LookupError, TypeError, ValueError, AttributeError
-            ):  # another program's
-                items[record.get("source", record["image"]), record["method"]] = page_item(record)
-    if not items:
+def real_path(path: str) -> str:
+    """Return the absolute path of a file with the links to its folder resolved."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(real_folder(folder), name)
+
+
+@functools.cache
+def real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove a folder of unfinished files, unless a running process holds its lock."""
+    lock = folder / "lock"
+    with contextlib.suppress(OSError, Timeout):
+        if folder.is_symlink() or lock.is_symlink():
+            return
+        if lock.exists():
+            guard = FileLock(lock, timeout=0)
+            guard.acquire()
+            guard.release()
+        for path in folder.iterdir():
+            if re.fullmatch(r"\d+|lock|index\.html", path.name):  # as this program names them
+                path.unlink()
+        folder.rmdir()
+
+
+# --------------------------------------------------------------------------------------------------
+# 8  Gallery. A page of all results, made from the log alone: one file, no server, no network.
+# --------------------------------------------------------------------------------------------------
+
+PAGE_NAME = "index.html"
+PAGE_MARK = b"made by cnn_visualizations.py"  # by which a later run knows its own page
+HEAT_SIDE = 8  # a record keeps each map as 8 x 8 whole numbers
+
+
+def heat_grid(cam: Floats) -> list[int]:
+    """Return a map (H, W) in [0, 1] as 64 whole numbers from 0 to 100, row by row, for the record.
+
+    Wherever there is any evidence the number is at least 1, so only an empty map gives 64 zeros.
+    """
+    small = cv2.resize(cam, (HEAT_SIDE, HEAT_SIDE), interpolation=cv2.INTER_AREA)
+    hundredths = np.rint(100 * small).astype(int)
+    return np.maximum(hundredths, small > 0).ravel().tolist()
+
+
+def write_gallery(folder: Path, colormap: str = "jet") -> Path | None:
+    """Write index.html, a page of what the log in a folder says; the colormap is of the mean maps.
+
+    Return its path; None where the log has no photos. Raises OSError: the page cannot be written,
+    or a page that is not ours is in the way.
+    """
+    page = folder / PAGE_NAME
+    entries = read_entries(folder / LOG_NAME)
+    if not entries:
         return None
-    if os.path.lexists(page) and not (
-        page.is_file() and b"made by cnn_visualizations.py" in page.read_bytes()[:300]
-    ):
+
+    if os.path.lexists(page) and not is_own_page(page):
         raise FileExistsError(f"{page} is in the way: it was not made by this program")
-    by_path = sorted(
-        items.values(),
-        key=lambda item: re.sub(r"\d+", lambda digits: digits[0].zfill(12), item["path"]),
-    )
-    text = json.dumps([folder.resolve().name, by_path], ensure_ascii=False, separators=(",", ":"))
+
+    entries.sort(key=lambda entry: natural_key(entry.item["path"]))
+    data = {
+        "folder": folder.resolve().name,
+        "colours": heat_colours(colormap),
+        "means": mean_heat(entries),
+        "items": [entry.item for entry in entries],
+    }
+    content = fill_page(data)
+
     with tempfile.TemporaryDirectory(
         prefix=".part-", dir=folder, ignore_cleanup_errors=True
     ) as parts:
         part = Path(parts, page.name)
-        part.write_bytes(
-            PAGE.replace("DATA", text.replace("<", "\\u003c"), 1).encode(
-                "utf-8", "backslashreplace"
-            )
-        )
+        part.write_bytes(content)
         os.replace(part, page)
     return page
 
 
+def is_own_page(page: Path) -> bool:
+    """Return whether a file is a page that this program has written."""
+    if not page.is_file():
+        return False
+    with open(page, "rb") as file:
+        return PAGE_MARK in file.read(300)
+
+
+def natural_key(path: str) -> str:
+    """Return a key that sorts 9.jpg before 10.jpg."""
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(12), path)
+
+
+def heat_colours(colormap: str) -> list[str]:
+    """Return the colours of the heat 0, 1 ... 100, as "#00007f"."""
+    levels = np.linspace(0, 255, 101).astype(np.uint8)[:, None]
+    number = COLORMAPS.get(colormap, cv2.COLORMAP_JET)
+    colours = cv2.applyColorMap(levels, number)
+    return [f"#{red:02x}{green:02x}{blue:02x}" for blue, green, red in colours[:, 0]]
+
+
+def fill_page(data: Mapping[str, Any]) -> bytes:
+    """Return the page with its data; no text in the data can end the script element."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = text.replace("<", "\\u003c")
+
+    page = PAGE.replace("STYLE", PAGE_STYLE, 1)
+    page = page.replace("SCRIPT", PAGE_SCRIPT, 1)
+    page = page.replace("DATA", text, 1)
+    return page.encode("utf-8", "backslashreplace")
+
+
+@dataclass
+class PageEntry:
+    """What the page tells of one record."""
+
+    key: str  # of the photo: the same for all its records
+    item: dict[str, Any]  # for the script, see page_item
+    heat: dict[str, bytes]  # method -> 64 numbers from 0 to 100: the map of the predicted class
+
+
+def read_entries(log: Path) -> list[PageEntry]:
+    """Return the last record of each photo and choice of methods; other lines are left out."""
+    entries = {}
+    left_out = 0
+
+    with open(log, "rb") as lines:
+        for line in lines:
+            try:
+                record = parse_record(line)
+                key = record.get("source", record["image"])
+                entry = PageEntry(key, page_item(record), predicted_heat(record))
+                entries[key, record["method"]] = entry
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+                left_out += 1
+
+    if left_out:
+        warn(f"{log}: lines left out of the page, not records of this program: {left_out}")
+    return list(entries.values())
+
+
 def page_item(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the page tells of a record."""
-
-    def likely(entry: Mapping[str, Any]) -> tuple[str, int]:
-        return str(entry["name"]), round(1e6 * entry["probability"])
-
-    image, top, truth, box = (
-        record["image"],
-        record.get("top5", []),
-        record.get("truth"),
-        record.get("box"),
-    )
-    source = (
-        as_link(record["source"]) if "source" in record else Path(os.path.abspath(image)).as_uri()
-    )
+    """Return a record as the page's script reads it. Raises what `read_entries` catches."""
     item = {
-        "path": image,
-        "source": source,
+        "path": record["image"],
+        "source": source_link(record),
         "methods": record["method"].split(","),
         "top": [],
-        "rows": [],
+        "classes": [],
     }
     if "error" in record:
-        return {**item, "state": "failed", "error": str(record["error"])}
-    if box:  # where the photo lies behind the heatmap
-        x, y = 100 / (box[2] - box[0]), 100 / (box[3] - box[1])
-        place = -box[0] * x, -box[1] * y, record["width"] * x, record["height"] * y
-        item["place"] = "left:{:.2f}%;top:{:.2f}%;width:{:.2f}%;height:{:.2f}%".format(*place)
-    guess = record.get("prediction") or top[0]
-    state = "unknown" if not truth else "right" if truth["index"] == guess["index"] else "wrong"
-    item |= {
-        "state": state,
-        "guess": str(guess["name"]),
-        "truth": str(truth["name"]) if truth else "",
-    }
-    explained = zip(
-        record.get("classes") or [record.get("class")], pictures_of(record).items(), strict=False
-    )
-    rows = [(*likely(entry), *pictures) for entry, pictures in explained]
-    return {**item, "top": [likely(entry) for entry in (guess, *top[1:])], "rows": rows}
+        item["state"] = "failed"
+        item["error"] = str(record["error"])
+        return item
+
+    prediction = record["prediction"]
+    truth = record.get("truth")
+    item["state"] = "unknown"
+    item["prediction"] = str(prediction["name"])
+    if truth:
+        item["state"] = "wrong"
+        item["truth"] = str(truth["name"])
+        if truth["index"] == prediction["index"]:
+            item["state"] = "right"
+
+    item["top"] = [likely_class(entry) for entry in record["top5"]]
+    item["classes"] = explained_classes(record)
+    item["shown"] = predicted_place(record) or 0  # of the class whose map is on the card
+    item["size"] = [finite(record["width"]), finite(record["height"])]
+    item["box"] = [finite(side) for side in record["box"]]
+
+    left, top, right, bottom = item["box"]
+    shortest = min(right - left, bottom - top, *item["size"])
+    if shortest <= 0:
+        raise ValueError("the photo or the part that the network saw is empty")
+    return item
 
 
-def pictures_of(record: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return for each class the link to its pictures, ./cat/%00_1_dog.jpg, and what may stand for %00: gb, fem_cam."""
-    (folder, stem), found = os.path.split(record.get("output_stem", "")), dict[str, list[str]]()
-    kinds = [
-        "gb",
-        *(
-            f"{method}_{output}"
-            for method in record["method"].split(",")
-            for output in ("cam_gb", "cam")
-        ),
-    ]
-    for name, kind in itertools.product(map(os.path.basename, record["files"]), kinds):
-        if name.startswith(f"{kind}_{stem}"):
-            found.setdefault(as_link(os.path.join(folder, f"\0{name[len(kind) :]}")), []).append(
-                kind
-            )
-    return found
+def explained_classes(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the explained classes: name, probability, links to files, methods with an empty map."""
+    classes = []
+    for place, entry in enumerate(record["classes"]):
+        explained = likely_class(entry)
+        explained["files"] = {kind: as_link(path) for kind, path in entry["files"].items()}
+        heat = class_heat(record, place)
+        explained["empty"] = [method for method in heat if not any(heat[method])]
+        classes.append(explained)
+    return classes
+
+
+def likely_class(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the name and the probability of a class."""
+    return {"name": str(entry["name"]), "probability": round(finite(entry["probability"]), 6)}
+
+
+def finite(value: Any) -> float:
+    """Return a number of a record. Raises TypeError, ValueError, OverflowError: it is none."""
+    if not math.isfinite(value):
+        raise ValueError("infinite, or no number")
+    return float(value)
+
+
+def class_heat(record: Mapping[str, Any], place: int) -> dict[str, bytes]:
+    """Return the 64 numbers of each method for one of the explained classes."""
+    heat = {}
+    for method, grids in record.get("heat", {}).items():
+        grid = bytes(grids[place])
+        if len(grid) != HEAT_SIDE**2 or max(grid) > 100:
+            raise ValueError("not 64 numbers from 0 to 100")
+        heat[method] = grid
+
+    return heat
+
+
+def predicted_place(record: Mapping[str, Any]) -> int | None:
+    """Return which of the explained classes is the prediction; None where it was not explained."""
+    for place, entry in enumerate(record["classes"]):
+        if entry["index"] == record["prediction"]["index"]:
+            return place
+    return None
+
+
+def predicted_heat(record: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the 64 numbers of each method for the predicted class; nothing if there are none."""
+    if "error" in record:
+        return {}
+
+    place = predicted_place(record)
+    if place is None:
+        return {}
+    return class_heat(record, place)
+
+
+def mean_heat(entries: Iterable[PageEntry]) -> list[dict[str, Any]]:
+    """Return the mean map of each method, predicted class and result (right, wrong, unknown)."""
+    # a photo counts once, also where several records have a map by the same method
+    last = {}
+    for entry in entries:
+        for method, grid in entry.heat.items():
+            group = method, entry.item["prediction"], entry.item["state"]
+            last[entry.key, method] = group, grid
+
+    grids = {}
+    for group, grid in last.values():
+        grids.setdefault(group, []).append(grid)
+
+    means = []
+    for (method, name, result), members in grids.items():
+        values = np.array([list(grid) for grid in members])
+        mean = {
+            "method": method,
+            "prediction": name,
+            "result": result,
+            "photos": len(members),
+            "grid": np.rint(values.mean(0)).astype(int).tolist(),
+        }
+        means.append(mean)
+
+    return means
+
+
+def source_link(record: Mapping[str, Any]) -> str:
+    """Return the link from the page to a photo."""
+    if "source" in record:
+        return as_link(record["source"])
+    return Path(os.path.abspath(record["image"])).as_uri()  # on another drive of Windows
 
 
 def as_link(path: str) -> str:
     """Return a path as a link from the page; a byte that is not UTF-8 remains that byte."""
-    return "./" + quote(
-        os.fsencode(re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", path).replace(os.sep, "/"))
-    )
+    path = path.replace(os.sep, "/")
+    encodable = re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", path)
+    return "./" + quote(os.fsencode(encodable))
 
 
-PAGE = r"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="generator" content="made by cnn_visualizations.py">
-<meta name="viewport" content="width=device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"><style>
-:root { color-scheme: light dark; --page: light-dark(#f5f6f8, #14171b); --card: light-dark(#fff, #1e2227);
-  --line: light-dark(#d8dce2, #383f48); --text: light-dark(#1b1f24, #e8eaed); --soft: light-dark(#59626e, #a3abb6);
-  --mark: light-dark(#2459c4, #8ab0fb); --good: light-dark(#187642, #68cb8c); --bad: light-dark(#be2e20, #ff8672); }
-* { box-sizing: border-box; margin: 0; font: inherit; color: inherit; } html:has(dialog[open]) { overflow: hidden; }
+PAGE = """<!doctype html>
+<html lang="en" class="heat">
+<meta charset="utf-8">
+<meta name="generator" content="made by cnn_visualizations.py">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self' file:;
+  style-src 'unsafe-inline'; script-src 'unsafe-inline'; form-action 'none'; base-uri 'none'">
+<title>Heatmaps</title>
+<style>
+STYLE</style>
+<h1></h1>
+<p id="summary"></p>
+<noscript>This page needs JavaScript.</noscript>
+<details id="means">
+  <summary>Mean heat of each predicted class (30 at most, those with most mistakes first)</summary>
+  <p>The mean of the maps of all photos with this prediction: a hot corner or edge that a whole
+    class shares is a label or a border, not the object.</p>
+  <div></div>
+</details>
+<details id="confusion">
+  <summary>True and predicted classes (30 at most, those with most mistakes)</summary>
+  <table></table>
+</details>
+<form></form>
+<p role="status"></p>
+<main></main>
+<dialog aria-labelledby="path">
+  <nav><h2 id="path"></h2></nav>
+  <div></div>
+</dialog>
+<script id="data" type="application/json">DATA</script>
+<script>
+SCRIPT</script>
+</html>
+"""
+
+PAGE_STYLE = """\
+:root {
+  color-scheme: light dark;
+  --page: light-dark(#f5f6f8, #14171b);
+  --card: light-dark(#fff, #1e2227);
+  --line: light-dark(#d8dce2, #383f48);
+  --text: light-dark(#1b1f24, #e8eaed);
+  --soft: light-dark(#59626e, #a3abb6);
+  --mark: light-dark(#2459c4, #8ab0fb);
+  --state: var(--mark);
+}
+.right { --state: light-dark(#187642, #68cb8c); }
+.wrong, .failed { --state: light-dark(#be2e20, #ff8672); }
+
+* { box-sizing: border-box; margin: 0; font: inherit; color: inherit; }
 html, dialog { background: var(--page); color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
-html { scroll-padding-top: 80px; } .right { --state: var(--good); } .wrong, .failed { --state: var(--bad); }
-body { max-width: 1640px; margin: auto; padding: 20px clamp(12px, 2.5vw, 32px); --state: var(--mark); }
-h1, h2, h3, summary { font-weight: 600; } h1 { font-size: 24px; } h3, summary { margin: 16px 0 8px; }
-button, select, input { min-height: 36px; padding: 5px 12px; border: 1px solid var(--line); border-radius: 7px;
-  background: var(--card); } :focus-visible { outline: 3px solid var(--mark); outline-offset: 1px; }
-button:hover, a:hover *, [aria-pressed=true], .heat h2 + button { border-color: var(--mark); color: var(--mark); }
-small, figcaption, th, label { color: var(--soft); font-size: 13px; } label > * { color: var(--text); }
-table { display: block; max-height: 70vh; overflow: auto; } td button { width: 100%; min-width: 40px; padding: 0;
-  background: color-mix(in srgb, var(--state) var(--share), var(--card)); }
-th { max-width: 180px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: right; }
-tr:first-child th + th { max-height: 130px; writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; }
-form, nav { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; align-items: end; gap: 10px 16px;
-  padding: 12px 0; background: var(--page); } select { width: 180px; } label { display: grid; }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 14px; padding-top: 12px; }
-.card { display: grid; gap: 4px; align-content: start; padding: 0 0 10px; text-align: left; overflow: hidden; }
-.card > * { min-width: 0; padding: 0 11px; } .card > .frame { padding: 0; margin-bottom: 5px; aspect-ratio: 1; }
-.path { flex: 1 1 260px; align-self: center; overflow-wrap: anywhere; white-space: pre-wrap; unicode-bidi: isolate; }
-.frame { position: relative; display: grid; place-items: center; overflow: hidden; background: var(--line); }
-.chance { display: grid; grid-template-columns: 1fr auto; gap: 3px 8px; } .row > .chance { width: 200px; }
-.bar { grid-column: 1 / 3; height: 5px; background: linear-gradient(var(--state) 0 0) no-repeat var(--line); }
-dialog { width: 100%; height: 100%; max-width: none; max-height: none; padding: 0 2.5vw 24px; border: 0; }
-img { width: 100%; height: 100%; object-fit: contain; } .row { display: flex; flex-wrap: wrap; gap: 14px; }
-.row img { width: auto; height: min(56vh, (100vw - 130px) / 4.8); } .heat .plain { opacity: 0; }
-.row .plain { position: absolute; width: 100%; height: 100%; object-fit: cover; } .verdict { color: var(--state); }
-@media (max-width: 700px) { form { position: static; } label { flex: 1 1 40%; } select { width: 100%; }
-  .row { display: grid; grid-template-columns: 1fr 1fr; } .row > .chance, .row img { width: 100%; height: auto; } }
-</style><title>Heatmaps</title><h1></h1><p id="summary"></p><noscript>This page needs JavaScript.</noscript>
-<details><summary>True and predicted classes (30 at most, by mistakes)</summary><table></table></details><form></form>
-<p role="status"></p><main></main><dialog aria-labelledby="path" class="heat"><nav><h2 class="path" id="path"></h2>
-</nav><div></div></dialog><script type="application/json">DATA</script><script>
+html { scroll-padding-top: 80px; }
+html:has(dialog[open]) { overflow: hidden; }
+body { max-width: 1640px; margin: auto; padding: 20px clamp(12px, 2.5vw, 32px); }
+h1, h2, h3, summary { font-weight: 600; }
+h1 { font-size: 24px; }
+h3, summary { margin: 14px 0 6px; }
+small, figcaption, th, label { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
+button, select, input {
+  min-height: 36px;
+  padding: 5px 12px;
+  border: 1px solid var(--line);
+  border-radius: 7px;
+  background: var(--card);
+  color: var(--text);
+}
+button:hover, [aria-pressed="true"] { border-color: var(--mark); color: var(--mark); }
+:focus-visible { outline: 3px solid var(--mark); outline-offset: 1px; }
+
+/* Names of files and classes, of any length and direction: one line. */
+.name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; unicode-bidi: isolate; }
+.verdict { color: var(--state); overflow-wrap: anywhere; }
+.chance { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 3px 8px; }
+.bar {
+  grid-column: 1 / 3;
+  height: 5px;
+  background: linear-gradient(var(--state) 0 0) no-repeat var(--line);
+}
+
+/* A picture in its own shape, at most --limit high, and what lies over it. */
+.frame {
+  position: relative;
+  display: grid;
+  place-items: center;
+  overflow: hidden;
+  aspect-ratio: var(--ratio);
+  width: min(100%, var(--limit) * var(--ratio));
+  margin: 0 auto;
+  background: var(--line);
+}
+img { width: 100%; height: 100%; }
+.plain, .seen, .note { position: absolute; }
+.heat .plain { display: none; }
+.seen { outline: 2px solid #fff; box-shadow: 0 0 0 9999px rgb(0 0 0 / 55%); }
+.note {
+  inset: auto 0 0;
+  padding: 4px;
+  background: rgb(0 0 0 / 70%);
+  color: #fff;
+  text-align: center;
+}
+
+#means > div { display: flex; flex-wrap: wrap; gap: 4px 20px; }
+#means section { max-width: 226px; }
+#means button { margin-right: 6px; padding: 5px; }
+#means small { color: var(--state); }
+canvas { display: block; width: 92px; height: 92px; }
+
+table { display: block; max-height: 70vh; overflow: auto; }
+th { max-width: 180px; text-align: right; }
+tr:first-child th + th {
+  max-height: 130px;
+  writing-mode: vertical-rl;
+  transform: rotate(180deg);
+  text-align: left;
+}
+td button {
+  width: 100%;
+  min-width: 40px;
+  padding: 0;
+  background: color-mix(in srgb, var(--state) var(--share), var(--card));
+}
+
+form, nav {
+  position: sticky;
+  top: 0;
+  z-index: 1;
+  display: flex;
+  flex-wrap: wrap;
+  align-items: end;
+  gap: 10px 16px;
+  padding: 12px 0;
+  background: var(--page);
+}
+label { display: grid; }
+select { width: 180px; }
+
+main {
+  display: grid;
+  grid-template-columns: repeat(auto-fill, minmax(160px, 1fr));
+  gap: 14px;
+  padding-top: 12px;
+}
+.card {
+  --limit: 260px;
+  display: grid;
+  gap: 3px;
+  align-content: start;
+  padding: 0 0 10px;
+  overflow: hidden;
+  text-align: left;
+}
+.card > * { min-width: 0; }
+.card > :not(.frame) { padding: 0 11px; }
+
+dialog {
+  --limit: 70vh;
+  width: 100%;
+  height: 100%;
+  max-width: none;
+  max-height: none;
+  padding: 0 2.5vw 24px;
+  border: 0;
+}
+nav h2 { flex: 1 0 100%; overflow-x: auto; white-space: nowrap; unicode-bidi: isolate; }
+.chances {
+  display: grid;
+  grid-template-columns: repeat(auto-fill, minmax(150px, 1fr));
+  gap: 10px 20px;
+}
+.figures {
+  display: grid;
+  grid-template-columns: repeat(4, minmax(0, 1fr));
+  gap: 14px;
+  align-items: end;
+}
+figcaption { text-align: center; }
+
+@media (max-width: 700px) {
+  form { position: static; }
+  label { flex: 1 1 40%; }
+  select { width: 100%; }
+  .figures { grid-template-columns: 1fr 1fr; }
+}
+"""
+
+PAGE_SCRIPT = r"""
 "use strict";
-const find = (selector) => document.querySelector(selector), [folder, items] = JSON.parse(find("script").textContent);
-const [main, form, view] = ["main", "form", "dialog"].map(find);
-const make = (kind, properties, ...children) => {
-  const [tag, ...classes] = kind.split("."), made = document.createElement(tag);
-  Object.assign(made, {className: classes.join(" "), ...properties}).append(...children);
-  return made;
+
+const find = (selector) => document.querySelector(selector);
+const { folder, colours, means, items } = JSON.parse(find("#data").textContent);
+const main = find("main");
+const form = find("form");
+const dialog = find("dialog");
+
+const MOST_CLASSES = 30; // in the table and among the mean maps
+const CARDS_AT_ONCE = 200;
+
+let list = []; // the items that pass the filters, in order
+let position = 0; // in the list: the item that the dialog shows
+
+// ---- Elements
+
+// Return a new element; `kind` is its tag with its classes, as "span.bar". Text stays text.
+function make(kind, properties = {}, ...children) {
+  const [tag, ...classes] = kind.split(".");
+  const element = document.createElement(tag);
+  Object.assign(element, { className: classes.join(" "), ...properties });
+  element.append(...children);
+  return element;
+}
+
+function nameLine(tag, text) {
+  return make(`${tag}.name`, { title: text }, text);
+}
+
+function percent(share) {
+  return `${(100 * share).toFixed(1)}%`;
+}
+
+// ---- What the items say
+
+// Return the probability of the prediction; a photo that failed has none and is sorted last.
+function certainty(item) {
+  return item.state === "failed" ? 2 : item.top[0].probability;
+}
+
+function classesOf(item) {
+  return [...new Set([item.truth, item.prediction])].filter((name) => name !== undefined);
+}
+
+function pairLabel(truth, prediction) {
+  return `true ${truth}, predicted ${prediction}`;
+}
+
+function predictionLabels(item) {
+  return [`predicted ${item.prediction}`, pairLabel(item.truth, item.prediction)];
+}
+
+// Return a map from each value to the number of times it occurs, the most frequent first.
+function countValues(values) {
+  const counts = new Map();
+  for (const value of values) counts.set(value, (counts.get(value) ?? 0) + 1);
+  return new Map([...counts].sort((one, other) => other[1] - one[1]));
+}
+
+// Return the names that `namesOf` gives for these items, those with most mistakes first.
+function worstClasses(items, namesOf) {
+  const mistakes = items.filter((item) => item.state === "wrong");
+  const byMistakes = countValues(mistakes.flatMap(namesOf)).keys();
+  const byNumber = countValues(items.flatMap(namesOf)).keys();
+  return [...new Set([...byMistakes, ...byNumber])].slice(0, MOST_CLASSES);
+}
+
+// Each photo once, as its last record in the order of paths has it.
+const photos = [...new Map(items.map((item) => [item.source, item])).values()];
+const photosWithTruth = photos.filter((item) => item.truth !== undefined);
+
+// ---- Pictures
+
+function picture(source, description) {
+  const replace = (event) => event.target.replaceWith("no picture");
+  return make("img", { loading: "lazy", alt: description, src: source, onerror: replace });
+}
+
+// Return a frame in which one percent is one percent of an area of this size.
+function pictureFrame(width, height, ...children) {
+  return make("span.frame", { style: `--ratio: ${width / height}` }, ...children);
+}
+
+function placed(left, top, width, height) {
+  const shares = Object.entries({ left, top, width, height });
+  return shares.map(([name, share]) => `${name}: ${100 * share}%`).join("; ");
+}
+
+// Return the photo; a frame shows which part of it the network saw.
+function sourcePicture(item) {
+  const [width, height] = item.size ?? [1, 1];
+  const frame = pictureFrame(width, height, picture(item.source, "source"));
+  if (item.box) {
+    const [left, top, right, bottom] = item.box;
+    const seenWidth = (right - left) / width;
+    const seenHeight = (bottom - top) / height;
+    if (Math.min(seenWidth, seenHeight) < 0.99) {
+      const style = placed(left / width, top / height, seenWidth, seenHeight);
+      frame.append(make("span.seen", { style }));
+    }
+  }
+  return frame;
+}
+
+// Return one of the pictures of an explained class, over a map the photo without heat (see toggleHeat).
+function classPicture(item, explained, kind) {
+  const [left, top, right, bottom] = item.box;
+  const width = right - left;
+  const height = bottom - top;
+  const frame = pictureFrame(width, height, picture(explained.files[kind], kind));
+  if (kind.endsWith("_cam")) {
+    const plain = picture(item.source, "");
+    plain.className = "plain";
+    plain.style = placed(-left / width, -top / height, item.size[0] / width, item.size[1] / height);
+    frame.append(plain);
+  }
+  if (explained.empty.some((method) => kind.startsWith(`${method}_cam`))) {
+    frame.append(make("span.note", {}, `no positive evidence for ${explained.name}`));
+  }
+  return frame;
+}
+
+function toggleHeat() {
+  const isOn = document.documentElement.classList.toggle("heat");
+  for (const button of document.querySelectorAll(".toggle")) button.ariaPressed = isOn;
+}
+
+function heatButton() {
+  return make("button.toggle", { type: "button", ariaPressed: true, onclick: toggleHeat }, "Heat (H)");
+}
+
+// ---- Cards
+
+function chanceBar({ name, probability }, state) {
+  const bar = make("span.bar", { style: `background-size: ${percent(probability)}` });
+  return make(`span.chance.${state}`, {}, nameLine("span", name), percent(probability), bar);
+}
+
+function verdict(item) {
+  const texts = { right: "✓ right", wrong: `✕ true: ${item.truth}`, failed: `✕ ${item.error}` };
+  return make(`span.verdict.${item.state}`, {}, texts[item.state] ?? "");
+}
+
+function card(item) {
+  const element = make("button.card", { onclick: () => showItem(list.indexOf(item)) });
+  const explained = item.classes[item.shown];
+  const method = form.Method.value || item.methods[0];
+  const kinds = [`${method}_cam`, `${method}_cam_gb`, "gb"];
+  const kind = kinds.find((kind) => explained?.files[kind]);
+
+  if (kind) element.append(classPicture(item, explained, kind));
+  if (item.top.length) element.append(chanceBar(item.top[0], item.state));
+  element.append(verdict(item));
+  element.append(nameLine("small", item.path.split(/[\\/]/).at(-1)));
+  if (kind) element.append(make("small", {}, `${kind} for ${explained.name}`));
+  element.title = item.path;
+  return element;
+}
+
+// Add cards until they reach somewhat below the window, and until there are more than `least`.
+function addCards(least = 0) {
+  while (main.childElementCount < list.length) {
+    const isNear = main.getBoundingClientRect().bottom < innerHeight + 2000;
+    if (!isNear && main.childElementCount > least) break;
+    const next = main.childElementCount;
+    main.append(...list.slice(next, next + CARDS_AT_ONCE).map(card));
+  }
+}
+
+// ---- Filters
+
+// For each field of the form, the values of an item of which one must be the field's.
+const FILTERS = {
+  Result: (item) => [item.state],
+  Class: classesOf,
+  Method: (item) => item.methods,
+  Prediction: predictionLabels, // a hidden field, set by the table and the mean maps
 };
-const percent = (millionths) => (millionths / 1e4).toFixed(1) + "%", sure = ({top}) => top[0]?.[1] ?? 9e6;
-const tally = (values) => values.reduce((counts, value) => counts.set(value, (counts.get(value) ?? 0) + 1), new Map());
-const ranked = (values) => [...tally(values)].sort((a, b) => b[1] - a[1]);
-const VALUES = {Result: ({state}) => [state], Class: ({truth, guess}) => [...new Set([truth, guess])].filter(Boolean),
-  Method: ({methods}) => methods, Pair: ({truth, guess}) => [`true ${truth}, predicted ${guess}`]};
-const ORDERS = {"wrong, most sure first": (item) => (item.state === "wrong" ? -sure(item) : sure(item)),
-  "least sure first": sure, "most sure first": (item) => (item.error ? 0 : -sure(item)), "path": () => 0};
-let list = [], at = 0;
-const chance = ([name, sure], state) => make("span.chance." + state, {}, make("span.path", {}, name), percent(sure),
-  make("span.bar", {style: `background-size: ${percent(sure)}`}));
-const verdict = ({state, truth, error}) => make("span.path.verdict." + state, {},
-  {wrong: `✕ true: ${truth}`, right: "✓ right", failed: `✕ ${error}`}[state] ?? "");
-const picture = (src, alt) => make("small.frame", {}, make("img", {loading: "lazy", alt, src,
-  onerror: ({target}) => target.replaceWith("no picture")}));
-const card = (item) => {
-  const [name, , link = "", kinds = []] = item.rows[0] ?? [], onclick = () => turn(list.indexOf(item));
-  const kind = [`${form.Method.value || item.methods[0]}_cam`, ...kinds].find((kind) => kinds.includes(kind)) ?? "";
-  return make("button.card", {onclick}, picture(link.replace("%00", kind), kind), ...item.top.slice(0, 1).map((guess) =>
-    chance(guess, item.state)), verdict(item), make("small.path", {}, item.path, kind && `\n${kind} for ${name}`));
+
+// What is sorted by, the smallest first; items of equal value stay in the order of their paths.
+const ORDERS = {
+  "wrong, most sure first": (item) => certainty(item) * (item.state === "wrong" ? -1 : 1),
+  "least sure first": certainty,
+  "most sure first": (item) => (item.state === "failed" ? 2 : -certainty(item)),
+  path: () => 0,
 };
-const more = (least = 0) => {  // cards down to somewhat below the window
-  while (main.childElementCount < list.length
-    && (main.childElementCount <= least || main.getBoundingClientRect().bottom < innerHeight + 2000))
-    main.append(...list.slice(main.childElementCount, main.childElementCount + 200).map(card));
-};
-const show = () => {
-  const wanted = Object.fromEntries(new FormData(form)), text = wanted.Text.toLowerCase();
-  list = items.filter((item) => [item.path, item.truth, item.guess, item.error].join("\n").toLowerCase().includes(text)
-    && Object.keys(VALUES).every((name) => ["", ...VALUES[name](item)].includes(wanted[name])));
-  list.sort((a, b) => ORDERS[wanted.Order](a) - ORDERS[wanted.Order](b));
-  find("[role=status]").textContent = `${list.length} of ${items.length} ${wanted.Pair}`;
-  for (const button of document.querySelectorAll("td button")) button.ariaPressed = button.title === wanted.Pair;
+
+function passes(item, wanted) {
+  for (const [name, valuesOf] of Object.entries(FILTERS)) {
+    if (wanted[name] && !valuesOf(item).includes(wanted[name])) return false;
+  }
+  const text = [item.path, item.error, ...classesOf(item)].join("\n");
+  return text.toLowerCase().includes(wanted.Text.toLowerCase());
+}
+
+// Show the cards that the form asks for.
+function showCards() {
+  const wanted = Object.fromEntries(new FormData(form));
+  const value = ORDERS[wanted.Order];
+  list = items.filter((item) => passes(item, wanted));
+  list.sort((one, other) => value(one) - value(other));
+
+  find("[role=status]").textContent = `${list.length} of ${items.length} ${wanted.Prediction}`;
+  showMeans(wanted.Method || means[0]?.method);
+  markPressed(wanted);
   if (main.getBoundingClientRect().top < 0) find("[role=status]").scrollIntoView();
   main.replaceChildren();
-  more();
-};
-const figure = (item, kind, src) => {
-  const frame = picture(src, kind), plain = make("img.plain", {alt: "", src: item.source, style: item.place ?? ""});
-  if (kind.endsWith("_cam")) frame.append(plain);
-  return make("a", {href: src, target: "_blank"}, make("figure", {}, frame, make("figcaption", {}, kind)));
-};
-const turn = (index) => {
-  at = Math.max(0, Math.min(index, list.length - 1));
-  const item = list[at], row = (heading, ...kinds) => make("section", {}, make("h3", {}, heading), make("div.row", {},
-    ...[["source", item.source], ...kinds].map(([kind, src]) => figure(item, kind, src))));
-  const rows = item.rows.flatMap(([name, sure, link, kinds]) => item.methods.map((method) => row(
-    `${method} for ${name}, ${percent(sure)}`, ...[`${method}_cam`, "gb", `${method}_cam_gb`]
-      .filter((kind) => kinds.includes(kind)).map((kind) => [kind, link.replace("%00", kind)]))));
-  const chances = item.top.map((each) => chance(each, {[item.guess]: item.state, [item.truth]: "right"}[each[0]]));
+  addCards();
+}
+
+// Show the photos with this prediction, or all where these are shown already.
+function choosePrediction(values) {
+  const isChosen = Object.entries(values).every(([name, value]) => form[name].value === value);
+  for (const [name, value] of Object.entries(values)) form[name].value = isChosen ? "" : value;
+  showCards();
+}
+
+function markPressed(wanted) {
+  for (const button of document.querySelectorAll("details button")) {
+    const { label, result } = button.dataset;
+    const hasResult = !result || wanted.Result === result;
+    button.ariaPressed = wanted.Prediction === label && hasResult;
+  }
+}
+
+function selectField(name, options) {
+  return make("label", {}, name, make("select", { name }, ...options));
+}
+
+function filterField(name) {
+  const counts = [...countValues(items.flatMap(FILTERS[name]))];
+  const options = counts.map(([value, count]) => new Option(`${value} (${count})`, value));
+  return selectField(name, [new Option("all", ""), ...options]);
+}
+
+function buildForm() {
+  const orders = Object.keys(ORDERS).slice(photosWithTruth.length ? 0 : 1);
+  form.append(filterField("Result"), filterField("Class"), filterField("Method"));
+  form.append(selectField("Order", orders.map((order) => new Option(order))));
+  form.append(make("label", {}, "Text", make("input", { name: "Text", type: "search" })));
+  form.append(make("input", { name: "Prediction", hidden: true }));
+  form.append(make("button", { type: "reset" }, "Show all"), heatButton());
+
+  form.oninput = showCards;
+  form.onsubmit = () => false;
+  form.onreset = () => setTimeout(showCards); // when the fields are empty
+}
+
+// ---- Mean heat of the predicted classes
+
+function drawGrid(grid) {
+  const side = Math.sqrt(grid.length);
+  const canvas = make("canvas", { width: side, height: side });
+  const context = canvas.getContext("2d");
+  grid.forEach((heat, place) => {
+    context.fillStyle = colours[heat];
+    context.fillRect(place % side, Math.floor(place / side), 1, 1);
+  });
+  return canvas;
+}
+
+function meanButton({ method, prediction, result, photos, grid }) {
+  const label = `predicted ${prediction}`;
+  const values = { Prediction: label, Result: result, Method: method };
+  const onclick = () => choosePrediction(values);
+  const caption = result === "unknown" ? `${photos} photos` : `${photos} ${result}`;
+  const button = make(`button.${result}`, { title: label, onclick });
+  Object.assign(button.dataset, { label, result });
+  button.append(drawGrid(grid), make("small", {}, caption));
+  return button;
+}
+
+// Show the mean maps of a method, right and wrong beside each other.
+function showMeans(method) {
+  const area = find("#means > div");
+  if (area.dataset.method === method) return;
+  area.dataset.method = method;
+  area.replaceChildren();
+  const ofMethod = means.filter((mean) => mean.method === method);
+  const explained = photos.filter((item) => item.state !== "failed");
+  for (const name of worstClasses(explained, (item) => [item.prediction])) {
+    const ofClass = ofMethod.filter((mean) => mean.prediction === name);
+    ofClass.sort((one, other) => one.result.localeCompare(other.result));
+    if (ofClass.length) {
+      area.append(make("section", {}, nameLine("h3", name), ...ofClass.map(meanButton)));
+    }
+  }
+}
+
+// ---- True and predicted classes
+
+function confusionCell(truth, prediction, pairs, truths) {
+  const label = pairLabel(truth, prediction);
+  const count = pairs.get(label);
+  if (!count) return make("td");
+  const state = truth === prediction ? "right" : "wrong";
+  const style = `--share: ${10 + (50 * count) / truths.get(truth)}%`;
+  const onclick = () => choosePrediction({ Prediction: label });
+  const button = make(`button.${state}`, { title: label, style, onclick }, count);
+  button.dataset.label = label;
+  return make("td", {}, button);
+}
+
+function buildConfusion() {
+  const names = worstClasses(photosWithTruth, classesOf).sort();
+  const pairs = countValues(photosWithTruth.flatMap(predictionLabels));
+  const truths = countValues(photosWithTruth.map((item) => item.truth));
+  const table = find("table");
+  const corner = nameLine("th", "true ↓ predicted →");
+  table.append(make("tr", {}, corner, ...names.map((name) => nameLine("th", name))));
+  for (const truth of names) {
+    const cells = names.map((name) => confusionCell(truth, name, pairs, truths));
+    table.append(make("tr", {}, nameLine("th", truth), ...cells));
+  }
+  find("#confusion").hidden = !photosWithTruth.length;
+  find("#confusion").open = names.length < 9;
+}
+
+// ---- The dialog: all pictures of an item
+
+function linkedFigure(link, caption, frame) {
+  const figure = make("figure", {}, frame, make("figcaption", {}, caption));
+  return make("a", { href: link, target: "_blank" }, figure);
+}
+
+// Return the pictures of a class in the order in which they stand side by side.
+function kindsOf(methods) {
+  const [first, ...others] = methods;
+  const kinds = [`${first}_cam`, "gb", `${first}_cam_gb`];
+  for (const method of others) kinds.push(`${method}_cam`, `${method}_cam_gb`);
+  return kinds;
+}
+
+function figures(item, explained) {
+  const row = make("div.figures", {}, linkedFigure(item.source, "source", sourcePicture(item)));
+  for (const kind of kindsOf(item.methods)) {
+    const link = explained?.files[kind];
+    if (link) row.append(linkedFigure(link, kind, classPicture(item, explained, kind)));
+  }
+  return row;
+}
+
+function classSection(item, explained) {
+  const heading = `${explained.name}, ${percent(explained.probability)}`;
+  return make("section", {}, nameLine("h3", heading), figures(item, explained));
+}
+
+function stateOf(name, item) {
+  if (name === item.truth) return "right";
+  return name === item.prediction ? item.state : "other";
+}
+
+function showItem(index) {
+  position = Math.max(0, Math.min(index, list.length - 1));
+  const item = list[position];
+  const bars = item.top.map((entry) => chanceBar(entry, stateOf(entry.name, item)));
+  const sections = item.classes.map((explained) => classSection(item, explained));
+  const content = sections.length ? sections : [figures(item)];
+
   find("#path").textContent = item.path;
-  find("dialog div").replaceChildren(verdict(item), make("div.row", {}, ...chances), ...(rows[0] ? rows : [row("")]));
-  if (!view.open) view.showModal();
+  find("dialog > div").replaceChildren(verdict(item), make("div.chances", {}, ...bars), ...content);
+  if (!dialog.open) dialog.showModal();
+}
+
+// ---- Keys
+
+function buildDialog() {
+  const previous = () => showItem(position - 1);
+  const next = () => showItem(position + 1);
+  const close = () => dialog.close();
+  const keys = { ArrowLeft: previous, ArrowRight: next, Escape: close };
+
+  const nav = find("nav");
+  nav.append(heatButton());
+  nav.append(make("button", { onclick: previous }, "Previous (←)"));
+  nav.append(make("button", { onclick: next }, "Next (→)"));
+  nav.append(make("button", { onclick: close }, "Close (Esc)"));
+
+  dialog.onkeydown = (event) => {
+    if (!event.altKey && !event.ctrlKey && !event.metaKey) keys[event.key]?.();
+  };
+  dialog.onclose = () => {
+    addCards(position);
+    main.children[position].focus();
+  };
+}
+
+document.onkeydown = (event) => {
+  const isTyping = event.target.matches("input, select");
+  const hasModifier = event.altKey || event.ctrlKey || event.metaKey;
+  if (event.key.toLowerCase() === "h" && !isTyping && !hasModifier) toggleHeat();
 };
-const act = {H: ["Heat (H)", () => (find("h2 + button").ariaPressed = view.classList.toggle("heat"))],
-  ArrowLeft: ["Previous (←)", () => turn(at - 1)], ArrowRight: ["Next (→)", () => turn(at + 1)],
-  Escape: ["Close (Esc)", () => view.close()]};
-for (const [text, onclick] of Object.values(act)) find("nav").append(make("button", {onclick}, text));
-view.onkeydown = ({key, altKey, ctrlKey, metaKey}) => altKey | ctrlKey | metaKey || act[key.replace(/^h$/, "H")]?.[1]();
-view.onclose = () => { more(at); main.children[at].focus(); };
-const photos = [...new Map(items.map((item) => [item.path, item])).values()], known = photos.filter(({truth}) => truth);
-const pairs = tally(known.flatMap(VALUES.Pair)), truths = tally(known.map(({truth}) => truth));
-const states = tally(photos.map(({state}) => state)), wrong = known.filter(({state}) => state === "wrong");
-const names = [...new Set([...ranked(wrong.flatMap(VALUES.Class)), ...truths].map(([key]) => key))].slice(0, 30).sort();
-const head = (name) => make("th", {title: name}, name), cell = (truth, guess) => {
-  const [title] = VALUES.Pair({truth, guess}), count = pairs.get(title), share = 10 + 50 * count / truths.get(truth);
-  const onclick = () => show(form.Pair.value = form.Pair.value === title ? "" : title);
-  return make("td", {}, count ? make(truth === guess ? "button.right" : "button.wrong",
-    {title, onclick, style: `--share: ${share}%`}, count) : "");
-};
-find("table").append(make("tr", {}, head("true ↓ predicted →"), ...names.map(head)), ...names.map((truth) =>
-  make("tr", {}, head(truth), ...names.map((guess) => cell(truth, guess)))));
-Object.assign(find("details"), {hidden: !known.length, open: names.length < 9});
-const field = (name, options) => make("label", {}, name, make("select", {name}, ...options));
-const choices = (name) => ranked(items.flatMap(VALUES[name])).map(([key, sum]) => new Option(`${key} (${sum})`, key));
-form.append(...["Result", "Class", "Method"].map((name) => field(name, [new Option("all", ""), ...choices(name)])),
-  field("Order", Object.keys(ORDERS).slice(known.length ? 0 : 1).map((order) => new Option(order))),
-  make("label", {}, "Text", make("input", {name: "Text", type: "search"})), make("input", {name: "Pair", hidden: true}),
-  make("button", {type: "reset"}, "Show all"));
-Object.assign(form, {oninput: show, onsubmit: () => false, onreset: () => setTimeout(show)});
-window.onscroll = window.onresize = () => more();
-document.title = find("h1").textContent = `Heatmaps in ${folder}`;
-find("#summary").textContent = `${photos.length} photos, ${states.get("failed") ?? 0} failed`
-  + (known.length ? `, ${percent(1e6 * (states.get("right") ?? 0) / known.length)} of ${known.length} right` : "");
-show();</script></html>"""
+
+// ---- Start
+
+function describeAll() {
+  const count = (state) => photos.filter((item) => item.state === state).length;
+  const known = photosWithTruth.length;
+  let summary = `${photos.length} photos, ${count("failed")} failed`;
+  if (known) summary += `, ${percent(count("right") / known)} of ${known} right`;
+  find("#summary").textContent = summary;
+  find("h1").textContent = `Heatmaps in ${folder}`;
+  document.title = `Heatmaps in ${folder}`;
+}
+
+describeAll();
+buildForm();
+buildConfusion();
+buildDialog();
+find("#means").hidden = !means.length;
+find("#means").open = true;
+window.onscroll = () => addCards();
+window.onresize = () => addCards();
+showCards();
+"""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 9  Run. Threads read, one explains, threads write; a photo that fails stops nothing.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 THREADS = min(4, os.cpu_count() or 1)  # that read, and as many that draw
+FEW = 4  # photos for which folding the batch norms takes longer than it saves
+EMPTY_MAPS = 10  # that have a warning of their own
+NOT_IN_RESULTS = (  # options that change no picture and no record
+    *("images", "ckpt", "device", "batch_size", "output"),
+    *("skip_existing", "only_wrong", "gallery"),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A photo that is to be explained."""
+
+    photo: Photo
+    options: str  # a hash of the options and of all files that are read, see `with_options`
 
 
 @dataclass
 class Item:
     """A photo on its way through the program; each step fills in what it finds, or `error`."""
 
+    task: Task
     path: str
-    folder: str  # of its files, below the output folder
-    options: str  # a hash of the options and of the file, by which a later run knows what was done
-    truth: int | None = None  # see true_class
-    box: tuple[float, float, float, float] = (
-        0.0,
-        0.0,
-        0.0,
-        0.0,
-    )  # the part that the network sees, in its pixels
+    truth: int | None  # see true_class
+    box: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # the seen part, in its pixels
     picture: Picture | None = None  # that part, to draw on
     inputs: Tensor | None = None  # that part as the network gets it, (3, H, W)
     explanation: Explanation | None = None  # (1, K, ...)
     record: dict[str, Any] = field(default_factory=dict)  # its line in the log
-    contents: dict[str, bytes] = field(default_factory=dict)  # of its files, see Log.write
+    outputs: list[OutputFile] = field(default_factory=list)
     error: str = ""  # one line
 
 
@@ -4623,25 +5890,35 @@ class Job:
     args: argparse.Namespace
     classifier: Classifier
     explainer: Explainer
-    targets: list[
-        int
-    ]  # indices, PREDICTED or TRUTH; none of them: the `top_k` classes of highest probability
+    targets: list[int]  # indices, PREDICTED or TRUTH; empty: the `top_k` likeliest classes
     labels: Sequence[str] | None  # of all classes, for file names; None: no class stands in them
     font: Any  # for the sheet
     glyphs: set[str]  # characters that the font has
     shown: Sequence[str]  # class names, or their indices where the font lacks a character
 
 
+@dataclass
+class Tally:
+    """What has become of the photos."""
+
+    done: int = 0
+    skipped: int = 0
+    failed: int = 0
+    empty_maps: int = 0
+
+
 def prefetch(
     function: Callable[[Any], Any], items: Iterable[Any], depth: int, threads: int
 ) -> Iterator[Any]:
-    """Map `function` over `items` in threads, `depth` ahead, in order; what was begun before an error is yielded."""
-    pool, pending, error, items = (
-        ThreadPoolExecutor(threads),
-        deque[Future[Any]](),
-        None,
-        iter(items),
-    )
+    """Map `function` over `items` in threads, `depth` ahead, in order.
+
+    What was begun before an error is yielded before it is raised.
+    """
+    pool = ThreadPoolExecutor(threads)
+    pending = deque[Future[Any]]()
+    error: BaseException | None = None
+    items = iter(items)
+
     try:
         while pending or not error:
             try:
@@ -4649,419 +5926,708 @@ def prefetch(
                     pending.append(pool.submit(function, next(items)))
             except (Exception, KeyboardInterrupt) as raised:
                 error = raised
+
             # on Windows, Ctrl-C ends only such waits as have a limit
             if pending and wait([pending[0]], timeout=0.2).done:
                 yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
     if not isinstance(error, StopIteration):
         raise error
 
 
-def with_options(
-    args: argparse.Namespace, photos: Iterable[tuple[str, str]]
-) -> list[tuple[str, str, str]]:
-    """Return the photos, each with a hash of the options and of the size and time of all files that are read for it."""
-
-    def signature(path: str) -> tuple[int, int]:
-        with contextlib.suppress(OSError, ValueError):
-            return os.stat(path).st_size, os.stat(path).st_mtime_ns
-        return 0, 0
-
-    ignored = {
-        "images",
-        "photos",
-        "ckpt",
-        "device",
-        "batch_size",
-        "output",
-        "skip_existing",
-        "log_size",
-        "gallery",
-    }
-    ignored |= (
-        set() if args.sheet or args.save_arrays else {"methods"}
-    )  # which only these files share
-    options = [
-        (name, str(value)) for name, value in sorted(vars(args).items()) if name not in ignored
-    ]
-    ckpt, own_network = os.path.realpath(args.ckpt or ""), (args.arch or "").rpartition(":")[0]
-    options = repr((options, ckpt, signature(ckpt), signature(own_network)))
-    texts = [
-        f"{options} {signature(path)}".encode("utf-8", "backslashreplace") for path, _ in photos
-    ]
-    return [
-        (*photo, hashlib.sha256(text).hexdigest()[:16])
-        for photo, text in zip(photos, texts, strict=True)
-    ]
+# Before the first photo
 
 
-def load_job(args: argparse.Namespace, local_rank: int | None) -> Job:
-    """Load the network that the command line asks for, and print what is assumed about it. Raises CallError."""
+def with_options(args: argparse.Namespace, photos: Iterable[Photo]) -> list[Task]:
+    """Return the photos, each with a hash of the options and of the files that are read for it.
+
+    A file counts as changed where its size or its time has changed.
+    """
+    ignored = set(NOT_IN_RESULTS)
+    if not (args.sheet or args.save_arrays):
+        ignored.add("methods")  # which only these files share
+
+    options = []
+    for name, value in sorted(vars(args).items()):
+        if name not in ignored:
+            options.append((name, str(value)))
+
+    ckpt = os.path.realpath(args.ckpt or "")
+    own_network = (args.arch or "").rpartition(":")[0]
+    shared = repr((options, ckpt, signature(ckpt), signature(own_network)))
+
+    tasks = []
+    for photo in photos:
+        text = f"{shared} {signature(photo.path)}".encode("utf-8", "backslashreplace")
+        tasks.append(Task(photo, hashlib.sha256(text).hexdigest()[:16]))
+    return tasks
+
+
+def signature(path: str) -> tuple[int, int]:
+    """Return size and time of a file, or zeros where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+    return 0, 0
+
+
+def load_job(request: Request, count: int) -> Job:
+    """Load the network that the command line asks for, and print what is assumed about it.
+
+    `count` photos are to be explained. Raises CallError.
+    """
+    args = request.args
     if args.colormap not in COLORMAPS:
         hint = closest(args.colormap, COLORMAPS) or f" (known: {', '.join(COLORMAPS)})"
         raise CallError(f"unknown colormap '{args.colormap}'{hint}")
-    own_gpu = local_rank is not None and args.device in (None, "cuda") and torch.cuda.is_available()
-    device = (
-        f"cuda:{local_rank}" if own_gpu else args.device
-    )  # torchrun starts a process for each GPU
-    given = {
-        name: getattr(args, name) for name in ("class_names", "input_size", "resize", "mean", "std")
-    }
-    classifier = load_classifier(args.arch, args.ckpt, args.num_classes, device, **given)
-    names, side = classifier.class_names, classifier.input_size
-    targets = list(dict.fromkeys(find_class(wanted, names) for wanted in args.target_classes or ()))
-    if (args.only_wrong or TRUTH in targets) and all(
-        true_class(path, names) is None for path, _ in args.photos
-    ):
-        raise CallError(
-            f"no photo's folder is named after a class ({', '.join(names[:8])}), so no truth is known"
-        )
-    given = {
-        name: getattr(args, name)
-        for name in ("methods", "target_layers", "aug_smooth", "eigen_smooth")
-    }
-    bar = partial(tqdm, desc=",".join(args.methods), unit="pass", leave=False, disable=None)
-    explainer = Explainer(classifier.model, guided=args.outputs != ["cam"], progress=bar, **given)
-    try:
-        explainer.prepare(torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        if isinstance(error, CallError) or is_out_of_memory(error):
-            raise
-        why = f"fails at inputs of {side} x {side}: {first_line(error)}; pass another --input-size"
-        raise CallError(f"{classifier.arch} {why}") from error
-    if not local_rank:
-        print_line(classifier.describe(explainer.target_layers), sys.stderr)
-    labels = file_labels(names) if targets or (args.top_k or 1) > 1 else None
+
+    classifier = load_classifier(
+        args.arch,
+        args.ckpt,
+        args.num_classes,
+        choose_device(request),
+        class_names=args.class_names,
+        input_size=args.input_size,
+        resize=args.resize,
+        mean=args.mean,
+        std=args.std,
+    )
+    names = classifier.class_names
+    targets = find_targets(request, names)
+    explainer = make_explainer(args, classifier, count)
+
+    if request.local_rank == 0:
+        told = classifier.describe(explainer.target_layers)
+        if request.world_size > 1:
+            told += f", process {request.rank} of {request.world_size}"
+        print_line(told, sys.stderr)
+
+    labels = file_labels(names) if targets or args.top_k not in (None, 1) else None
     font, glyphs = find_font(names) if args.sheet else (None, set())
     shown = [name if glyphs.issuperset(name) else str(index) for index, name in enumerate(names)]
     return Job(args, classifier, explainer, targets, labels, font, glyphs, shown)
 
 
-def read_item(entry: tuple[str, str, str], job: Job) -> Item:
-    """Read a photo, and keep only what is needed further on, so that large photos do not pile up in memory."""
-    item = Item(*entry, truth=true_class(entry[0], job.classifier.class_names))
+def choose_device(request: Request) -> str | None:
+    """Return the device to compute on; torchrun starts a process for each GPU."""
+    device = request.args.device
+    if request.world_size > 1 and device in (None, "cuda") and torch.cuda.is_available():
+        return f"cuda:{request.local_rank}"
+    return device
+
+
+def find_targets(request: Request, names: Sequence[str]) -> list[int]:
+    """Return the classes to explain, see `Job.targets`.
+
+    Raises CallError: there is no such class, or no photo's true class is known.
+    """
+    targets = []
+    for wanted in request.args.target_classes or ():
+        index = find_class(wanted, names)
+        if index not in targets:
+            targets.append(index)
+
+    needs_truth = request.args.only_wrong or TRUTH in targets
+    if needs_truth and all(true_class(photo.path, names) is None for photo in request.photos):
+        some = ", ".join(names[:8])
+        raise CallError(f"no photo's folder is named after a class ({some}), so no truth is known")
+    return targets
+
+
+def make_explainer(args: argparse.Namespace, classifier: Classifier, count: int) -> Explainer:
+    """Return what explains the photos. It takes over the classifier's network.
+
+    Raises CallError: the network or the layer does not work at this input size.
+    """
+    bar = partial(tqdm, desc=",".join(args.methods), unit="pass", leave=False, disable=None)
+    explainer = Explainer(
+        classifier.model,
+        args.methods,
+        args.target_layers,
+        guided=args.outputs != ["cam"],
+        aug_smooth=args.aug_smooth,
+        eigen_smooth=args.eigen_smooth,
+        progress=bar,
+        copy=False,
+        fold=count > FEW,
+    )
+
+    height, width = classifier.input_size
+    shape = (1, classifier.channels, height, width)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     try:
-        photo = read_photo(item.path)
-        height, width = photo.shape[:2]
-        item.box = job.classifier.seen_box(height, width)
-        part = job.classifier.seen(photo)
-        item.picture = resized(part, job.args.output_size or min(max(part.shape[:2]), 1024))
-        item.inputs = job.classifier.preprocess(photo)
+        explainer.prepare(noise)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise CallError(
+            f"{classifier.arch} fails at inputs of {height} x {width}: {first_line(error)}; "
+            "pass another --input-size"
+        ) from error
+    return explainer
+
+
+def list_layers(request: Request) -> int:
+    """Print the layers with a spatial map. Returns the exit status; raises CallError."""
+    explainer = load_job(request, 1).explainer
+    for name, (kind, shape) in explainer.layers.items():
+        size = " x ".join(map(str, shape))
+        if name in explainer.target_layers:
+            size += "   (default)"
+        print_line(f"{name:40} {kind:24} {size}")
+    return 0
+
+
+# Each photo
+
+
+def read_item(task: Task, job: Job) -> Item:
+    """Read a photo, and keep only what is needed further on, so that large photos use no memory."""
+    path = task.photo.path
+    classifier = job.classifier
+    item = Item(task, path, true_class(path, classifier.class_names))
+    try:
+        short_side = 0 if classifier.squash else classifier.preset.resize_size[0]
+        with open_photo(path, short_side) as photo:
+            height, width = photo.shape[:2]
+            item.box = classifier.seen_box(height, width)
+
+            seen = classifier.seen(photo)
+            item.picture = resized(seen, job.args.output_size or min(max(seen.shape[:2]), 1024))
+            item.inputs = classifier.preprocess(photo)
+    except PhotoError as error:
+        item.error = str(error)
+    except (cv2.error, MemoryError) as error:
+        item.error = f"{path}: cannot be prepared: {first_line(error)}"
+    else:
         item.record = {
-            "image": item.path,
+            "image": path,
             "width": width,
             "height": height,
             "method": ",".join(job.args.methods),
         }
-    except PhotoError as error:
-        item.error = str(error)
     return item
 
 
 def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Iterator[Item]:
-    """Yield the items with their explanations, or what went wrong, in order."""
+    """Yield the items with their explanations, or what went wrong, in order.
 
-    def attempt(part: list[Item]) -> None:
-        try:
-            explain(part, job)
-        except (RuntimeError, ValueError, MemoryError) as error:
-            if isinstance(error, CallError) or (is_out_of_memory(error) and len(part) > 1):
-                raise
-            if re.search("(CUDA|HIP) error", str(error)) and not is_out_of_memory(
-                error
-            ):  # the GPU answers no more
-                raise CallError(
-                    f"the GPU has failed: {first_line(error)}; go on with --skip-existing"
-                ) from error
-            if len(part) == 1:
-                part[0].error = f"{part[0].path}: the network failed: {first_line(error)}"
-            for item in part if len(part) > 1 else ():  # it may be one of them only
-                attempt([item])
-
+    Raises CallError: the GPU has failed.
+    """
     while batch := list(itertools.islice(items, batch_size.size)):
-        deque(batch_size.run(attempt, [item for item in batch if not item.error]), maxlen=0)
+        readable = [item for item in batch if not item.error]
+        for _ in batch_size.run(partial(try_to_explain, job=job), readable):
+            pass
         yield from batch
 
 
+def try_to_explain(items: Sequence[Item], job: Job) -> None:
+    """Explain a batch; where the network fails, explain each photo alone, to find the one at fault.
+
+    Raises CallError: the GPU has failed. Raises the error of too little memory for a batch.
+    """
+    try:
+        explain(items, job)
+    except (RuntimeError, ValueError, MemoryError) as error:
+        out_of_memory = is_out_of_memory(error)
+        if out_of_memory and len(items) > 1:
+            raise
+        if re.search("(CUDA|HIP) error", str(error)) and not out_of_memory:
+            raise CallError(
+                f"the GPU has failed: {first_line(error)}; go on with --skip-existing"
+            ) from error
+
+        if len(items) == 1:
+            items[0].error = f"{items[0].path}: the network failed: {first_line(error)}"
+            return
+        for item in items:
+            try_to_explain([item], job)
+
+
 def explain(items: Sequence[Item], job: Job) -> None:
-    """Fill in the explanations and the records of photos; with --only-wrong, of the others the records alone."""
-    inputs = torch.stack([item.inputs for item in items])
+    """Fill in the explanations and the records of photos.
+
+    With --only-wrong, the photos that are predicted right get a record alone.
+    """
     if job.args.only_wrong:
-        logits = job.explainer.logits(inputs).cpu().numpy()
-        if not np.isfinite(logits).all():
-            raise ValueError("the logits are NaN or infinite")
-        for item, row in zip(items, logits[:, None], strict=True):
-            item.explanation = Explanation({}, None, row, row.argmax(1, keepdims=True))
-            describe_item(item, job)
-        wrong = [item.record.get("right") is False for item in items]
-        items, inputs = list(itertools.compress(items, wrong)), inputs[wrong]
-    truths = [PREDICTED if item.truth is None else item.truth for item in items]
-    if TRUTH in job.targets and PREDICTED in truths:
-        warn(
-            "where the folder is not named after a class, the prediction is explained instead of the truth"
-        )
-    targets = [[truth if target == TRUTH else target for target in job.targets] for truth in truths]
-    if items:
-        explanation = job.explainer(
-            inputs, targets if job.targets else None, top=job.args.top_k or 1
-        )
+        items = predict(items, job)
+        if not items:
+            return
+
+    targets = None
+    if job.targets:
+        targets = [targets_of(item, job.targets) for item in items]
+    inputs = torch.stack([item.inputs for item in items])
+    explanation = job.explainer(inputs, targets, top=job.args.top_k or 1)
+
     for index, item in enumerate(items):
         item.explanation = explanation.only(index)
         describe_item(item, job)
 
 
+def predict(items: Sequence[Item], job: Job) -> list[Item]:
+    """Fill in the records of photos from their predictions; return those that are predicted wrong.
+
+    Raises ValueError: the logits are not finite.
+    """
+    inputs = torch.stack([item.inputs for item in items])
+    logits = job.explainer.logits(inputs).cpu().numpy()
+    if not np.isfinite(logits).all():
+        raise ValueError("the logits are NaN or infinite")
+
+    wrong = []
+    for item, row in zip(items, logits[:, None], strict=True):
+        item.explanation = Explanation({}, None, row, row.argmax(1, keepdims=True))
+        describe_item(item, job)
+        if item.record.get("right") is False:
+            wrong.append(item)
+    return wrong
+
+
+def targets_of(item: Item, targets: Sequence[int]) -> list[int]:
+    """Return the classes to explain for a photo, with its true class in the place of TRUTH."""
+    truth = item.truth
+    if truth is None:
+        truth = PREDICTED
+        if TRUTH in targets:
+            warn(
+                "where the folder is not named after a class, "
+                "the prediction is explained instead of the truth"
+            )
+    return [truth if target == TRUTH else target for target in targets]
+
+
 def describe_item(item: Item, job: Job) -> None:
     """Complete the record of a photo that was explained, with the metrics if they are asked for."""
-    explanation, classifier = item.explanation, job.classifier
-    p, names = (
-        probabilities(torch.from_numpy(explanation.logits))[0].numpy(),
-        classifier.class_names,
-    )
-    indices, count = (
-        [*explanation.targets[0], *np.argsort(-p, kind="stable")[:5]],
-        len(explanation.targets[0]),
-    )
-    found = [
-        {"index": int(i), "name": names[i], "probability": round(float(p[i]), 6)} for i in indices
-    ]
-    classes, top5 = found[:count], found[count:]
-    item.record |= {
-        "prediction": top5[0],
-        "class": classes[0],
-        **({"classes": classes} if job.labels else {}),
-    }
+    explanation = item.explanation
+    classifier = job.classifier
+    names = classifier.class_names
+    p = probabilities(torch.from_numpy(explanation.logits))[0].numpy()
+    order = np.argsort(-p, kind="stable")
+
+    def describe(index: int) -> dict[str, Any]:
+        probability = round(float(p[index]), 6)
+        return {"index": int(index), "name": names[index], "probability": probability}
+
+    record = item.record
+    record["prediction"] = describe(order[0])
+    record["classes"] = [describe(index) for index in explanation.targets[0]]
     if item.truth is not None:
-        item.record["truth"] = {"index": item.truth, "name": names[item.truth]}
-        item.record["right"] = item.truth == top5[0]["index"]
-    item.record |= {
-        "top5": top5,
-        "target_layer": ",".join(job.explainer.target_layers),
-        "options": item.options,
+        record["truth"] = {"index": item.truth, "name": names[item.truth]}
+        record["right"] = item.truth == record["prediction"]["index"]
+
+    record["top5"] = [describe(index) for index in order[:5]]
+
+    record["target_layer"] = ",".join(job.explainer.target_layers)
+    record["options"] = item.task.options
+    record["input_size"] = classifier.input_size
+    record["resize"] = job.args.resize
+    record["box"] = [round(edge, 2) for edge in item.box]
+    record["mean"] = [round(value, 6) for value in classifier.preset.mean]
+    record["std"] = [round(value, 6) for value in classifier.preset.std]
+
+    record["heat"] = {
+        method: [heat_grid(cam) for cam in cams[0]] for method, cams in explanation.cams.items()
     }
-    item.record |= {"input_size": classifier.input_size, "resize": job.args.resize}
-    item.record["box"] = [round(x, 2) for x in item.box]
-    item.record |= {
-        key: [round(x, 6) for x in getattr(classifier.preset, key)] for key in ("mean", "std")
-    }
-    item.record |= {"metrics": []} if job.args.metrics else {}
-    for index, each in enumerate(classes if job.args.metrics else ()):
-        for method, cams in explanation.cams.items():
-            metrics = faithfulness(job.explainer, item.inputs[None], cams[0, index], each["index"])
-            item.record["metrics"].append({"class": each["name"], "method": method, **metrics})
+    if job.args.metrics:
+        record["metrics"] = measure_item(item, job)
+
+
+def measure_item(item: Item, job: Job) -> list[dict[str, Any]]:
+    """Return the metrics of each map of a photo."""
+    inputs = item.inputs[None]
+    measured = []
+    for index, entry in enumerate(item.record["classes"]):
+        for method, cams in item.explanation.cams.items():
+            metrics = faithfulness(job.explainer, inputs, cams[0, index], entry["index"])
+            measured.append({"class": entry["name"], "method": method, **metrics})
+    return measured
+
+
+# Drawing
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture of an explanation."""
+
+    output: str  # one of OUTPUTS
+    method: str  # empty where the picture is of no method
+    picture: Picture
+    note: str  # across it on the sheet
+
+    @property
+    def kind(self) -> str:
+        """Return what it is called in the record and in file names."""
+        return f"{self.method}_{self.output}".lstrip("_")
 
 
 def draw_item(item: Item, job: Job) -> Item:
-    """Fill in the contents of a photo's files; README.md has the shapes of the arrays."""
+    """Fill in the contents of a photo's files."""
     if item.error or not item.explanation.cams:
         return item
-    pictures, blocks, args, explanation = {}, [], job.args, item.explanation
-    for index, found in enumerate(item.record.get("classes", [item.record["class"]])):
-        label = job.labels[found["index"]] if job.labels else ""
-        columns = {
-            "": [("source", item.picture, "")]
-        }  # of the sheet: gb under the source, cam_gb under cam
-        for output in args.outputs:
-            for method in [""] if output == "gb" else args.methods:
-                drawn = draw(
-                    output,
-                    explanation,
-                    item.picture,
-                    method,
-                    index,
-                    colormap=args.colormap,
-                    alpha=args.alpha,
-                )
-                pictures["_".join(filter(None, (method, output, "{}", label)))] = drawn
-                empty = method and not explanation.cams[method][0, index].any()
-                entry = f"{method} {output}".strip(), drawn, "no positive evidence" if empty else ""
-                columns.setdefault(method, []).append(entry)
-        blocks.append(
-            (
-                f"explained: {job.shown[found['index']]} {found['probability']:.3f}",
-                list(columns.values()),
-            )
-        )
-    if args.sheet:
-        photo = "".join(c if c in job.glyphs else "?" for c in os.path.basename(item.path))
-        best, layer = item.record["prediction"], item.record["target_layer"]
-        truth = "" if item.record.get("right", True) else f" (truth: {job.shown[item.truth]})"
-        title = f"{photo}   prediction: {job.shown[best['index']]} {best['probability']:.3f}{truth}   layer: {layer}"
-        pictures["{}_sheet"] = draw_sheet(title, blocks, job.font, args.colormap)
-    quality = {
-        "jpg": [cv2.IMWRITE_JPEG_QUALITY, args.quality],
-        "webp": [cv2.IMWRITE_WEBP_QUALITY, args.quality],
-    }
-    for name, picture in pictures.items():
-        bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
-        encoded = cv2.imencode(f".{args.format}", bgr, quality.get(args.format, []))[1]
-        item.contents[f"{name}.{args.format}"] = encoded.tobytes()
-    if args.save_arrays:
-        arrays, buffer = (
-            {} if explanation.guided is None else {"guided": explanation.guided[0]},
-            io.BytesIO(),
-        )
-        arrays |= {
-            "methods": args.methods,
-            "classes": explanation.targets[0],
-            "logits": explanation.logits[0],
-        }
-        arrays |= {
-            "cams": [explanation.cams[method][0] for method in args.methods],
-            "box": item.box,
-        }
-        arrays |= {
-            "class_names": job.classifier.class_names,
-            "target_layers": job.explainer.target_layers,
-        }
-        np.savez_compressed(buffer, **arrays)
-        item.contents["{}.npz"] = buffer.getvalue()
-    item.picture = item.inputs = None
+    try:
+        item.outputs = make_outputs(item, job)
+    except (cv2.error, MemoryError) as error:
+        item.error = f"{item.path}: cannot be drawn: {first_line(error)}"
+    item.picture = None
+    item.inputs = None
     return item
 
 
-def save_item(item: Item, args: argparse.Namespace, log: Log) -> str:
-    """Write the files and the record of a photo, and print its line. Return "done", "skipped" or "failed"."""
-    try:
-        base = "/".join([*Path(item.folder).parts, Path(item.path).stem])
-        if not item.error and not log.write(item.record, base, item.contents):
-            return "skipped"
-    except OSError as error:
-        item.error = f"{item.path}: its results cannot be written: {error.strerror or error}"
+def make_outputs(item: Item, job: Job) -> list[OutputFile]:
+    """Return the files of a photo that was explained."""
+    args = job.args
+    outputs = []
+    blocks = []
+
+    for index, entry in enumerate(item.record["classes"]):
+        label = f"_{job.labels[entry['index']]}" if job.labels else ""
+        drawings = draw_class(item, job, index)
+        for drawing in drawings:
+            name = f"{drawing.kind}_{{}}{label}.{args.format}"
+            content = encode(drawing.picture, args.format, args.quality)
+            outputs.append(OutputFile(drawing.kind, index, name, content))
+
+        if args.sheet:
+            heading = f"explained: {job.shown[entry['index']]} {entry['probability']:.3f}"
+            blocks.append(Block(heading, sheet_columns(item.picture, drawings)))
+
+    if args.sheet:
+        sheet = draw_sheet(sheet_title(item, job), blocks, job.font, args.colormap)
+        content = encode(sheet, args.format, args.quality)
+        outputs.append(OutputFile("sheet", None, f"{{}}_sheet.{args.format}", content))
+    if args.save_arrays:
+        outputs.append(OutputFile("arrays", None, "{}.npz", pack_arrays(item, job)))
+    return outputs
+
+
+def draw_class(item: Item, job: Job, index: int) -> list[Drawing]:
+    """Return the pictures of one explained class of a photo."""
+    args = job.args
+    drawings = []
+    for output in args.outputs:
+        for method in [""] if output == "gb" else args.methods:
+            picture = draw(
+                output,
+                item.explanation,
+                item.picture,
+                method,
+                index,
+                colormap=args.colormap,
+                alpha=args.alpha,
+                fade=args.fade,
+            )
+
+            note = ""
+            if method and not item.explanation.cams[method][0, index].any():
+                note = "no positive evidence"
+            drawings.append(Drawing(output, method, picture, note))
+    return drawings
+
+
+def sheet_columns(source: Picture, drawings: Sequence[Drawing]) -> list[list[Cell]]:
+    """Return the columns of a sheet: gb is under the source, a method's cam_gb under its cam."""
+    columns = {"": [Cell("source", source)]}
+    for drawing in drawings:
+        caption = f"{drawing.method} {drawing.output}".strip()
+        cell = Cell(caption, drawing.picture, drawing.note)
+        columns.setdefault(drawing.method, []).append(cell)
+    return list(columns.values())
+
+
+def sheet_title(item: Item, job: Job) -> str:
+    """Return the line on top of a sheet; a character that the font lacks is shown as ?."""
+    name = "".join(c if c in job.glyphs else "?" for c in os.path.basename(item.path))
+    best = item.record["prediction"]
+    prediction = f"{job.shown[best['index']]} {best['probability']:.3f}"
+    if item.record.get("right") is False:
+        prediction += f" (truth: {job.shown[item.truth]})"
+    return f"{name}   prediction: {prediction}   layer: {item.record['target_layer']}"
+
+
+def encode(picture: Picture, ending: str, quality: int) -> bytes:
+    """Return a picture as a file of that format."""
+    flags = []
+    if ending == "jpg":
+        flags = [cv2.IMWRITE_JPEG_QUALITY, quality]
+    elif ending == "webp":
+        flags = [cv2.IMWRITE_WEBP_QUALITY, quality]
+
+    bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+    _, encoded = cv2.imencode(f".{ending}", bgr, flags)
+    return encoded.tobytes()
+
+
+def pack_arrays(item: Item, job: Job) -> bytes:
+    """Return an explanation as a file of NumPy's; README.md has the shapes."""
+    explanation = item.explanation
+    arrays = {
+        "methods": job.args.methods,
+        "classes": explanation.targets[0],
+        "cams": [explanation.cams[method][0] for method in job.args.methods],
+        "logits": explanation.logits[0],
+        "class_names": job.classifier.class_names,
+        "target_layers": job.explainer.target_layers,
+        "box": item.box,
+    }
+    if explanation.guided is not None:
+        arrays["guided"] = explanation.guided[0]
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+# Saving and telling
+
+
+def save_item(item: Item, args: argparse.Namespace, log: Log, tally: Tally) -> None:
+    """Write the files and the record of a photo, print its line, and count it."""
+    if not item.error:
+        base = "/".join([*Path(item.task.photo.folder).parts, Path(item.path).stem])
+        try:
+            written = log.write(item.record, base, item.outputs)
+        except OSError as error:
+            item.error = f"{item.path}: its results cannot be written: {error.strerror or error}"
+
     if item.error:
         log.write_error(item.path, ",".join(args.methods), item.error)
         print_line(f"error: {item.error}", sys.stderr)
-        return "failed"
-    prediction, classes = (
-        item.record["prediction"],
-        item.record.get("classes", [item.record["class"]]),
-    )
-    truth = "" if item.record.get("right", True) else f" (truth: {item.record['truth']['name']})"
-    parts = [f"{prediction['name']} {prediction['probability']:.3g}{truth}"]
-    if classes != [prediction]:
-        parts.append(
-            "explained: "
-            + ", ".join(f"{each['name']} {each['probability']:.3g}" for each in classes)
-        )
-    for found in item.record.get("metrics", ()):
-        of = f" for {found['class']}" if len(classes) > 1 else ""
-        parts.append(
-            f"{found['method']}{of}: " + ", ".join(f"{name} {found[name]:.3g}" for name in METRICS)
-        )
-    print_line(
-        f"{item.path}: {'; '.join(parts)} -> {', '.join(item.record['files']) or 'no files'}"
-    )
-    empty = f"map is all zeros: no positive evidence at {item.record['target_layer']}"
-    for method in (
-        method for method, cams in item.explanation.cams.items() if not cams[0].any((1, 2)).all()
-    ):
-        print_line(f"warning: {item.path}: the {method} {empty}", sys.stderr)
-    return "done"
+        tally.failed += 1
+    elif not written:
+        tally.skipped += 1
+    else:
+        tally.done += 1
+        print_result(result_line(item, args.output))
+        warn_of_empty_maps(item, tally)
 
 
-def finish(args: argparse.Namespace, log: Log, images: Sequence[str]) -> str:
-    """Write the page of all results. Return what the closing line tells of it, and of the accuracy for these photos."""
-    page, verdicts, parts = None, [], []
+def print_result(line: str) -> None:
+    """Print a line on stdout; when its reader has gone, as in `| head`, the run goes on."""
     try:
-        verdicts = log.verdicts(images, ",".join(args.methods))
+        print_line(line)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EINVAL):  # the latter on Windows
+            raise
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def result_line(item: Item, folder: Path) -> str:
+    """Return what is printed of a photo: prediction, explained classes, metrics and files."""
+    record = item.record
+    prediction = with_probability(record["prediction"])
+    if record.get("right") is False:
+        prediction += f" (truth: {record['truth']['name']})"
+    told = [prediction]
+
+    indices = [entry["index"] for entry in record["classes"]]
+    if indices != [record["prediction"]["index"]]:
+        explained = [with_probability(entry) for entry in record["classes"]]
+        told.append(f"explained: {', '.join(explained)}")
+
+    for measured in record.get("metrics", ()):
+        subject = measured["method"]
+        if len(indices) > 1:
+            subject += f" for {measured['class']}"
+        told.append(f"{subject}: {format_metrics(measured)}")
+
+    files = [str(folder / path) for path in record["sizes"]]
+    return f"{item.path}: {'; '.join(told)} -> {', '.join(files) or 'no files'}"
+
+
+def with_probability(entry: Mapping[str, Any]) -> str:
+    """Return a class with its probability; a colon stands where the name ends in a number."""
+    name = entry["name"]
+    if name[-1:].isdigit():
+        name += ":"
+    return f"{name} {entry['probability']:.3f}"
+
+
+def format_metrics(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {values[name]:.3f}" for name in METRICS)
+
+
+def warn_of_empty_maps(item: Item, tally: Tally) -> None:
+    """Print a warning for each map that is all zeros, up to a number of them; count them."""
+    layer = item.record["target_layer"]
+    for method, cams in item.explanation.cams.items():
+        for entry, cam in zip(item.record["classes"], cams[0], strict=True):
+            if cam.any():
+                continue
+            tally.empty_maps += 1
+            if tally.empty_maps <= EMPTY_MAPS:
+                subject = f"the {method} map for {entry['name']}"
+                reason = f"no positive evidence at {layer}"
+                print_line(f"warning: {item.path}: {subject} is all zeros: {reason}", sys.stderr)
+
+
+def finish(args: argparse.Namespace, log: Log, photos: Sequence[Photo]) -> str:
+    """Write the page of all results. Return what the closing line says of it and of the photos."""
+    if not log.path.exists():
+        return ""
+
+    page = None
+    try:
         with log.locked():  # a process that has read less must not write later
-            page = write_gallery(args.output) if args.gallery else None
+            page = write_gallery(args.output, args.colormap) if args.gallery else None
     except OSError as error:
         warn(f"no page of the results: {error}")
-    right, known = verdicts.count(True), len(verdicts)
-    parts += [f"accuracy {100 * right / known:.1f} % ({right} of {known})"] if known else []
-    parts += (
-        [f"the {known - right} wrong ones first in {page}" if right < known else f"see {page}"]
-        if page
-        else []
-    )
-    return "".join(f"; {part}" for part in parts)
+
+    methods = ",".join(args.methods)
+    entries = [log.entry(photo.path, methods) for photo in photos]
+    verdicts = [entry.right for entry in entries if isinstance(entry.right, bool)]
+    wrong = verdicts.count(False)
+
+    told = ""
+    if verdicts:
+        right = len(verdicts) - wrong
+        told += f"; accuracy {100 * right / len(verdicts):.1f} % ({right} of {len(verdicts)})"
+    if args.metrics:
+        with contextlib.suppress(LookupError, TypeError, ValueError):  # another program's records
+            told += mean_metrics(entries, args.methods)
+
+    if page and wrong:
+        told += f"; the {wrong} wrong ones first in {page}"
+    elif page:
+        told += f"; see {page}"
+    return told
 
 
-def run(args: argparse.Namespace) -> int:
-    """Explain the photos that the command line names. Returns the exit status; raises CallError."""
-    if args.list_layers:
-        explainer = load_job(args, None).explainer
-        for name, (kind, shape) in explainer.layers.items():
-            size = " x ".join(map(str, shape)) + "   (default)" * (name in explainer.target_layers)
-            print_line(f"{name:40} {kind:24} {size}")
-        return 0
-    began, interrupted, log = (
-        time.monotonic(),
-        False,
-        Log(args.output, getattr(args, "log_size", None)),
-    )
-    of_torchrun = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, value)) for name, value in of_torchrun.items()
-    )
-    mine, methods = with_options(args, args.photos[rank::world_size]), ",".join(args.methods)
-    todo = [
-        entry
-        for entry in mine
-        if not args.skip_existing or not log.is_done(entry[0], methods, entry[2])
-    ]
-    tally = Counter(skipped=len(mine) - len(todo))
+def mean_metrics(entries: Sequence[LogEntry], methods: Sequence[str]) -> str:
+    """Return the mean metrics of each method, as the closing line tells them."""
+    told = ""
+    for method in methods:
+        rows = []
+        for entry in entries:
+            for measured in entry.metrics or ():
+                if measured["method"] == method:
+                    rows.append([measured[name] for name in METRICS])
+        if rows:
+            means = dict(zip(METRICS, np.mean(rows, axis=0), strict=True))
+            told += f"; mean of {method}: {format_metrics(means)}"
+    return told
+
+
+def explain_photos(todo: Sequence[Task], request: Request, log: Log, tally: Tally) -> None:
+    """Explain photos, and write and count the results. Raises CallError."""
+    args = request.args
+    job = load_job(request, len(todo))
     try:
-        job = load_job(args, local_rank if world_size > 1 else None) if todo else None
-        batch_size = BatchSize(
-            args.batch_size or (2 if job is None or job.explainer.device.type == "cpu" else 32)
-        )
-        depth = 2 * batch_size.size + THREADS
-        items = prefetch(partial(read_item, job=job), todo, depth, THREADS)
-        items = prefetch(
-            partial(draw_item, job=job), explain_items(items, job, batch_size), depth, THREADS
-        )
-        for item in tqdm(items, total=len(todo), unit="photo", disable=None):
-            with tqdm.external_write_mode():
-                tally[save_item(item, args, log)] += 1
-    except KeyboardInterrupt:
-        interrupted = True
-    if interrupted or len(mine) > len(todo) or len(args.photos) > 1:
-        of_processes = f" by process {rank} of {world_size}" if world_size > 1 else ""
-        counts = f"{tally['done']} done, {tally['skipped']} skipped, {tally['failed']} failed"
-        go_on = "; stopped, the same command with --skip-existing goes on" if interrupted else ""
-        told = finish(args, log, [path for path, *_ in mine])
-        print_line(
-            f"{counts}{of_processes} in {time.monotonic() - began:.1f} s{told}{go_on}", sys.stderr
-        )
-    # torchrun stops all processes as soon as one does not return 0, so there a broken photo has only its line
-    return 130 if interrupted else int(tally["failed"] > 0 and world_size == 1)
+        log.prepare()
+    except OSError as error:
+        raise CallError(f"{log.path}: cannot be written: {error.strerror or error}") from error
+
+    on_cpu = job.explainer.device.type == "cpu"
+    default = 2 if on_cpu else 32
+    batch_size = BatchSize(args.batch_size or default)
+
+    depth = 2 * batch_size.size + THREADS
+    read = prefetch(partial(read_item, job=job), todo, depth, THREADS)
+    explained = explain_items(read, job, batch_size)
+    drawn = prefetch(partial(draw_item, job=job), explained, depth, THREADS)
+
+    for item in tqdm(drawn, total=len(todo), unit="photo", disable=None):
+        with tqdm.external_write_mode():
+            save_item(item, args, log, tally)
+
+
+def run(request: Request) -> int:
+    """Explain the photos that the command line names. Returns the exit status; raises CallError."""
+    args = request.args
+    if args.list_layers:
+        return list_layers(request)
+    began = time.monotonic()
+    log = Log(args.output, request.log_size)
+
+    share = request.photos[request.rank :: request.world_size]
+    tasks = with_options(args, share)
+    todo = []
+    for task in tasks:
+        if not is_done(task, args, log):
+            todo.append(task)
+
+    tally = Tally(skipped=len(tasks) - len(todo))
+
+    interrupted = False
+    with contextlib.closing(log):
+        try:
+            if todo:
+                explain_photos(todo, request, log, tally)
+        except KeyboardInterrupt:
+            interrupted = True
+        if interrupted or tally.skipped or len(request.photos) > 1:
+            told = finish(args, log, share)
+            print_summary(request, tally, time.monotonic() - began, told, interrupted)
+
+    if interrupted:
+        return 130
+    # torchrun stops all processes as soon as one does not return 0
+    return int(tally.failed > 0 and request.world_size == 1)
+
+
+def is_done(task: Task, args: argparse.Namespace, log: Log) -> bool:
+    """Return whether a photo is to be skipped, since an earlier run has done the same."""
+    if not args.skip_existing:
+        return False
+    return log.is_done(task.photo.path, ",".join(args.methods), task.options, args.only_wrong)
+
+
+def print_summary(
+    request: Request, tally: Tally, seconds: float, told: str, interrupted: bool
+) -> None:
+    """Print the closing lines."""
+    if tally.empty_maps > EMPTY_MAPS:
+        print_line(f"warning: {tally.empty_maps} maps in all are all zeros", sys.stderr)
+
+    line = f"{tally.done} done, {tally.skipped} skipped, {tally.failed} failed"
+    if request.world_size > 1:
+        line += f" by process {request.rank} of {request.world_size}"
+    line += f" in {seconds:.1f} s{told}"
+    if interrupted:
+        line += "; stopped, the same command with --skip-existing goes on"
+    print_line(line, sys.stderr)
 
 
 def main(request: Request) -> int:
-    """Run the program. Returns the exit status: 0 done, 1 a photo failed, 2 a wrong call, 130 stopped by Ctrl-C."""
+    """Run the program.
+
+    Returns the exit status: 0 done, 1 a photo failed, 2 a wrong call, 130 stopped by Ctrl-C.
+    """
     warnings.filterwarnings("ignore")  # the user cannot act on them
     logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
     Image.MAX_IMAGE_PIXELS = None  # read_photo has a limit of its own
-    args = request.args
-    args.photos = [(photo.path, photo.folder) for photo in request.photos]
-    args.log_size = request.log_size
-    if args.input_size:
-        args.input_size = args.input_size[0]
+
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        return run(args)
-    except (CallError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, CallError) and not is_out_of_memory(error):
-            raise
-        why = (
-            "" if isinstance(error, CallError) else "the network needs more memory than there is: "
-        )
-        print_line(f"error: {why}{first_line(error)}", sys.stderr)
+        return run(request)
+    except CallError as error:
+        print_line(f"error: {first_line(error)}", sys.stderr)
         return 2
-    except (
-        OSError
-    ) as error:  # stdout: `| head` has read enough, or the disk that it goes to is full
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (its last flush would fail as well)
-        print_line(
-            f"error: stopped, nothing more can be written: {error.strerror or error}", sys.stderr
-        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = f"the network needs more memory than there is: {first_line(error)}"
+        print_line(f"error: {message}", sys.stderr)
+        return 2
+    except OSError as error:  # stdout goes to a disk that is full
+        # its last flush would fail as well
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        message = f"stopped, nothing more can be written: {error.strerror or error}"
+        print_line(f"error: {message}", sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print_line("stopped", sys.stderr)
         return 130
 
 
+def interrupt(*_: Any) -> NoReturn:
+    """Handle Ctrl-C: stop in order, and ignore further ones meanwhile."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    on_interrupt(signal.default_int_handler)
+    on_interrupt(interrupt)
     sys.exit(main(REQUEST))

@@ -79,6 +79,11 @@ def last_records(folder):
     return {(record["image"], record["method"]): record for record in records(folder)}
 
 
+def paths_of(record, folder):
+    """Return the paths of all files that a record in a folder lists."""
+    return [folder / path for path in program_file.record_files(record)]
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Compute on one thread: for small inputs several only wait for each other."""
@@ -127,7 +132,10 @@ def explain(tiny, tmp_path, capfd):
         try:
             args = program_file.parse_args([str(word) for word in words])
             photos = program_file.find_photos(args.images) if args.images else []
-            status = program_file.main(program_file.Request(args, photos))
+            log = args.output / LOG_NAME
+            size = log.stat().st_size if log.is_file() else 0
+            ranks = program_file.torchrun_ranks()
+            status = program_file.main(program_file.Request(args, photos, size, **ranks))
         except (SystemExit, CallError) as stop:
             status = getattr(stop, "code", 2)
         return Result(status, *capfd.readouterr())
