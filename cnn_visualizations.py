@@ -2556,239 +2556,971 @@ class Log:
 # 8  Gallery. A page of all results, made from the log alone: one file without a server, a package or the network.
 # ---------------------------------------------------------------------------------------------------------------------
 
+PAGE_NAME = "index.html"
+PAGE_MARK = b"made by cnn_visualizations.py"  # by which a later run knows its own page
+HEAT_SIDE = 8  # a record keeps each map as 8 x 8 whole numbers
 
-def write_gallery(folder: Path) -> Path | None:
-    """Write index.html, a page of what the log says. Return its path; None without photos. Raises OSError."""
-    page, items = folder / "index.html", dict[tuple[str, str], dict[str, Any]]()
-    with open(folder / LOG_NAME, "rb") as lines:
-        for record in map(parse_record, lines):
-            with contextlib.suppress(
-                LookupError, TypeError, ValueError, AttributeError
-            ):  # another program's
-                items[record.get("source", record["image"]), record["method"]] = page_item(record)
-    if not items:
+
+def heat_grid(cam: Floats) -> list[int]:
+    """Return a map (H, W) in [0, 1] as 64 whole numbers from 0 to 100, row by row, for the record.
+
+    Wherever there is any evidence the number is at least 1, so only an empty map gives 64 zeros.
+    """
+    small = cv2.resize(cam, (HEAT_SIDE, HEAT_SIDE), interpolation=cv2.INTER_AREA)
+    hundredths = np.rint(100 * small).astype(int)
+    return np.maximum(hundredths, small > 0).ravel().tolist()
+
+
+def write_gallery(folder: Path, colormap: str = "jet") -> Path | None:
+    """Write index.html, a page of what the log in a folder says.
+
+    Args:
+        folder: the output folder.
+        colormap: of the mean maps, see COLORMAPS.
+
+    Returns:
+        The path of the page; None where the log has no photos.
+
+    Raises:
+        OSError: the page cannot be written, or another program's page is in the way.
+    """
+    page = folder / PAGE_NAME
+    entries = read_entries(folder / LOG_NAME)
+    if not entries:
         return None
-    if os.path.lexists(page) and not (
-        page.is_file() and b"made by cnn_visualizations.py" in page.read_bytes()[:300]
-    ):
+    if os.path.lexists(page) and not is_own_page(page):
         raise FileExistsError(f"{page} is in the way: it was not made by this program")
-    by_path = sorted(
-        items.values(),
-        key=lambda item: re.sub(r"\d+", lambda digits: digits[0].zfill(12), item["path"]),
-    )
-    text = json.dumps([folder.resolve().name, by_path], ensure_ascii=False, separators=(",", ":"))
+
+    entries.sort(key=lambda entry: natural_key(entry.item["path"]))
+    data = {
+        "folder": folder.resolve().name,
+        "colours": heat_colours(colormap),
+        "means": mean_heat(entries),
+        "items": [entry.item for entry in entries],
+    }
+    content = fill_page(data)
+
     with tempfile.TemporaryDirectory(
         prefix=".part-", dir=folder, ignore_cleanup_errors=True
     ) as parts:
         part = Path(parts, page.name)
-        part.write_bytes(
-            PAGE.replace("DATA", text.replace("<", "\\u003c"), 1).encode(
-                "utf-8", "backslashreplace"
-            )
-        )
+        part.write_bytes(content)
         os.replace(part, page)
     return page
 
 
+def is_own_page(page: Path) -> bool:
+    """Return whether a file is a page that this program has written."""
+    if not page.is_file():
+        return False
+    with open(page, "rb") as file:
+        return PAGE_MARK in file.read(300)
+
+
+def natural_key(path: str) -> str:
+    """Return a key that sorts 9.jpg before 10.jpg."""
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(12), path)
+
+
+def heat_colours(colormap: str) -> list[str]:
+    """Return the colours of the heat 0, 1 ... 100, as "#00007f"."""
+    levels = np.linspace(0, 255, 101).astype(np.uint8)[:, None]
+    bgr = cv2.applyColorMap(levels, COLORMAPS[colormap])
+    return [f"#{red:02x}{green:02x}{blue:02x}" for blue, green, red in bgr[:, 0]]
+
+
+def fill_page(data: Mapping[str, Any]) -> bytes:
+    """Return the page with its data; no text in the data can end the script element."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    page = PAGE.replace("STYLE", PAGE_STYLE, 1).replace("SCRIPT", PAGE_SCRIPT, 1)
+    return page.replace("DATA", text, 1).encode("utf-8", "backslashreplace")
+
+
+@dataclass
+class PageEntry:
+    """What the page tells of one record."""
+
+    key: str  # of the photo: the same for all its records
+    item: dict[str, Any]  # for the script, see page_item
+    heat: dict[str, bytes]  # method -> 64 numbers from 0 to 100: the map of the predicted class
+
+
+def read_entries(log: Path) -> list[PageEntry]:
+    """Return the last record of each photo and choice of methods; other lines are left out."""
+    entries: dict[tuple[str, str], PageEntry] = {}
+    left_out = 0
+    with open(log, "rb") as lines:
+        for line in lines:
+            try:
+                record = parse_record(line)
+                key = record.get("source", record["image"])
+                entry = PageEntry(key, page_item(record), predicted_heat(record))
+                entries[key, record["method"]] = entry
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+                left_out += 1
+    if left_out:
+        warn(f"{log}: {left_out} lines are no records of this program; the page is without them")
+    return list(entries.values())
+
+
 def page_item(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the page tells of a record."""
-
-    def likely(entry: Mapping[str, Any]) -> tuple[str, int]:
-        return str(entry["name"]), round(1e6 * entry["probability"])
-
-    image, top, truth, box = (
-        record["image"],
-        record.get("top5", []),
-        record.get("truth"),
-        record.get("box"),
-    )
-    source = (
-        as_link(record["source"]) if "source" in record else Path(os.path.abspath(image)).as_uri()
-    )
+    """Return a record as the page's script reads it. Raises what `read_entries` catches."""
     item = {
-        "path": image,
-        "source": source,
+        "path": record["image"],
+        "source": source_link(record),
         "methods": record["method"].split(","),
         "top": [],
-        "rows": [],
+        "classes": [],
     }
     if "error" in record:
-        return {**item, "state": "failed", "error": str(record["error"])}
-    if box:  # where the photo lies behind the heatmap
-        x, y = 100 / (box[2] - box[0]), 100 / (box[3] - box[1])
-        place = -box[0] * x, -box[1] * y, record["width"] * x, record["height"] * y
-        item["place"] = "left:{:.2f}%;top:{:.2f}%;width:{:.2f}%;height:{:.2f}%".format(*place)
-    guess = record.get("prediction") or top[0]
-    state = "unknown" if not truth else "right" if truth["index"] == guess["index"] else "wrong"
-    item |= {
-        "state": state,
-        "guess": str(guess["name"]),
-        "truth": str(truth["name"]) if truth else "",
-    }
-    explained = zip(
-        record.get("classes") or [record.get("class")], pictures_of(record).items(), strict=False
-    )
-    rows = [(*likely(entry), *pictures) for entry, pictures in explained]
-    return {**item, "top": [likely(entry) for entry in (guess, *top[1:])], "rows": rows}
+        item["state"] = "failed"
+        item["error"] = str(record["error"])
+        return item
+
+    prediction = record["prediction"]
+    truth = record.get("truth")
+    item["state"] = "unknown"
+    item["prediction"] = str(prediction["name"])
+    if truth:
+        is_right = truth["index"] == prediction["index"]
+        item["state"] = "right" if is_right else "wrong"
+        item["truth"] = str(truth["name"])
+
+    item["top"] = [likely_class(entry) for entry in record["top5"]]
+    item["classes"] = explained_classes(record)
+    item["shown"] = predicted_place(record) or 0  # of the class whose map is on the card
+    item["size"] = [finite(record["width"]), finite(record["height"])]
+    item["box"] = [finite(side) for side in record["box"]]
+    left, top, right, bottom = item["box"]
+    if not (left < right and top < bottom and min(item["size"]) > 0):
+        raise ValueError("the box is empty")
+    return item
 
 
-def pictures_of(record: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return for each class the link to its pictures, ./cat/%00_1_dog.jpg, and what may stand for %00: gb, fem_cam."""
-    (folder, stem), found = os.path.split(record.get("output_stem", "")), dict[str, list[str]]()
-    kinds = [
-        "gb",
-        *(
-            f"{method}_{output}"
-            for method in record["method"].split(",")
-            for output in ("cam_gb", "cam")
-        ),
-    ]
-    for name, kind in itertools.product(map(os.path.basename, record["files"]), kinds):
-        if name.startswith(f"{kind}_{stem}"):
-            found.setdefault(as_link(os.path.join(folder, f"\0{name[len(kind) :]}")), []).append(
-                kind
-            )
-    return found
+def explained_classes(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the explained classes: name, probability, links to files, methods with an empty map."""
+    classes = []
+    for place, entry in enumerate(record["classes"]):
+        heat = class_heat(record, place)
+        classes.append(
+            {
+                **likely_class(entry),
+                "files": {kind: as_link(path) for kind, path in entry["files"].items()},
+                "empty": [method for method, grid in heat.items() if not any(grid)],
+            }
+        )
+    return classes
+
+
+def likely_class(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the name and the probability of a class."""
+    return {"name": str(entry["name"]), "probability": round(finite(entry["probability"]), 6)}
+
+
+def finite(value: Any) -> float:
+    """Return a number of a record. Raises TypeError, ValueError, OverflowError: it is none."""
+    if not math.isfinite(value):
+        raise ValueError("infinite, or no number")
+    return float(value)
+
+
+def class_heat(record: Mapping[str, Any], place: int) -> dict[str, bytes]:
+    """Return the 64 numbers of each method for one of the explained classes."""
+    heat = {}
+    for method, grids in record.get("heat", {}).items():
+        grid = bytes(grids[place])
+        if len(grid) != HEAT_SIDE**2 or max(grid) > 100:
+            raise ValueError("not 64 numbers from 0 to 100")
+        heat[method] = grid
+    return heat
+
+
+def predicted_place(record: Mapping[str, Any]) -> int | None:
+    """Return which of the explained classes is the prediction; None where it was not explained."""
+    for place, entry in enumerate(record["classes"]):
+        if entry["index"] == record["prediction"]["index"]:
+            return place
+    return None
+
+
+def predicted_heat(record: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the 64 numbers of each method for the predicted class; nothing if there are none."""
+    if "error" in record:
+        return {}
+    place = predicted_place(record)
+    return {} if place is None else class_heat(record, place)
+
+
+def mean_heat(entries: Iterable[PageEntry]) -> list[dict[str, Any]]:
+    """Return the mean map of each method, predicted class and result (right, wrong, unknown)."""
+    # a photo counts once, also where several records have a map by the same method
+    last = {}
+    for entry in entries:
+        for method, grid in entry.heat.items():
+            group = method, entry.item["prediction"], entry.item["state"]
+            last[entry.key, method] = group, grid
+
+    grids: dict[tuple[str, str, str], list[bytes]] = {}
+    for group, grid in last.values():
+        grids.setdefault(group, []).append(grid)
+
+    means = []
+    for (method, name, result), members in grids.items():
+        values = np.frombuffer(b"".join(members), np.uint8).reshape(len(members), -1)
+        mean = np.rint(values.mean(0)).astype(int).tolist()
+        means.append(
+            {
+                "method": method,
+                "prediction": name,
+                "result": result,
+                "photos": len(members),
+                "grid": mean,
+            }
+        )
+    return means
+
+
+def source_link(record: Mapping[str, Any]) -> str:
+    """Return the link from the page to a photo."""
+    if "source" in record:
+        return as_link(record["source"])
+    return Path(os.path.abspath(record["image"])).as_uri()  # on another drive of Windows
 
 
 def as_link(path: str) -> str:
     """Return a path as a link from the page; a byte that is not UTF-8 remains that byte."""
-    return "./" + quote(
-        os.fsencode(re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", path).replace(os.sep, "/"))
-    )
+    encodable = re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", path)
+    return "./" + quote(os.fsencode(encodable.replace(os.sep, "/")))
 
 
-PAGE = r"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="generator" content="made by cnn_visualizations.py">
-<meta name="viewport" content="width=device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"><style>
-:root { color-scheme: light dark; --page: light-dark(#f5f6f8, #14171b); --card: light-dark(#fff, #1e2227);
-  --line: light-dark(#d8dce2, #383f48); --text: light-dark(#1b1f24, #e8eaed); --soft: light-dark(#59626e, #a3abb6);
-  --mark: light-dark(#2459c4, #8ab0fb); --good: light-dark(#187642, #68cb8c); --bad: light-dark(#be2e20, #ff8672); }
-* { box-sizing: border-box; margin: 0; font: inherit; color: inherit; } html:has(dialog[open]) { overflow: hidden; }
-html, dialog { background: var(--page); color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
-html { scroll-padding-top: 80px; } .right { --state: var(--good); } .wrong, .failed { --state: var(--bad); }
-body { max-width: 1640px; margin: auto; padding: 20px clamp(12px, 2.5vw, 32px); --state: var(--mark); }
-h1, h2, h3, summary { font-weight: 600; } h1 { font-size: 24px; } h3, summary { margin: 16px 0 8px; }
-button, select, input { min-height: 36px; padding: 5px 12px; border: 1px solid var(--line); border-radius: 7px;
-  background: var(--card); } :focus-visible { outline: 3px solid var(--mark); outline-offset: 1px; }
-button:hover, a:hover *, [aria-pressed=true], .heat h2 + button { border-color: var(--mark); color: var(--mark); }
-small, figcaption, th, label { color: var(--soft); font-size: 13px; } label > * { color: var(--text); }
-table { display: block; max-height: 70vh; overflow: auto; } td button { width: 100%; min-width: 40px; padding: 0;
-  background: color-mix(in srgb, var(--state) var(--share), var(--card)); }
-th { max-width: 180px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: right; }
-tr:first-child th + th { max-height: 130px; writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; }
-form, nav { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; align-items: end; gap: 10px 16px;
-  padding: 12px 0; background: var(--page); } select { width: 180px; } label { display: grid; }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 14px; padding-top: 12px; }
-.card { display: grid; gap: 4px; align-content: start; padding: 0 0 10px; text-align: left; overflow: hidden; }
-.card > * { min-width: 0; padding: 0 11px; } .card > .frame { padding: 0; margin-bottom: 5px; aspect-ratio: 1; }
-.path { flex: 1 1 260px; align-self: center; overflow-wrap: anywhere; white-space: pre-wrap; unicode-bidi: isolate; }
-.frame { position: relative; display: grid; place-items: center; overflow: hidden; background: var(--line); }
-.chance { display: grid; grid-template-columns: 1fr auto; gap: 3px 8px; } .row > .chance { width: 200px; }
-.bar { grid-column: 1 / 3; height: 5px; background: linear-gradient(var(--state) 0 0) no-repeat var(--line); }
-dialog { width: 100%; height: 100%; max-width: none; max-height: none; padding: 0 2.5vw 24px; border: 0; }
-img { width: 100%; height: 100%; object-fit: contain; } .row { display: flex; flex-wrap: wrap; gap: 14px; }
-.row img { width: auto; height: min(56vh, (100vw - 130px) / 4.8); } .heat .plain { opacity: 0; }
-.row .plain { position: absolute; width: 100%; height: 100%; object-fit: cover; } .verdict { color: var(--state); }
-@media (max-width: 700px) { form { position: static; } label { flex: 1 1 40%; } select { width: 100%; }
-  .row { display: grid; grid-template-columns: 1fr 1fr; } .row > .chance, .row img { width: 100%; height: auto; } }
-</style><title>Heatmaps</title><h1></h1><p id="summary"></p><noscript>This page needs JavaScript.</noscript>
-<details><summary>True and predicted classes (30 at most, by mistakes)</summary><table></table></details><form></form>
-<p role="status"></p><main></main><dialog aria-labelledby="path" class="heat"><nav><h2 class="path" id="path"></h2>
-</nav><div></div></dialog><script type="application/json">DATA</script><script>
+PAGE = """<!doctype html>
+<html lang="en" class="heat">
+<meta charset="utf-8">
+<meta name="generator" content="made by cnn_visualizations.py">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self' file:;
+  style-src 'unsafe-inline'; script-src 'unsafe-inline'; form-action 'none'; base-uri 'none'">
+<title>Heatmaps</title>
+<style>
+STYLE</style>
+<h1></h1>
+<p id="summary"></p>
+<noscript>This page needs JavaScript.</noscript>
+<details id="means">
+  <summary>Mean heat of each predicted class (30 at most, those with most mistakes first)</summary>
+  <p>The mean of the maps of all photos with this prediction. A hot corner or edge that a whole class
+    shares is a label or a border, not the object. A click shows the photos.</p>
+  <div></div>
+</details>
+<details id="confusion">
+  <summary>True and predicted classes (30 at most, those with most mistakes)</summary>
+  <table></table>
+</details>
+<form></form>
+<p role="status"></p>
+<main></main>
+<dialog aria-labelledby="path">
+  <nav><h2 id="path"></h2></nav>
+  <div></div>
+</dialog>
+<script id="data" type="application/json">DATA</script>
+<script>
+SCRIPT</script>
+</html>
+"""
+
+PAGE_STYLE = """\
+:root {
+  color-scheme: light dark;
+  --page: light-dark(#f5f6f8, #14171b);
+  --card: light-dark(#fff, #1e2227);
+  --line: light-dark(#d8dce2, #383f48);
+  --text: light-dark(#1b1f24, #e8eaed);
+  --soft: light-dark(#59626e, #a3abb6);
+  --mark: light-dark(#2459c4, #8ab0fb);
+  --state: var(--mark);
+}
+.right {
+  --state: light-dark(#187642, #68cb8c);
+}
+.wrong,
+.failed {
+  --state: light-dark(#be2e20, #ff8672);
+}
+
+* {
+  box-sizing: border-box;
+  margin: 0;
+  font: inherit;
+  color: inherit;
+}
+html,
+dialog {
+  background: var(--page);
+  color: var(--text);
+  font: 15px/1.45 system-ui, sans-serif;
+}
+html {
+  scroll-padding-top: 80px;
+}
+html:has(dialog[open]) {
+  overflow: hidden;
+}
+body {
+  max-width: 1640px;
+  margin: auto;
+  padding: 20px clamp(12px, 2.5vw, 32px);
+}
+h1,
+h2,
+h3,
+summary {
+  font-weight: 600;
+}
+h1 {
+  font-size: 24px;
+}
+h3,
+summary {
+  margin: 14px 0 6px;
+}
+small,
+figcaption,
+th,
+label {
+  color: var(--soft);
+  font-size: 13px;
+}
+button,
+select,
+input {
+  min-height: 36px;
+  padding: 5px 12px;
+  border: 1px solid var(--line);
+  border-radius: 7px;
+  background: var(--card);
+  color: var(--text);
+}
+button:hover,
+[aria-pressed="true"] {
+  border-color: var(--mark);
+  color: var(--mark);
+}
+:focus-visible {
+  outline: 3px solid var(--mark);
+  outline-offset: 1px;
+}
+
+/* file and class names: of any length and direction, in one line */
+.name {
+  overflow: hidden;
+  text-overflow: ellipsis;
+  white-space: nowrap;
+  unicode-bidi: isolate;
+}
+.verdict {
+  color: var(--state);
+  overflow-wrap: anywhere;
+}
+.chance {
+  display: grid;
+  grid-template-columns: minmax(0, 1fr) auto;
+  gap: 3px 8px;
+}
+.bar {
+  grid-column: 1 / 3;
+  height: 5px;
+  background: linear-gradient(var(--state) 0 0) no-repeat var(--line);
+}
+
+/* a picture in its own shape, `--limit` high at most, and what lies over it */
+.frame {
+  position: relative;
+  display: grid;
+  place-items: center;
+  overflow: hidden;
+  aspect-ratio: var(--ratio);
+  width: min(100%, var(--limit) * var(--ratio));
+  margin: 0 auto;
+  background: var(--line);
+}
+img {
+  width: 100%;
+  height: 100%;
+  object-fit: fill;
+}
+.plain,
+.seen,
+.note {
+  position: absolute;
+}
+.heat .plain {
+  display: none;
+}
+.seen {
+  outline: 2px solid #fff;
+  box-shadow: 0 0 0 9999px rgb(0 0 0 / 55%);
+}
+.note {
+  inset: auto 0 0;
+  padding: 4px;
+  background: rgb(0 0 0 / 70%);
+  color: #fff;
+  text-align: center;
+}
+
+#means > div {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 10px 20px;
+}
+#means section {
+  max-width: 100%;
+}
+#means section button {
+  margin-right: 6px;
+  padding: 5px;
+}
+#means h3 {
+  max-width: 214px;
+}
+#means small {
+  display: block;
+  color: var(--state);
+}
+canvas {
+  display: block;
+  width: 92px;
+  height: 92px;
+}
+
+table {
+  display: block;
+  max-height: 70vh;
+  overflow: auto;
+}
+th {
+  max-width: 180px;
+  text-align: right;
+}
+tr:first-child th + th {
+  max-height: 130px;
+  writing-mode: vertical-rl;
+  transform: rotate(180deg);
+  text-align: left;
+}
+td button {
+  width: 100%;
+  min-width: 40px;
+  padding: 0;
+  background: color-mix(in srgb, var(--state) var(--share), var(--card));
+}
+
+form,
+nav {
+  position: sticky;
+  top: 0;
+  z-index: 1;
+  display: flex;
+  flex-wrap: wrap;
+  align-items: end;
+  gap: 10px 16px;
+  padding: 12px 0;
+  background: var(--page);
+}
+label {
+  display: grid;
+}
+select {
+  width: 180px;
+}
+
+main {
+  display: grid;
+  grid-template-columns: repeat(auto-fill, minmax(160px, 1fr));
+  gap: 14px;
+  padding-top: 12px;
+}
+.card {
+  --limit: 260px;
+  display: grid;
+  gap: 3px;
+  align-content: start;
+  padding: 0 0 10px;
+  overflow: hidden;
+  text-align: left;
+}
+.card > * {
+  min-width: 0;
+}
+.card > :not(.frame) {
+  padding: 0 11px;
+}
+
+dialog {
+  --limit: 70vh;
+  width: 100%;
+  height: 100%;
+  max-width: none;
+  max-height: none;
+  padding: 0 2.5vw 24px;
+  border: 0;
+}
+nav h2 {
+  flex: 1 0 100%;
+  overflow-x: auto;
+  white-space: nowrap;
+  unicode-bidi: isolate;
+}
+dialog .chances {
+  display: grid;
+  grid-template-columns: repeat(auto-fill, minmax(160px, 1fr));
+  gap: 10px 20px;
+  max-width: 1000px;
+  margin-top: 8px;
+}
+.figures {
+  display: grid;
+  grid-template-columns: repeat(4, minmax(0, 1fr));
+  gap: 14px;
+  align-items: end;
+}
+figcaption {
+  text-align: center;
+}
+
+@media (max-width: 700px) {
+  form {
+    position: static;
+  }
+  label {
+    flex: 1 1 40%;
+  }
+  select {
+    width: 100%;
+  }
+  .figures {
+    grid-template-columns: 1fr 1fr;
+  }
+}
+"""
+
+PAGE_SCRIPT = r"""
 "use strict";
-const find = (selector) => document.querySelector(selector), [folder, items] = JSON.parse(find("script").textContent);
-const [main, form, view] = ["main", "form", "dialog"].map(find);
-const make = (kind, properties, ...children) => {
-  const [tag, ...classes] = kind.split("."), made = document.createElement(tag);
-  Object.assign(made, {className: classes.join(" "), ...properties}).append(...children);
-  return made;
+
+const find = (selector) => document.querySelector(selector);
+const { folder, colours, means, items } = JSON.parse(find("#data").textContent);
+const main = find("main");
+const form = find("form");
+const dialog = find("dialog");
+
+const MOST_CLASSES = 30; // in the table and among the mean maps
+const CARDS_AT_ONCE = 200;
+
+let list = []; // the items that pass the filters, in order
+let position = 0; // in the list: the item that the dialog shows
+
+// ---- Elements
+
+// Return a new element; `kind` is its tag with its classes, as "span.bar". Text stays text.
+function make(kind, properties = {}, ...children) {
+  const [tag, ...classes] = kind.split(".");
+  const element = document.createElement(tag);
+  Object.assign(element, { className: classes.join(" "), ...properties });
+  element.append(...children);
+  return element;
+}
+
+function nameLine(tag, text) {
+  return make(`${tag}.name`, { title: text }, text);
+}
+
+function percent(share) {
+  return `${(100 * share).toFixed(1)}%`;
+}
+
+// ---- What the items say
+
+function certainty(item) {
+  return item.top[0].probability;
+}
+
+function classesOf(item) {
+  return [...new Set([item.truth, item.prediction])].filter((name) => name !== undefined);
+}
+
+function pairLabel(truth, prediction) {
+  return `true ${truth}, predicted ${prediction}`;
+}
+
+function predictionLabels(item) {
+  return [`predicted ${item.prediction}`, pairLabel(item.truth, item.prediction)];
+}
+
+// Return a map from each value to the number of times it occurs, the most frequent first.
+function countValues(values) {
+  const counts = new Map();
+  for (const value of values) counts.set(value, (counts.get(value) ?? 0) + 1);
+  return new Map([...counts].sort((one, other) => other[1] - one[1]));
+}
+
+// Return the classes of these items, those with most mistakes first.
+function worstClasses(items) {
+  const mistakes = items.filter((item) => item.state === "wrong");
+  const byMistakes = countValues(mistakes.flatMap(classesOf)).keys();
+  const byNumber = countValues(items.flatMap(classesOf)).keys();
+  return [...new Set([...byMistakes, ...byNumber])].slice(0, MOST_CLASSES);
+}
+
+// Each photo once, as its last record in the order of paths has it.
+const photos = [...new Map(items.map((item) => [item.source, item])).values()];
+const photosWithTruth = photos.filter((item) => item.truth !== undefined);
+
+// ---- Pictures
+
+function picture(source, description) {
+  const replace = (event) => event.target.replaceWith("no picture");
+  return make("img", { loading: "lazy", alt: description, src: source, onerror: replace });
+}
+
+// Return a frame in which one percent is one percent of an area of this size.
+function pictureFrame(width, height, ...children) {
+  return make("span.frame", { style: `--ratio: ${width / height}` }, ...children);
+}
+
+function placed(left, top, width, height) {
+  const percents = { left, top, width, height };
+  return Object.entries(percents).map(([name, share]) => `${name}: ${percent(share)}`).join("; ");
+}
+
+// Return the photo; a frame shows which part of it the network saw.
+function sourcePicture(item) {
+  const [width, height] = item.size ?? [1, 1];
+  const frame = pictureFrame(width, height, picture(item.source, "source"));
+  if (item.box) {
+    const [left, top, right, bottom] = item.box;
+    const seenWidth = (right - left) / width;
+    const seenHeight = (bottom - top) / height;
+    if (Math.min(seenWidth, seenHeight) < 0.99) {
+      const style = placed(left / width, top / height, seenWidth, seenHeight);
+      frame.append(make("span.seen", { style }));
+    }
+  }
+  return frame;
+}
+
+// Return one of the pictures of an explained class, over a map the photo without heat (see toggleHeat).
+function classPicture(item, explained, kind) {
+  const [left, top, right, bottom] = item.box;
+  const width = right - left;
+  const height = bottom - top;
+  const frame = pictureFrame(width, height, picture(explained.files[kind], kind));
+  if (kind.endsWith("_cam")) {
+    const plain = picture(item.source, "");
+    plain.className = "plain";
+    plain.style = placed(-left / width, -top / height, item.size[0] / width, item.size[1] / height);
+    frame.append(plain);
+  }
+  if (explained.empty.some((method) => kind.startsWith(`${method}_cam`))) {
+    frame.append(make("span.note", {}, `no positive evidence for ${explained.name}`));
+  }
+  return frame;
+}
+
+function toggleHeat() {
+  const isOn = document.documentElement.classList.toggle("heat");
+  for (const button of document.querySelectorAll(".toggle")) button.ariaPressed = isOn;
+}
+
+function heatButton() {
+  return make("button.toggle", { type: "button", ariaPressed: true, onclick: toggleHeat }, "Heat (H)");
+}
+
+// ---- Cards
+
+function chanceBar({ name, probability }, state) {
+  const bar = make("span.bar", { style: `background-size: ${percent(probability)}` });
+  return make(`span.chance.${state}`, {}, nameLine("span", name), percent(probability), bar);
+}
+
+function verdict(item) {
+  const texts = { right: "✓ right", wrong: `✕ true: ${item.truth}`, failed: `✕ ${item.error}` };
+  return make(`span.verdict.${item.state}`, {}, texts[item.state] ?? "");
+}
+
+function card(item) {
+  const element = make("button.card", { onclick: () => showItem(list.indexOf(item)) });
+  const explained = item.classes[item.shown];
+  const method = form.Method.value || item.methods[0];
+  const kinds = [`${method}_cam`, `${method}_cam_gb`, "gb"];
+  const kind = kinds.find((kind) => explained?.files[kind]);
+
+  if (kind) element.append(classPicture(item, explained, kind));
+  if (item.top.length) element.append(chanceBar(item.top[0], item.state));
+  element.append(verdict(item));
+  element.append(nameLine("small", item.path.split(/[\\/]/).at(-1)));
+  if (kind) element.append(nameLine("small", `${kind} for ${explained.name}`));
+  element.title = item.path;
+  return element;
+}
+
+// Add cards until they reach somewhat below the window, and until there are more than `least`.
+function addCards(least = 0) {
+  while (main.childElementCount < list.length) {
+    const isNear = main.getBoundingClientRect().bottom < innerHeight + 2000;
+    if (!isNear && main.childElementCount > least) break;
+    const next = main.childElementCount;
+    main.append(...list.slice(next, next + CARDS_AT_ONCE).map(card));
+  }
+}
+
+// ---- Filters
+
+// For each field of the form, the values of an item of which one must be the field's.
+const FILTERS = {
+  Result: (item) => [item.state],
+  Class: classesOf,
+  Method: (item) => item.methods,
+  Prediction: predictionLabels, // a hidden field, set by the table and the mean maps
 };
-const percent = (millionths) => (millionths / 1e4).toFixed(1) + "%", sure = ({top}) => top[0]?.[1] ?? 9e6;
-const tally = (values) => values.reduce((counts, value) => counts.set(value, (counts.get(value) ?? 0) + 1), new Map());
-const ranked = (values) => [...tally(values)].sort((a, b) => b[1] - a[1]);
-const VALUES = {Result: ({state}) => [state], Class: ({truth, guess}) => [...new Set([truth, guess])].filter(Boolean),
-  Method: ({methods}) => methods, Pair: ({truth, guess}) => [`true ${truth}, predicted ${guess}`]};
-const ORDERS = {"wrong, most sure first": (item) => (item.state === "wrong" ? -sure(item) : sure(item)),
-  "least sure first": sure, "most sure first": (item) => (item.error ? 0 : -sure(item)), "path": () => 0};
-let list = [], at = 0;
-const chance = ([name, sure], state) => make("span.chance." + state, {}, make("span.path", {}, name), percent(sure),
-  make("span.bar", {style: `background-size: ${percent(sure)}`}));
-const verdict = ({state, truth, error}) => make("span.path.verdict." + state, {},
-  {wrong: `✕ true: ${truth}`, right: "✓ right", failed: `✕ ${error}`}[state] ?? "");
-const picture = (src, alt) => make("small.frame", {}, make("img", {loading: "lazy", alt, src,
-  onerror: ({target}) => target.replaceWith("no picture")}));
-const card = (item) => {
-  const [name, , link = "", kinds = []] = item.rows[0] ?? [], onclick = () => turn(list.indexOf(item));
-  const kind = [`${form.Method.value || item.methods[0]}_cam`, ...kinds].find((kind) => kinds.includes(kind)) ?? "";
-  return make("button.card", {onclick}, picture(link.replace("%00", kind), kind), ...item.top.slice(0, 1).map((guess) =>
-    chance(guess, item.state)), verdict(item), make("small.path", {}, item.path, kind && `\n${kind} for ${name}`));
+
+// What is sorted by, the smallest first; items of equal value stay in the order of their paths.
+const ORDERS = {
+  "wrong, most sure first": (item) => certainty(item) * (item.state === "wrong" ? -1 : 1),
+  "least sure first": certainty,
+  "most sure first": (item) => -certainty(item),
+  path: () => 0,
 };
-const more = (least = 0) => {  // cards down to somewhat below the window
-  while (main.childElementCount < list.length
-    && (main.childElementCount <= least || main.getBoundingClientRect().bottom < innerHeight + 2000))
-    main.append(...list.slice(main.childElementCount, main.childElementCount + 200).map(card));
-};
-const show = () => {
-  const wanted = Object.fromEntries(new FormData(form)), text = wanted.Text.toLowerCase();
-  list = items.filter((item) => [item.path, item.truth, item.guess, item.error].join("\n").toLowerCase().includes(text)
-    && Object.keys(VALUES).every((name) => ["", ...VALUES[name](item)].includes(wanted[name])));
-  list.sort((a, b) => ORDERS[wanted.Order](a) - ORDERS[wanted.Order](b));
-  find("[role=status]").textContent = `${list.length} of ${items.length} ${wanted.Pair}`;
-  for (const button of document.querySelectorAll("td button")) button.ariaPressed = button.title === wanted.Pair;
+
+function passes(item, wanted) {
+  for (const [name, valuesOf] of Object.entries(FILTERS)) {
+    if (wanted[name] && !valuesOf(item).includes(wanted[name])) return false;
+  }
+  const text = [item.path, item.error, ...classesOf(item)].join("\n");
+  return text.toLowerCase().includes(wanted.Text.toLowerCase());
+}
+
+// Show the cards that the form asks for.
+function showCards() {
+  const wanted = Object.fromEntries(new FormData(form));
+  const value = ORDERS[wanted.Order];
+  const passing = items.filter((item) => passes(item, wanted));
+  const explained = passing.filter((item) => item.state !== "failed");
+  const failed = passing.filter((item) => item.state === "failed");
+  list = [...explained.sort((one, other) => value(one) - value(other)), ...failed];
+
+  find("[role=status]").textContent = `${list.length} of ${items.length} ${wanted.Prediction}`;
+  showMeans(wanted.Method || means[0]?.method);
+  markPressed(wanted);
   if (main.getBoundingClientRect().top < 0) find("[role=status]").scrollIntoView();
   main.replaceChildren();
-  more();
-};
-const figure = (item, kind, src) => {
-  const frame = picture(src, kind), plain = make("img.plain", {alt: "", src: item.source, style: item.place ?? ""});
-  if (kind.endsWith("_cam")) frame.append(plain);
-  return make("a", {href: src, target: "_blank"}, make("figure", {}, frame, make("figcaption", {}, kind)));
-};
-const turn = (index) => {
-  at = Math.max(0, Math.min(index, list.length - 1));
-  const item = list[at], row = (heading, ...kinds) => make("section", {}, make("h3", {}, heading), make("div.row", {},
-    ...[["source", item.source], ...kinds].map(([kind, src]) => figure(item, kind, src))));
-  const rows = item.rows.flatMap(([name, sure, link, kinds]) => item.methods.map((method) => row(
-    `${method} for ${name}, ${percent(sure)}`, ...[`${method}_cam`, "gb", `${method}_cam_gb`]
-      .filter((kind) => kinds.includes(kind)).map((kind) => [kind, link.replace("%00", kind)]))));
-  const chances = item.top.map((each) => chance(each, {[item.guess]: item.state, [item.truth]: "right"}[each[0]]));
+  addCards();
+}
+
+// Show the photos with this prediction, or all where these are shown already.
+function choosePrediction(values) {
+  const isChosen = Object.entries(values).every(([name, value]) => form[name].value === value);
+  for (const [name, value] of Object.entries(values)) form[name].value = isChosen ? "" : value;
+  showCards();
+}
+
+function markPressed(wanted) {
+  for (const button of document.querySelectorAll("details button")) {
+    const { label, result } = button.dataset;
+    const hasResult = !result || wanted.Result === result;
+    button.ariaPressed = wanted.Prediction === label && hasResult;
+  }
+}
+
+function selectField(name, options) {
+  return make("label", {}, name, make("select", { name }, ...options));
+}
+
+function filterField(name) {
+  const counts = [...countValues(items.flatMap(FILTERS[name]))];
+  const options = counts.map(([value, count]) => new Option(`${value} (${count})`, value));
+  return selectField(name, [new Option("all", ""), ...options]);
+}
+
+function buildForm() {
+  const orders = Object.keys(ORDERS).slice(photosWithTruth.length ? 0 : 1);
+  form.append(filterField("Result"), filterField("Class"), filterField("Method"));
+  form.append(selectField("Order", orders.map((order) => new Option(order))));
+  form.append(make("label", {}, "Text", make("input", { name: "Text", type: "search" })));
+  form.append(make("input", { name: "Prediction", hidden: true }));
+  form.append(make("button", { type: "reset" }, "Show all"), heatButton());
+
+  form.oninput = showCards;
+  form.onsubmit = () => false;
+  form.onreset = () => setTimeout(showCards); // when the fields are empty
+}
+
+// ---- Mean heat of the predicted classes
+
+function drawGrid(grid) {
+  const side = Math.sqrt(grid.length);
+  const canvas = make("canvas", { width: side, height: side });
+  const context = canvas.getContext("2d");
+  grid.forEach((heat, place) => {
+    context.fillStyle = colours[heat];
+    context.fillRect(place % side, Math.floor(place / side), 1, 1);
+  });
+  return canvas;
+}
+
+function meanButton({ method, prediction, result, photos, grid }) {
+  const label = `predicted ${prediction}`;
+  const values = { Prediction: label, Result: result, Method: method };
+  const onclick = () => choosePrediction(values);
+  const caption = result === "unknown" ? `${photos} photos` : `${photos} ${result}`;
+  const button = make(`button.${result}`, { title: label, onclick });
+  Object.assign(button.dataset, { label, result });
+  button.append(drawGrid(grid), make("small", {}, caption));
+  return button;
+}
+
+// Show the mean maps of a method, right and wrong beside each other.
+function showMeans(method) {
+  const area = find("#means > div");
+  if (area.dataset.method === method) return;
+  area.dataset.method = method;
+  area.replaceChildren();
+  const ofMethod = means.filter((mean) => mean.method === method);
+  for (const name of worstClasses(photos)) {
+    const ofClass = ofMethod.filter((mean) => mean.prediction === name);
+    ofClass.sort((one, other) => one.result.localeCompare(other.result));
+    if (ofClass.length) {
+      area.append(make("section", {}, nameLine("h3", name), ...ofClass.map(meanButton)));
+    }
+  }
+}
+
+// ---- True and predicted classes
+
+function confusionCell(truth, prediction, pairs, truths) {
+  const label = pairLabel(truth, prediction);
+  const count = pairs.get(label);
+  if (!count) return make("td");
+  const state = truth === prediction ? "right" : "wrong";
+  const style = `--share: ${10 + (50 * count) / truths.get(truth)}%`;
+  const onclick = () => choosePrediction({ Prediction: label });
+  const button = make(`button.${state}`, { title: label, style, onclick }, count);
+  button.dataset.label = label;
+  return make("td", {}, button);
+}
+
+function buildConfusion() {
+  const names = worstClasses(photosWithTruth).sort();
+  const pairs = countValues(photosWithTruth.flatMap(predictionLabels));
+  const truths = countValues(photosWithTruth.map((item) => item.truth));
+  const table = find("table");
+  const corner = nameLine("th", "true ↓ predicted →");
+  table.append(make("tr", {}, corner, ...names.map((name) => nameLine("th", name))));
+  for (const truth of names) {
+    const cells = names.map((name) => confusionCell(truth, name, pairs, truths));
+    table.append(make("tr", {}, nameLine("th", truth), ...cells));
+  }
+  find("#confusion").hidden = !photosWithTruth.length;
+  find("#confusion").open = names.length < 9;
+}
+
+// ---- The dialog: all pictures of an item
+
+function linkedFigure(link, caption, frame) {
+  const figure = make("figure", {}, frame, make("figcaption", {}, caption));
+  return make("a", { href: link, target: "_blank" }, figure);
+}
+
+// Return the pictures of a class in the order in which they stand side by side.
+function kindsOf(methods) {
+  const [first, ...others] = methods;
+  const kinds = [`${first}_cam`, "gb", `${first}_cam_gb`];
+  for (const method of others) kinds.push(`${method}_cam`, `${method}_cam_gb`);
+  return kinds;
+}
+
+function figures(item, explained) {
+  const row = make("div.figures", {}, linkedFigure(item.source, "source", sourcePicture(item)));
+  for (const kind of kindsOf(item.methods)) {
+    const link = explained?.files[kind];
+    if (link) row.append(linkedFigure(link, kind, classPicture(item, explained, kind)));
+  }
+  return row;
+}
+
+function classSection(item, explained) {
+  const heading = `${explained.name}, ${percent(explained.probability)}`;
+  return make("section", {}, nameLine("h3", heading), figures(item, explained));
+}
+
+function stateOf(name, item) {
+  if (name === item.truth) return "right";
+  return name === item.prediction ? item.state : "other";
+}
+
+function showItem(index) {
+  position = Math.max(0, Math.min(index, list.length - 1));
+  const item = list[position];
+  const bars = item.top.map((entry) => chanceBar(entry, stateOf(entry.name, item)));
+  const sections = item.classes.map((explained) => classSection(item, explained));
+  const content = sections.length ? sections : [figures(item)];
+
   find("#path").textContent = item.path;
-  find("dialog div").replaceChildren(verdict(item), make("div.row", {}, ...chances), ...(rows[0] ? rows : [row("")]));
-  if (!view.open) view.showModal();
+  find("dialog > div").replaceChildren(verdict(item), make("div.chances", {}, ...bars), ...content);
+  if (!dialog.open) dialog.showModal();
+}
+
+// ---- Keys
+
+function buildDialog() {
+  const previous = () => showItem(position - 1);
+  const next = () => showItem(position + 1);
+  const close = () => dialog.close();
+  const keys = { ArrowLeft: previous, ArrowRight: next, Escape: close };
+
+  const nav = find("nav");
+  nav.append(heatButton());
+  nav.append(make("button", { onclick: previous }, "Previous (←)"));
+  nav.append(make("button", { onclick: next }, "Next (→)"));
+  nav.append(make("button", { onclick: close }, "Close (Esc)"));
+
+  dialog.onkeydown = (event) => {
+    if (!event.altKey && !event.ctrlKey && !event.metaKey) keys[event.key]?.();
+  };
+  dialog.onclose = () => {
+    addCards(position);
+    main.children[position].focus();
+  };
+}
+
+document.onkeydown = (event) => {
+  const isTyping = event.target.matches("input, select");
+  const hasModifier = event.altKey || event.ctrlKey || event.metaKey;
+  if (event.key.toLowerCase() === "h" && !isTyping && !hasModifier) toggleHeat();
 };
-const act = {H: ["Heat (H)", () => (find("h2 + button").ariaPressed = view.classList.toggle("heat"))],
-  ArrowLeft: ["Previous (←)", () => turn(at - 1)], ArrowRight: ["Next (→)", () => turn(at + 1)],
-  Escape: ["Close (Esc)", () => view.close()]};
-for (const [text, onclick] of Object.values(act)) find("nav").append(make("button", {onclick}, text));
-view.onkeydown = ({key, altKey, ctrlKey, metaKey}) => altKey | ctrlKey | metaKey || act[key.replace(/^h$/, "H")]?.[1]();
-view.onclose = () => { more(at); main.children[at].focus(); };
-const photos = [...new Map(items.map((item) => [item.path, item])).values()], known = photos.filter(({truth}) => truth);
-const pairs = tally(known.flatMap(VALUES.Pair)), truths = tally(known.map(({truth}) => truth));
-const states = tally(photos.map(({state}) => state)), wrong = known.filter(({state}) => state === "wrong");
-const names = [...new Set([...ranked(wrong.flatMap(VALUES.Class)), ...truths].map(([key]) => key))].slice(0, 30).sort();
-const head = (name) => make("th", {title: name}, name), cell = (truth, guess) => {
-  const [title] = VALUES.Pair({truth, guess}), count = pairs.get(title), share = 10 + 50 * count / truths.get(truth);
-  const onclick = () => show(form.Pair.value = form.Pair.value === title ? "" : title);
-  return make("td", {}, count ? make(truth === guess ? "button.right" : "button.wrong",
-    {title, onclick, style: `--share: ${share}%`}, count) : "");
-};
-find("table").append(make("tr", {}, head("true ↓ predicted →"), ...names.map(head)), ...names.map((truth) =>
-  make("tr", {}, head(truth), ...names.map((guess) => cell(truth, guess)))));
-Object.assign(find("details"), {hidden: !known.length, open: names.length < 9});
-const field = (name, options) => make("label", {}, name, make("select", {name}, ...options));
-const choices = (name) => ranked(items.flatMap(VALUES[name])).map(([key, sum]) => new Option(`${key} (${sum})`, key));
-form.append(...["Result", "Class", "Method"].map((name) => field(name, [new Option("all", ""), ...choices(name)])),
-  field("Order", Object.keys(ORDERS).slice(known.length ? 0 : 1).map((order) => new Option(order))),
-  make("label", {}, "Text", make("input", {name: "Text", type: "search"})), make("input", {name: "Pair", hidden: true}),
-  make("button", {type: "reset"}, "Show all"));
-Object.assign(form, {oninput: show, onsubmit: () => false, onreset: () => setTimeout(show)});
-window.onscroll = window.onresize = () => more();
-document.title = find("h1").textContent = `Heatmaps in ${folder}`;
-find("#summary").textContent = `${photos.length} photos, ${states.get("failed") ?? 0} failed`
-  + (known.length ? `, ${percent(1e6 * (states.get("right") ?? 0) / known.length)} of ${known.length} right` : "");
-show();</script></html>"""
+
+// ---- Start
+
+function describeAll() {
+  const count = (state) => photos.filter((item) => item.state === state).length;
+  const known = photosWithTruth.length;
+  let summary = `${photos.length} photos, ${count("failed")} failed`;
+  if (known) summary += `, ${percent(count("right") / known)} of ${known} right`;
+  find("#summary").textContent = summary;
+  find("h1").textContent = `Heatmaps in ${folder}`;
+  document.title = `Heatmaps in ${folder}`;
+}
+
+describeAll();
+buildForm();
+buildConfusion();
+buildDialog();
+find("#means").hidden = !means.length;
+find("#means").open = true;
+window.onscroll = () => addCards();
+window.onresize = () => addCards();
+showCards();
+"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
