@@ -2553,7 +2553,7 @@ class Log:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8  Gallery. A page of all results, made from the log alone: one file without a server, a package or the network.
+# 8  Gallery. A page of all results, made from the log alone: one file, no server, no network.
 # ---------------------------------------------------------------------------------------------------------------------
 
 PAGE_NAME = "index.html"
@@ -2572,17 +2572,10 @@ def heat_grid(cam: Floats) -> list[int]:
 
 
 def write_gallery(folder: Path, colormap: str = "jet") -> Path | None:
-    """Write index.html, a page of what the log in a folder says.
+    """Write index.html, a page of what the log in a folder says; the colormap is of the mean maps.
 
-    Args:
-        folder: the output folder.
-        colormap: of the mean maps, see COLORMAPS.
-
-    Returns:
-        The path of the page; None where the log has no photos.
-
-    Raises:
-        OSError: the page cannot be written, or another program's page is in the way.
+    Return its path; None where the log has no photos. Raises OSError: the page cannot be written,
+    or a page that is not ours is in the way.
     """
     page = folder / PAGE_NAME
     entries = read_entries(folder / LOG_NAME)
@@ -2701,14 +2694,11 @@ def explained_classes(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the explained classes: name, probability, links to files, methods with an empty map."""
     classes = []
     for place, entry in enumerate(record["classes"]):
+        explained = likely_class(entry)
+        explained["files"] = {kind: as_link(path) for kind, path in entry["files"].items()}
         heat = class_heat(record, place)
-        classes.append(
-            {
-                **likely_class(entry),
-                "files": {kind: as_link(path) for kind, path in entry["files"].items()},
-                "empty": [method for method, grid in heat.items() if not any(grid)],
-            }
-        )
+        explained["empty"] = [method for method, grid in heat.items() if not any(grid)]
+        classes.append(explained)
     return classes
 
 
@@ -2767,16 +2757,9 @@ def mean_heat(entries: Iterable[PageEntry]) -> list[dict[str, Any]]:
     means = []
     for (method, name, result), members in grids.items():
         values = np.frombuffer(b"".join(members), np.uint8).reshape(len(members), -1)
-        mean = np.rint(values.mean(0)).astype(int).tolist()
-        means.append(
-            {
-                "method": method,
-                "prediction": name,
-                "result": result,
-                "photos": len(members),
-                "grid": mean,
-            }
-        )
+        mean = {"method": method, "prediction": name, "result": result, "photos": len(members)}
+        mean["grid"] = np.rint(values.mean(0)).astype(int).tolist()
+        means.append(mean)
     return means
 
 
@@ -2808,8 +2791,8 @@ STYLE</style>
 <noscript>This page needs JavaScript.</noscript>
 <details id="means">
   <summary>Mean heat of each predicted class (30 at most, those with most mistakes first)</summary>
-  <p>The mean of the maps of all photos with this prediction. A hot corner or edge that a whole class
-    shares is a label or a border, not the object. A click shows the photos.</p>
+  <p>The mean of the maps of all photos with this prediction: a hot corner or edge that a whole
+    class shares is a label or a border, not the object; cold everywhere, they share no place.</p>
   <div></div>
 </details>
 <details id="confusion">
@@ -2840,60 +2823,19 @@ PAGE_STYLE = """\
   --mark: light-dark(#2459c4, #8ab0fb);
   --state: var(--mark);
 }
-.right {
-  --state: light-dark(#187642, #68cb8c);
-}
-.wrong,
-.failed {
-  --state: light-dark(#be2e20, #ff8672);
-}
+.right { --state: light-dark(#187642, #68cb8c); }
+.wrong, .failed { --state: light-dark(#be2e20, #ff8672); }
 
-* {
-  box-sizing: border-box;
-  margin: 0;
-  font: inherit;
-  color: inherit;
-}
-html,
-dialog {
-  background: var(--page);
-  color: var(--text);
-  font: 15px/1.45 system-ui, sans-serif;
-}
-html {
-  scroll-padding-top: 80px;
-}
-html:has(dialog[open]) {
-  overflow: hidden;
-}
-body {
-  max-width: 1640px;
-  margin: auto;
-  padding: 20px clamp(12px, 2.5vw, 32px);
-}
-h1,
-h2,
-h3,
-summary {
-  font-weight: 600;
-}
-h1 {
-  font-size: 24px;
-}
-h3,
-summary {
-  margin: 14px 0 6px;
-}
-small,
-figcaption,
-th,
-label {
-  color: var(--soft);
-  font-size: 13px;
-}
-button,
-select,
-input {
+* { box-sizing: border-box; margin: 0; font: inherit; color: inherit; }
+html, dialog { background: var(--page); color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
+html { scroll-padding-top: 80px; }
+html:has(dialog[open]) { overflow: hidden; }
+body { max-width: 1640px; margin: auto; padding: 20px clamp(12px, 2.5vw, 32px); }
+h1, h2, h3, summary { font-weight: 600; }
+h1 { font-size: 24px; }
+h3, summary { margin: 14px 0 6px; }
+small, figcaption, th, label { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
+button, select, input {
   min-height: 36px;
   padding: 5px 12px;
   border: 1px solid var(--line);
@@ -2901,39 +2843,20 @@ input {
   background: var(--card);
   color: var(--text);
 }
-button:hover,
-[aria-pressed="true"] {
-  border-color: var(--mark);
-  color: var(--mark);
-}
-:focus-visible {
-  outline: 3px solid var(--mark);
-  outline-offset: 1px;
-}
+button:hover, [aria-pressed="true"] { border-color: var(--mark); color: var(--mark); }
+:focus-visible { outline: 3px solid var(--mark); outline-offset: 1px; }
 
-/* file and class names: of any length and direction, in one line */
-.name {
-  overflow: hidden;
-  text-overflow: ellipsis;
-  white-space: nowrap;
-  unicode-bidi: isolate;
-}
-.verdict {
-  color: var(--state);
-  overflow-wrap: anywhere;
-}
-.chance {
-  display: grid;
-  grid-template-columns: minmax(0, 1fr) auto;
-  gap: 3px 8px;
-}
+/* Names of files and classes, of any length and direction: one line. */
+.name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; unicode-bidi: isolate; }
+.verdict { color: var(--state); overflow-wrap: anywhere; }
+.chance { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 3px 8px; }
 .bar {
   grid-column: 1 / 3;
   height: 5px;
   background: linear-gradient(var(--state) 0 0) no-repeat var(--line);
 }
 
-/* a picture in its own shape, `--limit` high at most, and what lies over it */
+/* A picture in its own shape, at most --limit high, and what lies over it. */
 .frame {
   position: relative;
   display: grid;
@@ -2944,23 +2867,10 @@ button:hover,
   margin: 0 auto;
   background: var(--line);
 }
-img {
-  width: 100%;
-  height: 100%;
-  object-fit: fill;
-}
-.plain,
-.seen,
-.note {
-  position: absolute;
-}
-.heat .plain {
-  display: none;
-}
-.seen {
-  outline: 2px solid #fff;
-  box-shadow: 0 0 0 9999px rgb(0 0 0 / 55%);
-}
+img { width: 100%; height: 100%; }
+.plain, .seen, .note { position: absolute; }
+.heat .plain { display: none; }
+.seen { outline: 2px solid #fff; box-shadow: 0 0 0 9999px rgb(0 0 0 / 55%); }
 .note {
   inset: auto 0 0;
   padding: 4px;
@@ -2969,40 +2879,14 @@ img {
   text-align: center;
 }
 
-#means > div {
-  display: flex;
-  flex-wrap: wrap;
-  gap: 10px 20px;
-}
-#means section {
-  max-width: 100%;
-}
-#means section button {
-  margin-right: 6px;
-  padding: 5px;
-}
-#means h3 {
-  max-width: 214px;
-}
-#means small {
-  display: block;
-  color: var(--state);
-}
-canvas {
-  display: block;
-  width: 92px;
-  height: 92px;
-}
+#means > div { display: flex; flex-wrap: wrap; gap: 4px 20px; }
+#means section { max-width: 216px; }
+#means button { margin-right: 6px; padding: 5px; }
+#means small { color: var(--state); }
+canvas { display: block; width: 92px; height: 92px; }
 
-table {
-  display: block;
-  max-height: 70vh;
-  overflow: auto;
-}
-th {
-  max-width: 180px;
-  text-align: right;
-}
+table { display: block; max-height: 70vh; overflow: auto; }
+th { max-width: 180px; text-align: right; }
 tr:first-child th + th {
   max-height: 130px;
   writing-mode: vertical-rl;
@@ -3016,8 +2900,7 @@ td button {
   background: color-mix(in srgb, var(--state) var(--share), var(--card));
 }
 
-form,
-nav {
+form, nav {
   position: sticky;
   top: 0;
   z-index: 1;
@@ -3028,12 +2911,8 @@ nav {
   padding: 12px 0;
   background: var(--page);
 }
-label {
-  display: grid;
-}
-select {
-  width: 180px;
-}
+label { display: grid; }
+select { width: 180px; }
 
 main {
   display: grid;
@@ -3050,12 +2929,8 @@ main {
   overflow: hidden;
   text-align: left;
 }
-.card > * {
-  min-width: 0;
-}
-.card > :not(.frame) {
-  padding: 0 11px;
-}
+.card > * { min-width: 0; }
+.card > :not(.frame) { padding: 0 11px; }
 
 dialog {
   --limit: 70vh;
@@ -3066,18 +2941,11 @@ dialog {
   padding: 0 2.5vw 24px;
   border: 0;
 }
-nav h2 {
-  flex: 1 0 100%;
-  overflow-x: auto;
-  white-space: nowrap;
-  unicode-bidi: isolate;
-}
-dialog .chances {
+nav h2 { flex: 1 0 100%; overflow-x: auto; white-space: nowrap; unicode-bidi: isolate; }
+.chances {
   display: grid;
-  grid-template-columns: repeat(auto-fill, minmax(160px, 1fr));
+  grid-template-columns: repeat(auto-fill, minmax(150px, 1fr));
   gap: 10px 20px;
-  max-width: 1000px;
-  margin-top: 8px;
 }
 .figures {
   display: grid;
@@ -3085,23 +2953,13 @@ dialog .chances {
   gap: 14px;
   align-items: end;
 }
-figcaption {
-  text-align: center;
-}
+figcaption { text-align: center; }
 
 @media (max-width: 700px) {
-  form {
-    position: static;
-  }
-  label {
-    flex: 1 1 40%;
-  }
-  select {
-    width: 100%;
-  }
-  .figures {
-    grid-template-columns: 1fr 1fr;
-  }
+  form { position: static; }
+  label { flex: 1 1 40%; }
+  select { width: 100%; }
+  .figures { grid-template-columns: 1fr 1fr; }
 }
 """
 
@@ -3189,8 +3047,8 @@ function pictureFrame(width, height, ...children) {
 }
 
 function placed(left, top, width, height) {
-  const percents = { left, top, width, height };
-  return Object.entries(percents).map(([name, share]) => `${name}: ${percent(share)}`).join("; ");
+  const shares = Object.entries({ left, top, width, height });
+  return shares.map(([name, share]) => `${name}: ${100 * share}%`).join("; ");
 }
 
 // Return the photo; a frame shows which part of it the network saw.
@@ -3259,7 +3117,7 @@ function card(item) {
   if (item.top.length) element.append(chanceBar(item.top[0], item.state));
   element.append(verdict(item));
   element.append(nameLine("small", item.path.split(/[\\/]/).at(-1)));
-  if (kind) element.append(nameLine("small", `${kind} for ${explained.name}`));
+  if (kind) element.append(make("small", {}, `${kind} for ${explained.name}`));
   element.title = item.path;
   return element;
 }
