@@ -2999,8 +2999,9 @@ function percent(share) {
 
 // ---- What the items say
 
+// Return the probability of the prediction; a photo that failed has none and is sorted last.
 function certainty(item) {
-  return item.top[0].probability;
+  return item.state === "failed" ? 2 : item.top[0].probability;
 }
 
 function classesOf(item) {
@@ -3022,11 +3023,11 @@ function countValues(values) {
   return new Map([...counts].sort((one, other) => other[1] - one[1]));
 }
 
-// Return the classes of these items, those with most mistakes first.
-function worstClasses(items) {
+// Return the names that `namesOf` gives for these items, those with most mistakes first.
+function worstClasses(items, namesOf) {
   const mistakes = items.filter((item) => item.state === "wrong");
-  const byMistakes = countValues(mistakes.flatMap(classesOf)).keys();
-  const byNumber = countValues(items.flatMap(classesOf)).keys();
+  const byMistakes = countValues(mistakes.flatMap(namesOf)).keys();
+  const byNumber = countValues(items.flatMap(namesOf)).keys();
   return [...new Set([...byMistakes, ...byNumber])].slice(0, MOST_CLASSES);
 }
 
@@ -3146,7 +3147,7 @@ const FILTERS = {
 const ORDERS = {
   "wrong, most sure first": (item) => certainty(item) * (item.state === "wrong" ? -1 : 1),
   "least sure first": certainty,
-  "most sure first": (item) => -certainty(item),
+  "most sure first": (item) => (item.state === "failed" ? 2 : -certainty(item)),
   path: () => 0,
 };
 
@@ -3162,10 +3163,8 @@ function passes(item, wanted) {
 function showCards() {
   const wanted = Object.fromEntries(new FormData(form));
   const value = ORDERS[wanted.Order];
-  const passing = items.filter((item) => passes(item, wanted));
-  const explained = passing.filter((item) => item.state !== "failed");
-  const failed = passing.filter((item) => item.state === "failed");
-  list = [...explained.sort((one, other) => value(one) - value(other)), ...failed];
+  list = items.filter((item) => passes(item, wanted));
+  list.sort((one, other) => value(one) - value(other));
 
   find("[role=status]").textContent = `${list.length} of ${items.length} ${wanted.Prediction}`;
   showMeans(wanted.Method || means[0]?.method);
@@ -3244,7 +3243,8 @@ function showMeans(method) {
   area.dataset.method = method;
   area.replaceChildren();
   const ofMethod = means.filter((mean) => mean.method === method);
-  for (const name of worstClasses(photos)) {
+  const explained = photos.filter((item) => item.state !== "failed");
+  for (const name of worstClasses(explained, (item) => [item.prediction])) {
     const ofClass = ofMethod.filter((mean) => mean.prediction === name);
     ofClass.sort((one, other) => one.result.localeCompare(other.result));
     if (ofClass.length) {
@@ -3268,7 +3268,7 @@ function confusionCell(truth, prediction, pairs, truths) {
 }
 
 function buildConfusion() {
-  const names = worstClasses(photosWithTruth).sort();
+  const names = worstClasses(photosWithTruth, classesOf).sort();
   const pairs = countValues(photosWithTruth.flatMap(predictionLabels));
   const truths = countValues(photosWithTruth.map((item) => item.truth));
   const table = find("table");

@@ -1,4 +1,4 @@
-"""The page of the results in a real browser: Chromium without a window, driven over its DevTools protocol."""
+"""The page of the results in a real browser: Chromium, driven over its DevTools protocol."""
 
 import json
 import os
@@ -272,8 +272,8 @@ def test_a_card_shows_the_map_of_the_prediction_and_says_where_a_map_is_empty(br
 
     browser.run("showItem(0)")
     assert browser.all("dialog h3") == ["cat, 90.0%", "dog, 90.0%"]
-    assert browser.all("dialog section:first-child .note")[0] == "no positive evidence for cat"
-    assert browser.all("dialog section:last-child .note") == []
+    assert browser.all("dialog section:nth-of-type(1) .note")[0] == "no positive evidence for cat"
+    assert browser.all("dialog section:nth-of-type(2) .note") == []
 
 
 def test_mean_heat_of_the_predicted_classes(browser):
@@ -290,7 +290,7 @@ def test_mean_heat_of_the_predicted_classes(browser):
     assert browser.all("#means small") == ["2 right", "1 wrong", "1 photos"]
     corner = "getContext('2d').getImageData(0, 0, 1, 1).data.join()"
     colours = browser.all("#means canvas", corner)
-    assert colours[0] == "255,126,0,255"  # jet at 0.75
+    assert colours[0] == "255,128,0,255"  # jet at 0.75
     assert colours[1] == "0,0,128,255"
 
     browser.run("document.querySelector('#means .right').click()")
