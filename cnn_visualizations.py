@@ -2581,6 +2581,7 @@ def write_gallery(folder: Path, colormap: str = "jet") -> Path | None:
     entries = read_entries(folder / LOG_NAME)
     if not entries:
         return None
+
     if os.path.lexists(page) and not is_own_page(page):
         raise FileExistsError(f"{page} is in the way: it was not made by this program")
 
@@ -2618,15 +2619,20 @@ def natural_key(path: str) -> str:
 def heat_colours(colormap: str) -> list[str]:
     """Return the colours of the heat 0, 1 ... 100, as "#00007f"."""
     levels = np.linspace(0, 255, 101).astype(np.uint8)[:, None]
-    bgr = cv2.applyColorMap(levels, COLORMAPS[colormap])
-    return [f"#{red:02x}{green:02x}{blue:02x}" for blue, green, red in bgr[:, 0]]
+    number = COLORMAPS.get(colormap, cv2.COLORMAP_JET)
+    colours = cv2.applyColorMap(levels, number)
+    return [f"#{red:02x}{green:02x}{blue:02x}" for blue, green, red in colours[:, 0]]
 
 
 def fill_page(data: Mapping[str, Any]) -> bytes:
     """Return the page with its data; no text in the data can end the script element."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    page = PAGE.replace("STYLE", PAGE_STYLE, 1).replace("SCRIPT", PAGE_SCRIPT, 1)
-    return page.replace("DATA", text, 1).encode("utf-8", "backslashreplace")
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = text.replace("<", "\\u003c")
+
+    page = PAGE.replace("STYLE", PAGE_STYLE, 1)
+    page = page.replace("SCRIPT", PAGE_SCRIPT, 1)
+    page = page.replace("DATA", text, 1)
+    return page.encode("utf-8", "backslashreplace")
 
 
 @dataclass
@@ -2640,8 +2646,9 @@ class PageEntry:
 
 def read_entries(log: Path) -> list[PageEntry]:
     """Return the last record of each photo and choice of methods; other lines are left out."""
-    entries: dict[tuple[str, str], PageEntry] = {}
+    entries = {}
     left_out = 0
+
     with open(log, "rb") as lines:
         for line in lines:
             try:
@@ -2651,8 +2658,9 @@ def read_entries(log: Path) -> list[PageEntry]:
                 entries[key, record["method"]] = entry
             except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
                 left_out += 1
+
     if left_out:
-        warn(f"{log}: {left_out} lines are no records of this program; the page is without them")
+        warn(f"{log}: lines left out of the page, not records of this program: {left_out}")
     return list(entries.values())
 
 
@@ -2675,18 +2683,21 @@ def page_item(record: Mapping[str, Any]) -> dict[str, Any]:
     item["state"] = "unknown"
     item["prediction"] = str(prediction["name"])
     if truth:
-        is_right = truth["index"] == prediction["index"]
-        item["state"] = "right" if is_right else "wrong"
+        item["state"] = "wrong"
         item["truth"] = str(truth["name"])
+        if truth["index"] == prediction["index"]:
+            item["state"] = "right"
 
     item["top"] = [likely_class(entry) for entry in record["top5"]]
     item["classes"] = explained_classes(record)
     item["shown"] = predicted_place(record) or 0  # of the class whose map is on the card
     item["size"] = [finite(record["width"]), finite(record["height"])]
     item["box"] = [finite(side) for side in record["box"]]
+
     left, top, right, bottom = item["box"]
-    if not (left < right and top < bottom and min(item["size"]) > 0):
-        raise ValueError("the box is empty")
+    shortest = min(right - left, bottom - top, *item["size"])
+    if shortest <= 0:
+        raise ValueError("the photo or the part that the network saw is empty")
     return item
 
 
@@ -2697,7 +2708,7 @@ def explained_classes(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         explained = likely_class(entry)
         explained["files"] = {kind: as_link(path) for kind, path in entry["files"].items()}
         heat = class_heat(record, place)
-        explained["empty"] = [method for method, grid in heat.items() if not any(grid)]
+        explained["empty"] = [method for method in heat if not any(heat[method])]
         classes.append(explained)
     return classes
 
@@ -2722,6 +2733,7 @@ def class_heat(record: Mapping[str, Any], place: int) -> dict[str, bytes]:
         if len(grid) != HEAT_SIDE**2 or max(grid) > 100:
             raise ValueError("not 64 numbers from 0 to 100")
         heat[method] = grid
+
     return heat
 
 
@@ -2737,8 +2749,11 @@ def predicted_heat(record: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the 64 numbers of each method for the predicted class; nothing if there are none."""
     if "error" in record:
         return {}
+
     place = predicted_place(record)
-    return {} if place is None else class_heat(record, place)
+    if place is None:
+        return {}
+    return class_heat(record, place)
 
 
 def mean_heat(entries: Iterable[PageEntry]) -> list[dict[str, Any]]:
@@ -2750,16 +2765,22 @@ def mean_heat(entries: Iterable[PageEntry]) -> list[dict[str, Any]]:
             group = method, entry.item["prediction"], entry.item["state"]
             last[entry.key, method] = group, grid
 
-    grids: dict[tuple[str, str, str], list[bytes]] = {}
+    grids = {}
     for group, grid in last.values():
         grids.setdefault(group, []).append(grid)
 
     means = []
     for (method, name, result), members in grids.items():
-        values = np.frombuffer(b"".join(members), np.uint8).reshape(len(members), -1)
-        mean = {"method": method, "prediction": name, "result": result, "photos": len(members)}
-        mean["grid"] = np.rint(values.mean(0)).astype(int).tolist()
+        values = np.array([list(grid) for grid in members])
+        mean = {
+            "method": method,
+            "prediction": name,
+            "result": result,
+            "photos": len(members),
+            "grid": np.rint(values.mean(0)).astype(int).tolist(),
+        }
         means.append(mean)
+
     return means
 
 
@@ -2772,8 +2793,9 @@ def source_link(record: Mapping[str, Any]) -> str:
 
 def as_link(path: str) -> str:
     """Return a path as a link from the page; a byte that is not UTF-8 remains that byte."""
+    path = path.replace(os.sep, "/")
     encodable = re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", path)
-    return "./" + quote(os.fsencode(encodable.replace(os.sep, "/")))
+    return "./" + quote(os.fsencode(encodable))
 
 
 PAGE = """<!doctype html>
@@ -2880,7 +2902,7 @@ img { width: 100%; height: 100%; }
 }
 
 #means > div { display: flex; flex-wrap: wrap; gap: 4px 20px; }
-#means section { max-width: 216px; }
+#means section { max-width: 226px; }
 #means button { margin-right: 6px; padding: 5px; }
 #means small { color: var(--state); }
 canvas { display: block; width: 92px; height: 92px; }

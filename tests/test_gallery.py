@@ -354,9 +354,9 @@ def test_odd_lines_are_left_out_with_one_warning(browser, capsys):
     lines = [json.dumps(each).encode() for each in odd] + FOREIGN
     earlier = {"image": "photos/b/1.png", "source": "../photos/b/1.png", "method": "gradcam"}
     page = write({**earlier, "error": "?"}, record("b/1"), end=b"\n".join(lines))
-    left_out = f"out/results.jsonl: {len(lines)} lines are no records of this program"
+    left_out = "lines left out of the page, not records of this program"
     warnings = capsys.readouterr().err.splitlines()
-    assert warnings == [f"warning: {left_out}; the page is without them"]
+    assert warnings == [f"warning: out/results.jsonl: {left_out}: {len(lines)}"]
 
     browser.open(page)
     assert browser.all("#summary") == ["1 photos, 0 failed"]
