@@ -2814,7 +2814,7 @@ STYLE</style>
 <details id="means">
   <summary>Mean heat of each predicted class (30 at most, those with most mistakes first)</summary>
   <p>The mean of the maps of all photos with this prediction: a hot corner or edge that a whole
-    class shares is a label or a border, not the object; cold everywhere, they share no place.</p>
+    class shares is a label or a border, not the object.</p>
   <div></div>
 </details>
 <details id="confusion">
