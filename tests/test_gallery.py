@@ -150,7 +150,7 @@ def record(
         "classes": classes,
         "files": {},
         "top5": [likely(guess, sure), likely((guess + 1) % 3, 0.1)],
-        "heat": {"gradcam": heat or [CORNER] * len(classes)},
+        "heat": {"gradcam": [CORNER] * len(classes) if heat is None else heat},
         "output_stem": stem,
     }
     if truth is not None:
@@ -284,6 +284,7 @@ def test_mean_heat_of_the_predicted_classes(browser):
         record("3", 0, truth=1, heat=[EMPTY]),
         record("4", 0, truth=1, explained=[1], heat=[CORNER]),  # its prediction has no map
         record("5", 1),
+        record("5", 1, methods="gradcam,scorecam"),  # counts once
     )
     browser.open(page)
     assert browser.all("#means h3") == ["cat", "dog"]
@@ -297,7 +298,7 @@ def test_mean_heat_of_the_predicted_classes(browser):
     assert browser.cards() == ["1.png", "2.png"]
     assert browser.all("#means button", "ariaPressed") == ["true", "false", "false"]
     browser.run("document.querySelector('#means .right').click()")
-    assert len(browser.cards()) == 5
+    assert len(browser.cards()) == 6
 
 
 def test_heat_grid():
@@ -342,10 +343,10 @@ ODD = [
     {"top5": [likely(0, 10**400)]},
     {"classes": None},
     {"classes": [{**likely(0, 0.9), "files": ["gb_1.png"]}]},
-    {"heat": {"gradcam": [[1, 2]]}},
-    {"heat": {"gradcam": [[101] * 64]}},
-    {"heat": {"gradcam": [[0.5] * 64]}},
-    {"heat": {"gradcam": []}},
+    {"heat": [[1, 2]]},
+    {"heat": [[101] * 64]},
+    {"heat": [[0.5] * 64]},
+    {"heat": []},
 ]
 
 
@@ -360,7 +361,8 @@ def test_odd_lines_are_left_out_with_one_warning(browser, capsys):
 
     browser.open(page)
     assert browser.all("#summary") == ["1 photos, 0 failed"]
-    assert browser.cards(Order="path") == ["1.png"]
+    assert browser.cards() == ["1.png"]
+    assert browser.all("[name=Order] option")[0] == "least sure first"  # no truth is known
     browser.run(f"showItem(0), {DECODED}")
 
 
