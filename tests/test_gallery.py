@@ -1,26 +1,30 @@
-"""The page of the results in a real browser: Chromium without a window, driven over its DevTools protocol."""
+"""The page of the results in a real browser: Chromium, driven over its DevTools protocol."""
 
 import json
 import os
 import select
 import shutil
 import subprocess
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from cnn_visualizations import write_gallery
+import cnn_visualizations
+from cnn_visualizations import heat_grid, write_gallery
 
 fcntl = pytest.importorskip("fcntl")  # not on Windows
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+PROGRAMS = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+CHROMIUM = next(filter(None, PROGRAMS), None)
 pytestmark = pytest.mark.skipif(
     not CHROMIUM, reason="Chromium is not installed (apt-get install chromium)"
 )
-OPTIONS = [CHROMIUM, "--headless", "--disable-gpu", "--no-sandbox", "--remote-debugging-pipe"]
-DECODED = "Promise.all([...document.querySelectorAll('.row img')].map((image) => image.decode()))"
+OPTIONS = ["--headless", "--disable-gpu", "--no-sandbox", "--remote-debugging-pipe"]
+# of the command of bash: Chromium reads its commands from file 3 and writes its answers to file 4
+REDIRECTED = 'exec "$@" 3<&{} 4>&{}'
+DECODED = """Promise.all(
+    [...document.querySelectorAll('.figures img:not(.plain)')].map((image) => image.decode()))"""
 NAMES = ["cat", "dog", "</script><b>owl"]
 NASTY = [
     "<script>x=1;<!--",
@@ -32,84 +36,75 @@ NASTY = [
     "byte\udcff",
     "gb_1",
 ]
+EMPTY = [0] * 64
+CORNER = [100] + [0] * 63
 
 
-class Browser:  # a tab of Chromium: commands go to its file 3, answers come from its file 4, each ended by a NUL
+class Browser:
+    """A tab of Chromium. Commands and answers are JSON, each ended by a NUL."""
+
     def __init__(self, profile):
-        (read, self.output), (self.input, write) = os.pipe(), os.pipe()
-        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read, write)]  # neither 3 nor 4
-        command = [
-            "bash",
-            "-c",
-            f'exec "$@" 3<&{ends[0]} 4>&{ends[1]}',
-            "",
-            *OPTIONS,
-            f"--user-data-dir={profile}",
-        ]
+        read, self.output = os.pipe()
+        self.input, write = os.pipe()
+        # the numbers 3 and 4 are free for Chromium's ends
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read, write)]
+        command = ["bash", "-c", REDIRECTED.format(*ends), ""]
+        command += [CHROMIUM, *OPTIONS, f"--user-data-dir={profile}"]
         self.process = subprocess.Popen(command, pass_fds=ends, stderr=subprocess.DEVNULL)
-        self.rest, self.seen, self.session = b"", [], {}
+
+        self.rest = b""
+        self.messages = []
+        self.session = {}
         tab = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {
-            "sessionId": self.call("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"]
-        }
+        attached = self.call("Target.attachToTarget", targetId=tab, flatten=True)
+        self.session = {"sessionId": attached["sessionId"]}
         self.call("Page.enable")
 
     def until(self, **wanted):
-        while not (self.seen and wanted.items() <= self.seen[-1].items()):
+        """Read messages up to one with these values, and return it."""
+        while True:
             while b"\0" not in self.rest:
                 assert select.select([self.input], [], [], 20)[0], "Chromium does not answer"
                 self.rest += os.read(self.input, 1 << 20)
             message, _, self.rest = self.rest.partition(b"\0")
-            self.seen.append(json.loads(message))
-        return self.seen[-1]
+            self.messages.append(json.loads(message))
+            if wanted.items() <= self.messages[-1].items():
+                return self.messages[-1]
 
     def call(self, method, **params):
-        command = {"id": len(self.seen), "method": method, "params": params, **self.session}
+        command = {"id": len(self.messages), "method": method, "params": params, **self.session}
         os.write(self.output, json.dumps(command).encode() + b"\0")
         return self.until(id=command["id"])["result"]
 
     def open(self, page, width=1200, scheme="light"):
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=800,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
-        self.call(
-            "Emulation.setEmulatedMedia",
-            features=[{"name": "prefers-color-scheme", "value": scheme}],
-        )
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self.call("Emulation.setEmulatedMedia", features=[feature])
         self.call("Page.navigate", url=page.resolve().as_uri())
         self.until(method="Page.loadEventFired")
 
     def run(self, code):
-        answer = self.call(
-            "Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True
-        )
+        options = {"awaitPromise": True, "returnByValue": True}
+        answer = self.call("Runtime.evaluate", expression=code, **options)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def all(self, selector, value="textContent"):
-        return self.run(f"[...document.querySelectorAll({selector!r})].map((each) => each.{value})")
+        """Return a property of all elements that the selector finds."""
+        elements = f"[...document.querySelectorAll({json.dumps(selector)})]"
+        return self.run(f"{elements}.map((element) => element.{value})")
 
     def press(self, key):
-        self.call(
-            "Input.dispatchKeyEvent",
-            type="keyDown",
-            key=key,
-            **{"text": "\r"} if key == "Enter" else {},
-        )
+        text = {"text": "\r"} if key == "Enter" else {}
+        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
 
     def cards(self, **fields):
-        self.run(
-            "".join(f"form.{name}.value = {value!r};" for name, value in fields.items())
-            + "form.oninput()"
-        )
-        return [
-            os.path.basename(text.rpartition("\n")[0] or text)
-            for text in self.all(".card small.path")
-        ]
+        """Fill in fields of the form, and return the file names on the cards."""
+        for name, value in fields.items():
+            self.run(f"form.{name}.value = {json.dumps(value)}")
+        self.run("form.oninput()")
+        return self.all(".card small.name")
 
 
 @pytest.fixture(scope="module")
@@ -123,42 +118,59 @@ def browser(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    cnn_visualizations.warn.cache_clear()
 
 
-def record(stem, guess=0, sure=0.9, truth=None, methods="gradcam", **more):
-    top = [
-        {"index": n, "name": NAMES[n], "probability": p}
-        for n, p in ((guess, sure), ((guess + 1) % 3, 0.1))
-    ]
-    kinds = [
-        "gb",
-        *(f"{method}_{output}" for method in methods.split(",") for output in ("cam", "cam_gb")),
-    ]
-    files = [
-        os.path.join("out", os.path.dirname(stem), f"{kind}_{os.path.basename(stem)}.png")
-        for kind in kinds
-    ]
+def likely(index, probability):
+    return {"index": index, "name": NAMES[index], "probability": probability}
+
+
+def record(
+    stem, guess=0, sure=0.9, truth=None, methods="gradcam", explained=None, heat=None, **more
+):
+    """Return a record of the log; `explained` are indices of classes, `heat` their grids."""
+    folder, _, name = stem.rpartition("/")
+    classes = []
+    for index in [guess] if explained is None else explained:
+        label = f"{name}_{index}.png"
+        files = {"gb": str(PurePosixPath(folder, f"gb_{label}"))}
+        for method in methods.split(","):
+            for kind in (f"{method}_cam", f"{method}_cam_gb"):
+                files[kind] = str(PurePosixPath(folder, f"{kind}_{label}"))
+        classes.append({**likely(index, sure), "files": files})
+
     made = {
         "image": f"photos/{stem}.png",
         "source": f"../photos/{stem}.png",
-        "prediction": top[0],
-        "class": top[0],
+        "width": 80,
+        "height": 60,
+        "box": [14, 4, 66, 56],
+        "method": methods,
+        "prediction": likely(guess, sure),
+        "classes": classes,
+        "files": {},
+        "top5": [likely(guess, sure), likely((guess + 1) % 3, 0.1)],
+        "heat": {"gradcam": [CORNER] * len(classes) if heat is None else heat},
+        "output_stem": stem,
     }
-    made |= {"width": 80, "height": 60, "box": [14, 4, 66, 56]}
-    made |= {} if truth is None else {"truth": {"index": truth, "name": NAMES[truth]}}
-    return {**made, "top5": top, "method": methods, "files": files, "output_stem": stem, **more}
+    if truth is not None:
+        made["truth"] = {"index": truth, "name": NAMES[truth]}
+    return {**made, **more}
+
+
+def paint(path, size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size).save(path)
 
 
 def write(*records, pictures=True, end=b""):
+    """Write a log, the photos and pictures that it lists, and the page. Return the page's path."""
     Path("out").mkdir()
-    for path in (
-        Path(path)
-        for each in records
-        if pictures
-        for path in (each["image"], *each.get("files", ()))
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (52, 52) if path.parts[0] == "out" else (80, 60)).save(path)
+    for each in records if pictures else ():
+        paint(Path(each["image"]), (80, 60))
+        for explained in each.get("classes", ()):
+            for file in explained["files"].values():
+                paint(Path("out", file), (52, 52))
     lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records)
     Path("out/results.jsonl").write_bytes(lines.encode("utf-8", "backslashreplace") + end)
     return write_gallery(Path("out"))
@@ -168,135 +180,210 @@ RECORDS = [
     record("10", 0, 0.6, 0),
     record("9", 1, 0.7, 0),
     record("a/1", 1, 0.8, 2, "gradcam,scorecam"),
-]
-RECORDS += [
-    record("a/2", 2, 0.5, 2, files=[]),
+    record("a/2", 2, 0.5, 2, explained=[]),
     {"image": "3.png", "method": "gradcam", "error": "cannot be decoded"},
 ]
 
 
 def test_filters_and_orders(browser):
     browser.open(write(*RECORDS, pictures=False))
-    assert browser.all("h1, #summary") == [
-        "Heatmaps in out",
-        "5 photos, 1 failed, 50.0% of 4 right",
-    ]
-    assert browser.cards() == [
-        "1.png",
-        "9.png",
-        "2.png",
-        "10.png",
-        "3.png",
-    ]  # the surest mistake first
+    assert browser.all("h1") == ["Heatmaps in out"]
+    assert browser.all("#summary") == ["5 photos, 1 failed, 50.0% of 4 right"]
+
+    # the surest mistake first
+    assert browser.cards() == ["1.png", "9.png", "2.png", "10.png", "3.png"]
     assert browser.cards(Order="least sure first") == ["2.png", "10.png", "9.png", "1.png", "3.png"]
+    assert browser.cards(Order="most sure first") == ["1.png", "9.png", "10.png", "2.png", "3.png"]
     assert browser.cards(Order="path") == ["3.png", "9.png", "10.png", "1.png", "2.png"]
-    assert (
-        browser.cards(Result="failed") == ["3.png"]
-        and "cannot be decoded" in browser.all(".card")[0]
-    )
-    assert browser.cards(Result="", Class="dog") == ["9.png", "1.png"] and browser.cards(
-        Method="scorecam"
-    ) == ["1.png"]
+
+    assert browser.cards(Result="failed") == ["3.png"]
+    assert "cannot be decoded" in browser.all(".card")[0]
+    assert browser.cards(Result="", Class="dog") == ["9.png", "1.png"]
+    assert browser.cards(Method="scorecam") == ["1.png"]
     assert browser.cards(Class="", Method="", Text="A/2") == ["2.png"]
-    browser.run(
-        "form.reset(), new Promise(setTimeout).then(() => document.querySelectorAll('td .wrong')[1].click())"
-    )
-    assert browser.cards() == ["9.png"] and browser.all("[role=status]") == [
-        "1 of 5 true cat, predicted dog"
-    ]
+
+    browser.run("form.reset(), new Promise(setTimeout)")
+    browser.run("document.querySelectorAll('td .wrong')[1].click()")
+    assert browser.cards() == ["9.png"]
+    assert browser.all("[role=status]") == ["1 of 5 true cat, predicted dog"]
+    browser.run("document.querySelectorAll('td .wrong')[1].click()")
+    assert len(browser.cards()) == 5
 
 
 @pytest.mark.parametrize(("width", "scheme", "red"), [(1200, "light", "245"), (390, "dark", "20")])
 def test_large_view(browser, width, scheme, red):
     browser.open(write(*RECORDS), width, scheme)
-    assert browser.run("getComputedStyle(document.documentElement).backgroundColor").startswith(
-        f"rgb({red},"
-    )
+    background = browser.run("getComputedStyle(document.documentElement).backgroundColor")
+    assert background.startswith(f"rgb({red},")
+    assert browser.run("document.documentElement.scrollWidth") <= width
+
     browser.run("main.firstChild.focus()")
     browser.press("Enter")
-    assert browser.all("h2, h3") == [
-        "photos/a/1.png",
-        "gradcam for dog, 80.0%",
-        "scorecam for dog, 80.0%",
-    ]
-    assert browser.all("figcaption")[4:] == ["source", "scorecam_cam", "gb", "scorecam_cam_gb"]
-    assert all(
-        os.path.isfile(os.path.join("out", link))
-        for link in browser.all("a", "getAttribute('href')")
-    )
+    assert browser.all("dialog h2, dialog h3") == ["photos/a/1.png", "dog, 80.0%"]
+    first = ["source", "gradcam_cam", "gb", "gradcam_cam_gb"]
+    assert browser.all("figcaption") == [*first, "scorecam_cam", "scorecam_cam_gb"]
+    for link in browser.all("dialog a", "getAttribute('href')"):
+        assert os.path.isfile(os.path.join("out", link))
     browser.run(DECODED)
-    # the photo behind the heatmap: 80 x 60 pixels, of which the heatmap shows 52 x 52
-    place = "left: -26.92%; top: -7.69%; width: 153.85%; height: 115.38%;"
-    assert browser.all(".plain", "style.cssText") == [place, place]
-    assert browser.run("Math.max(document.documentElement.scrollWidth, view.scrollWidth)") <= width
-    browser.press("h")
-    assert browser.run("getComputedStyle(document.querySelector('.plain')).opacity") == "1"
-    for key, photo in (
-        ("ArrowRight", "9.png"),
-        ("ArrowRight", "a/2.png"),
-        ("ArrowLeft", "9.png"),
-        ("Escape", "9.png"),
-    ):
+    assert browser.run("dialog.scrollWidth") <= width
+
+    # of the photo's 80 x 60 pixels the network saw 52 x 52
+    assert browser.all(".seen", "style.left") == ["17.5%"]
+    assert browser.all(".seen", "style.width") == ["65%"]
+    assert browser.all("dialog .plain", "style.left")[0].startswith("-26.92")
+    assert browser.all("dialog .plain", "style.height")[0].startswith("115.38")
+
+    keys = ["ArrowRight", "ArrowRight", "ArrowLeft", "Escape"]
+    for key, photo in zip(keys, ["9.png", "a/2.png", "9.png", "9.png"], strict=True):
         browser.press(key)
         assert browser.all("h2") == [f"photos/{photo}"]
-    assert "photos/9.png" in browser.run(
-        "new Promise(setTimeout).then(() => document.activeElement.textContent)"
+    focused = browser.run("new Promise(setTimeout).then(() => document.activeElement.textContent)")
+    assert "9.png" in focused
+
+
+def test_heat_is_switched_by_a_key_in_the_overview_and_in_the_large_view(browser):
+    browser.open(write(RECORDS[0]))
+    shown = "getComputedStyle(document.querySelector('{} .plain')).display"
+    assert browser.run(shown.format("main")) == "none"
+    browser.press("h")
+    assert browser.run(shown.format("main")) == "block"
+    browser.run("showItem(0)")
+    assert browser.run(shown.format("dialog")) == "block"
+    browser.press("H")
+    assert browser.run(shown.format("dialog")) == "none"
+    assert browser.all(".toggle", "ariaPressed") == ["true", "true"]
+
+    browser.press("Escape")
+    browser.run("form.Text.focus()")
+    browser.press("h")
+    assert browser.run(shown.format("main")) == "none"
+
+
+def test_a_card_shows_the_map_of_the_prediction_and_says_where_a_map_is_empty(browser):
+    both = record("1", 1, explained=[0, 1], heat=[EMPTY, CORNER])
+    other = record("2", 1, explained=[0], heat=[EMPTY])
+    browser.open(write(both, other))
+    captions = browser.all(".card small:not(.name)")
+    assert captions == ["gradcam_cam for dog", "gradcam_cam for cat"]
+    pictures = browser.all(".card img:not(.plain)", "getAttribute('src')")
+    assert pictures == ["./gradcam_cam_1_1.png", "./gradcam_cam_2_0.png"]
+    assert browser.all(".card:first-child .note") == []
+    assert browser.all(".card .note") == ["no positive evidence for cat"]
+
+    browser.run("showItem(0)")
+    assert browser.all("dialog h3") == ["cat, 90.0%", "dog, 90.0%"]
+    assert browser.all("dialog section:nth-of-type(1) .note")[0] == "no positive evidence for cat"
+    assert browser.all("dialog section:nth-of-type(2) .note") == []
+
+
+def test_mean_heat_of_the_predicted_classes(browser):
+    half = [50] + [0] * 63
+    page = write(
+        record("1", 0, truth=0, heat=[CORNER]),
+        record("2", 0, truth=0, heat=[half]),
+        record("3", 0, truth=1, heat=[EMPTY]),
+        record("4", 0, truth=1, explained=[1], heat=[CORNER]),  # its prediction has no map
+        record("5", 1),
+        record("5", 1, methods="gradcam,scorecam"),  # counts once
     )
+    browser.open(page)
+    assert browser.all("#means h3") == ["cat", "dog"]
+    assert browser.all("#means small") == ["2 right", "1 wrong", "1 photos"]
+    corner = "getContext('2d').getImageData(0, 0, 1, 1).data.join()"
+    colours = browser.all("#means canvas", corner)
+    assert colours[0] == "255,128,0,255"  # jet at 0.75
+    assert colours[1] == "0,0,128,255"
+
+    browser.run("document.querySelector('#means .right').click()")
+    assert browser.cards() == ["1.png", "2.png"]
+    assert browser.all("#means button", "ariaPressed") == ["true", "false", "false"]
+    browser.run("document.querySelector('#means .right').click()")
+    assert len(browser.cards()) == 6
+
+
+def test_heat_grid():
+    cam = np.zeros((64, 64), np.float32)
+    assert heat_grid(cam) == EMPTY
+    cam[:8, :8] = 1
+    assert heat_grid(cam) == CORNER
+    cam[63, 63] = 0.01  # never rounded to an empty map
+    assert heat_grid(cam) == [100] + [0] * 62 + [1]
+    assert len(heat_grid(np.ones((7, 5), np.float32))) == 64
 
 
 def test_nasty_names(browser):
     page = write(*(record(f"{name} a/{name}", 2, truth=2) for name in NASTY))
     browser.open(page)
-    assert sorted(browser.cards()) == sorted(f"{name}.png" for name in NASTY)
-    browser.run(
-        f"(async () => {{ for (const index in list) {{ turn(+index); await {DECODED}; }} }})()"
-    )
-    assert browser.run("window.x") is None and "http:" not in page.read_text("utf-8")
+    shown = [name.replace("\n", "\\n") for name in browser.cards()]
+    assert sorted(shown) == sorted(f"{name}.png".replace("\n", "\\n") for name in NASTY)
+    show_all = f"for (const index in list) {{ showItem(+index); await {DECODED}; }}"
+    browser.run(f"(async () => {{ {show_all} }})()")
+    assert browser.run("window.x") is None
+    assert "http:" not in page.read_text("utf-8")
+    assert "form-action 'none'; base-uri 'none'" in page.read_text("utf-8")
 
 
-def test_lines_and_files(browser):
+FOREIGN = [
+    b"[" * 200000,
+    b"7",
+    b'{"image": 5, "method": "x"}',
+    b'{"image": "x", "method": ""}',
+    b"\xff",
+    b'{"i',
+]
+ODD = [
+    {"box": [1, 1, 1, 5]},
+    {"box": [1]},
+    {"box": "abcd"},
+    {"width": 10**400},
+    {"width": float("inf")},
+    {"height": 0},
+    {"prediction": None},
+    {"top5": [likely(0, float("inf"))]},
+    {"top5": [likely(0, 10**400)]},
+    {"classes": None},
+    {"classes": [{**likely(0, 0.9), "files": ["gb_1.png"]}]},
+    {"heat": [[1, 2]]},
+    {"heat": [[101] * 64]},
+    {"heat": [[0.5] * 64]},
+    {"heat": []},
+]
+
+
+def test_odd_lines_are_left_out_with_one_warning(browser, capsys):
+    odd = [record(f"odd{number}", **fields) for number, fields in enumerate(ODD)]
+    lines = [json.dumps(each).encode() for each in odd] + FOREIGN
+    earlier = {"image": "photos/b/1.png", "source": "../photos/b/1.png", "method": "gradcam"}
+    page = write({**earlier, "error": "?"}, record("b/1"), end=b"\n".join(lines))
+    left_out = "lines left out of the page, not records of this program"
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings == [f"warning: out/results.jsonl: {left_out}: {len(lines)}"]
+
+    browser.open(page)
+    assert browser.all("#summary") == ["1 photos, 0 failed"]
+    assert browser.cards() == ["1.png"]
+    assert browser.all("[name=Order] option")[0] == "least sure first"  # no truth is known
+    browser.run(f"showItem(0), {DECODED}")
+
+
+def test_a_page_only_of_photos_and_never_over_anothers():
     Path("results.jsonl").touch()
     assert write_gallery(Path()) is None
-    older = {
-        key: value
-        for key, value in record("b/1").items()
-        if key not in ("prediction", "source", "box")
-    }
-    foreign = [
-        b"[" * 200000,
-        b"7",
-        b'{"image": 5, "method": "x"}',
-        b'{"image": "x", "method": ""}',
-        b"\xff",
-        b'{"i',
-    ]
-    page = write(
-        {"image": "photos/b/1.png", "method": "gradcam", "error": "?"},
-        older,
-        end=b"\n".join(foreign),
-    )
-    browser.open(page)
-    assert browser.all("#summary") == ["1 photos, 0 failed"] and browser.cards(Order="path") == [
-        "1.png"
-    ]
-    browser.run(f"turn(0), {DECODED}")
+    page = write(record("1"), pictures=False)
+    assert write_gallery(Path("out")) == page
     page.write_text("another program's")
     with pytest.raises(FileExistsError):
         write_gallery(Path("out"))
-    assert sorted(os.listdir("out")) == ["b", "index.html", "results.jsonl"]  # no temporary file
+    assert sorted(os.listdir("out")) == ["index.html", "results.jsonl"]  # no temporary file
 
 
 def test_ten_thousand(browser):
-    page = write(
-        *(record(f"{n // 100}/{n}", n % 3, n / 1e4, n // 2 % 3) for n in range(10000)),
-        pictures=False,
-    )
+    records = [record(f"{n // 100}/{n}", n % 3, n / 1e4, n // 2 % 3) for n in range(10000)]
+    page = write(*records, pictures=False)
+    assert page.stat().st_size < 1e7
     browser.open(page)
-    assert browser.run("performance.now()") < 2000 and page.stat().st_size < 1e7
-    browser.run(
-        "scrollTo(0, document.body.scrollHeight), new Promise((done) => setTimeout(done, 200))"
-    )
-    assert (
-        browser.all("[role=status]") == ["10000 of 10000 "]
-        and browser.run("main.childElementCount") == 400
-    )
+    assert browser.run("performance.now()") < 2000
+    browser.run("scrollTo(0, document.body.scrollHeight)")
+    browser.run("new Promise((done) => setTimeout(done, 200))")
+    assert browser.all("[role=status]") == ["10000 of 10000 "]
+    assert browser.run("main.childElementCount") == 400
