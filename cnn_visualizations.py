@@ -589,7 +589,6 @@ if __name__ == "__main__":
     )  # threads that spin while they wait slow the others down
     sys.excepthook = report_crash
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load: no traceback
-import copy
 import errno
 import hashlib
 import importlib.util
@@ -607,6 +606,7 @@ import unicodedata
 import warnings
 from collections import Counter, deque, namedtuple
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import PurePath
@@ -1458,14 +1458,16 @@ def find_class(wanted: str, class_names: Sequence[str]) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5  Explanation. One forward pass gives the logits and the activations, two backward passes the rest.
+# 5  Explanation. One forward pass gives logits and activations, two backward passes the rest.
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The autograd nodes of activation functions, whose incoming gradients guided backpropagation clamps. Gates (Sigmoid,
-# Hardsigmoid, Tanh) scale a signal rather than rectify it and are left alone.
+# The autograd nodes of activation functions, whose incoming gradients guided backpropagation
+# clamps. Gates (Sigmoid, Hardsigmoid, Tanh) scale a signal rather than rectify it and are left
+# alone.
 ACTIVATION_NODES = re.compile(
     r"\w*(relu|elu|silu|swish|mish|hardtanh|threshold|softplus)\w*Backward\d*", re.IGNORECASE
 )
+NO_CLASS = -3  # in `minus`: no logit is subtracted from that of the target
 Targets = Sequence[int] | Tensor | int | None
 
 
@@ -1473,312 +1475,479 @@ Targets = Sequence[int] | Tensor | int | None
 class Explanation:
     """The explanation of N inputs of H x W.
 
+    Where K classes were asked for each input, all but `logits` have K as their second axis: (N, K,
+    ...).
+
     Attributes:
-        cams: for each method the maps, float32 (N, H, W) in [0, 1]: highest where the evidence for the class is
-            strongest in this photo. A map that is 0 everywhere means that the layer holds no positive evidence.
-        guided: guided-backpropagation gradients, float32 (N, 3, H, W), in logit per normalised input value; None if
-            they were not asked for. In a network without activations they are the plain gradients.
+        cams: for each method the maps, float32 (N, H, W) in [0, 1]: highest where the evidence for
+            the class is strongest in this photo. A map that is 0 everywhere means that the layer
+            holds no positive evidence.
+        guided: guided-backpropagation gradients, float32 (N, 3, H, W), in logit per normalised
+            input value; None if they were not asked for. In a network without activations they are
+            the plain gradients.
         logits: float32 (N, classes).
         targets: int64 (N,), the class that was explained.
-
-    Where K classes were asked for each input, `cams`, `guided` and `targets` have K as their second axis: (N, K, ...).
+        minus: int64 (N,), the class whose logit was subtracted, or NO_CLASS; None if no difference
+            was asked for.
     """
 
     cams: dict[str, Floats]
     guided: Floats | None
     logits: Floats
     targets: NDArray[np.int64]
+    minus: NDArray[np.int64] | None = None
 
     def __repr__(self) -> str:
         shapes = {method: maps.shape for method, maps in self.cams.items()}
         return f"Explanation(cams={shapes}, targets={self.targets.tolist()})"
 
     def only(self, index: int) -> Explanation:
-        """Return the explanation of one input, as a batch of one; a class that was asked for twice is there once."""
-        i, classes = slice(index, index + 1), np.atleast_1d(self.targets[index]).tolist()
+        """Return the explanation of one input, as a batch of one.
+
+        A class that was asked for twice is there once.
+        """
+        rows: Any = slice(index, index + 1)
         if self.targets.ndim == 2:
-            i = np.ix_([index], [classes.index(target) for target in dict.fromkeys(classes)])
-        cams = {method: maps[i] for method, maps in self.cams.items()}
-        guided = None if self.guided is None else self.guided[i]
-        return Explanation(cams, guided, self.logits[index : index + 1], self.targets[i])
+            asked = self.targets[index].tolist()
+            if self.minus is not None:
+                asked = list(zip(asked, self.minus[index].tolist(), strict=True))
+            first_places = [asked.index(question) for question in dict.fromkeys(asked)]
+            rows = np.ix_([index], first_places)
+
+        def pick(values: Any) -> Any:
+            return None if values is None else values[rows]
+
+        cams = {method: maps[rows] for method, maps in self.cams.items()}
+        logits = self.logits[index : index + 1]
+        return Explanation(cams, pick(self.guided), logits, pick(self.targets), pick(self.minus))
 
 
 def gradcam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Grad-CAM++ (Chattopadhyay et al., WACV 2018, arXiv:1710.11063, equation 19), as the grad-cam package has it.
+    """Grad-CAM++ (Chattopadhyay et al., WACV 2018, arXiv:1710.11063, equation 19).
 
-    The 1e-6 in its denominator is as large as the squared gradients of real networks; the paper has none.
+    As in the grad-cam package, whose 1e-6 in the denominator is as large as the squared gradients
+    of real networks. Only the sum of a channel's activations is clamped at 0: with a negative sum
+    the denominator has zeros, and the map is unstable.
     """
+    total = activations.sum((-2, -1), keepdim=True).clamp(min=0)
     squared = gradients**2
-    alphas = squared / (
-        2 * squared + activations.sum((-2, -1), keepdim=True) * squared * gradients + 1e-6
-    )
-    weights = (gradients.clamp(min=0) * torch.where(gradients != 0, alphas, 0)).sum(
-        (-2, -1), keepdim=True
-    )
+    alphas = squared / (2 * squared + total * squared * gradients + 1e-6)
+    alphas = torch.where(gradients != 0, alphas, 0)
+    weights = (gradients.clamp(min=0) * alphas).sum((-2, -1), keepdim=True)
     return activations * weights
 
 
 def xgradcam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """XGrad-CAM (Fu et al., BMVC 2020, arXiv:2008.02312): the mean gradient, weighted by the activations."""
+    """XGrad-CAM (Fu et al., BMVC 2020, arXiv:2008.02312): gradients weighted by the activations."""
     shares = activations / (activations.sum((-2, -1), keepdim=True) + 1e-7)
     return activations * (gradients * shares).sum((-2, -1), keepdim=True)
 
 
 def randomcam(activations: Tensor, gradients: Tensor | None) -> Tensor:
-    """Random weights, the same in each run: what a map without knowledge of the network looks like."""
+    """Random weights, the same in each run, as a sanity check."""
     weights = np.random.RandomState(0).uniform(-1, 1, activations.shape[-3])
     return activations * torch.from_numpy(weights).to(activations)[:, None, None]
 
 
+def channel_sum(contributions: Tensor) -> Tensor:
+    """Return the sum over the channels."""
+    return contributions.sum(-3)
+
+
 def principal_component(contributions: Tensor, of_class: bool = True) -> Tensor:
-    """Eigen-CAM (Muhammad and Yeasin, IJCNN 2020, arXiv:2008.00299): projection on the first principal component.
+    """Eigen-CAM (Muhammad and Yeasin, IJCNN 2020, arXiv:2008.00299): the first principal component.
 
-    The channels are centred, as in the grad-cam package. A component has no sign of its own, and grad-cam leaves it to
-    chance. Here the map of a class rises with the sum of the contributions where the two correlate (0.4 or more); else,
-    and where no class is asked for, with the sum of their absolute values.
+    The channels are centred, as in the grad-cam package. The sign of a component is arbitrary, so
+    it is chosen: the map rises with the sum of the contributions where the two correlate (0.3 or
+    more). Otherwise, and where it does not depend on the class, it rises with the sum of their
+    absolute values.
     """
-    columns = contributions.detach().flatten(-2).transpose(-2, -1).cpu().numpy()  # (..., h * w, C)
-    centred = columns - columns.mean(-2, keepdims=True)
-    first = np.linalg.svd(centred, full_matrices=False)[2][..., :1, :]
-    maps = (centred @ first.swapaxes(-2, -1))[..., 0]  # (..., h * w), of mean 0
+    columns = contributions.detach().flatten(-2).transpose(-2, -1)  # (..., h * w, C)
+    if columns.device.type == "mps":
+        columns = columns.cpu()  # it has no float64
+    columns = columns.double()
+    centred = columns - columns.mean(-2, keepdim=True)
+
+    # The eigenvectors of the smaller Gram matrix give the projection, (..., h * w).
+    positions, channels = centred.shape[-2:]
+    transposed = centred.transpose(-2, -1)
+    if positions <= channels:
+        variances, vectors = torch.linalg.eigh(centred @ transposed)
+        maps = vectors[..., -1] * variances[..., -1:].clamp(min=0).sqrt()
+    else:
+        component = torch.linalg.eigh(transposed @ centred).eigenvectors[..., -1:]
+        maps = (centred @ component)[..., 0]
+
     total = centred.sum(-1)
-    signed, unsigned = ((each * maps).sum(-1) for each in (total, np.abs(columns).sum(-1)))
-    correlates = np.abs(signed) > 0.4 * np.linalg.norm(total, axis=-1) * np.linalg.norm(
-        maps, axis=-1
-    )
-    maps = (
-        maps
-        * np.where(np.where(of_class & correlates, signed, unsigned) < 0, -1, 1).astype(maps.dtype)[
-            ..., None
-        ]
-    )
-    return torch.from_numpy(maps).to(contributions).unflatten(-1, contributions.shape[-2:])
+    direction = (columns.abs().sum(-1) * maps).sum(-1)
+    if of_class:
+        covariance = (total * maps).sum(-1)
+        correlates = covariance.abs() > 0.3 * total.norm(dim=-1) * maps.norm(dim=-1)
+        direction = torch.where(correlates, covariance, direction)
+    maps = torch.where(direction[..., None] < 0, -maps, maps)
+    return maps.to(contributions).unflatten(-1, contributions.shape[-2:])
 
 
-CHANNEL_SUM = partial(torch.sum, dim=-3)
-# weight_fn: activations and gradients of the class score, (..., C, h, w) -> each channel's contribution to the map,
-# of the same shape; reduce_fn: contributions -> map (..., h, w); gradients: whether they are read, that is the class
-CamMethod = namedtuple(
-    "CamMethod", ("weight_fn", "reduce_fn", "gradients"), defaults=(CHANNEL_SUM, True)
-)
+@dataclass(frozen=True)
+class CamMethod:
+    """A method that needs one forward and at most one backward pass.
+
+    `contributions` takes the activations of a layer and the gradients of the class score with
+    respect to them, both (..., C, h, w), and returns what each channel adds to the map.
+    """
+
+    contributions: Callable[[Tensor, Tensor], Tensor]
+    reduce: Callable[[Tensor], Tensor] = channel_sum  # contributions -> map (..., h, w)
+    gradients: bool = True  # whether they are read; if not, all classes have the same map
+    relu: bool = True  # whether negative values of the map become 0
+    product: bool = False  # whether the maps of several layers are multiplied instead of averaged
+
+
 CAM_METHODS = {
-    "gradcam": CamMethod(
-        lambda a, g: a * g.mean((-2, -1), keepdim=True)
-    ),  # Selvaraju, ICCV 2017, arXiv:1610.02391
+    # Selvaraju et al., ICCV 2017, arXiv:1610.02391
+    "gradcam": CamMethod(lambda a, g: a * g.mean((-2, -1), keepdim=True)),
     "gradcam++": CamMethod(gradcam_plus_plus),
     "xgradcam": CamMethod(xgradcam),
     "eigencam": CamMethod(lambda a, g: a, partial(principal_component, of_class=False), False),
     "eigengradcam": CamMethod(lambda a, g: a * g, principal_component),
-    "hirescam": CamMethod(lambda a, g: a * g),  # Draelos and Carin, 2020, arXiv:2011.08891
-    "layercam": CamMethod(
-        lambda a, g: a * g.clamp(min=0)
-    ),  # Jiang, IEEE TIP 2021, doi:10.1109/TIP.2021.3089943
-    "gradcamelementwise": CamMethod(
-        lambda a, g: (a * g).clamp(min=0)
-    ),  # a variant of the grad-cam package
-    "refinecam": CamMethod(gradcam_plus_plus),  # arXiv:2605.14641: the product over several layers
+    # Draelos and Carin, 2020, arXiv:2011.08891
+    "hirescam": CamMethod(lambda a, g: a * g),
+    # Jiang et al., IEEE TIP 2021, doi:10.1109/TIP.2021.3089943
+    "layercam": CamMethod(lambda a, g: a * g.clamp(min=0)),
+    # a variant of the grad-cam package
+    "gradcamelementwise": CamMethod(lambda a, g: (a * g).clamp(min=0)),
+    # arXiv:2605.14641
+    "refinecam": CamMethod(gradcam_plus_plus, product=True),
     "randomcam": CamMethod(randomcam, gradients=False),
 }
-BY_GRAD_CAM = {  # through the classes of the grad-cam package
-    "fem": "FEM",  # Fuad et al., IPTA 2020: channels weighted by the share of their values above two deviations
-    "fullgrad": "FullGrad",  # Srinivas and Fleuret, NeurIPS 2019, arXiv:1905.00780: every bias instead of a layer
-    "kpcacam": "KPCA_CAM",  # Karmani et al., 2024, arXiv:2410.00267: a kernel PCA of the activations
-    "shapleycam": "ShapleyCAM",  # arXiv:2501.06261: needs second derivatives
-    "finercam": "FinerCAM",  # CVPR 2025, arXiv:2501.11309: the class against the three most similar ones
-    "segeigencam": "SegEigenCAM",  # Chung and Ying, Applied Sciences 2025, doi:10.3390/app15137562
-}
+# These methods find a weight for each channel, (..., C, 1, 1), which takes the gradients' place.
+MANY_PASSES = ("scorecam", "ablationcam")
+BY_CHANNEL_WEIGHTS = CamMethod(lambda a, weights: a * weights, gradients=False)
+LAYER_BY_LAYER = ("shapleycam",)  # of grad-cam's: it frees the graph after its first layer
 
 
 def normalise(maps: Tensor, epsilon: float = 1e-7) -> Tensor:
-    """Stretch each map of (..., h, w) to [0, 1]; one that is the same everywhere becomes 0, as in grad-cam."""
+    """Stretch each map of (..., h, w) to [0, 1], as grad-cam; a constant one becomes 0."""
     maps = maps - maps.amin((-2, -1), keepdim=True)
     return maps / (epsilon + maps.amax((-2, -1), keepdim=True))
 
 
-def as_map(output: Tensor, size: Sequence[int]) -> Tensor | None:
-    """Return a layer's output for inputs of `size` (H, W) as (N, C, h, w), or None if it is not spatial.
+def same_aspect(rows: int, columns: int, size: Sequence[int]) -> bool:
+    """Return whether a map has the height to width of an input of `size` (H, W), up to rounding."""
+    height, width = size
+    if height == width:
+        return rows == columns  # both sides were rounded alike
+    return abs(rows * width - columns * height) <= max(size)
 
-    Convolutional layers return it so, Swin's (N, h, w, C), and a ViT's (N, T, C): the first of its tokens is the class
-    token; some networks have more of those, or none.
+
+def as_map(output: Tensor, size: Sequence[int]) -> Tensor | None:
+    """Return a layer's output for inputs of `size` (H, W) as (N, C, h, w); None: it is not spatial.
+
+    Convolutional layers return it so, Swin's (N, h, w, C), and a ViT's (N, T, C): the first of its
+    tokens is the class token; some networks have more of those, or none.
     """
     if output.ndim == 4:
-        sides = itertools.pairwise(output.shape[1:])
-        like_input = [
-            abs(rows * size[1] - columns * size[0]) <= max(size) for rows, columns in sides
-        ]
-        spatial = output.movedim(3, 1) if like_input == [True, False] else output
+        first, second, third = output.shape[1:]
+        channels_last = same_aspect(first, second, size) and not same_aspect(second, third, size)
+        spatial = output.movedim(3, 1) if channels_last else output
         return spatial if spatial[0, 0].numel() > 1 else None
-    for special in (1, 0, 2, 3, 4, 5) if output.ndim == 3 else ():
-        positions = max(output.shape[1] - special, 0)
-        rows = math.isqrt(positions * size[0] // size[1])
-        if positions > 1 and rows and rows * rows * size[1] == positions * size[0]:
-            return output[:, special:].transpose(1, 2).unflatten(2, (rows, positions // rows))
+    if output.ndim != 3:
+        return None
+
+    height, width = size
+    for special_tokens in (1, 0, 2, 3, 4, 5):
+        positions = output.shape[1] - special_tokens
+        if positions < 2:
+            continue
+        rows = math.isqrt(positions * height // width)
+        if rows and rows * rows * width == positions * height:
+            patches = output[:, special_tokens:].transpose(1, 2)
+            return patches.unflatten(2, (rows, positions // rows))
     return None
 
 
 def graph_nodes(*roots: Any) -> set[Any]:
     """Return every node of the autograd graph that ends in `roots`."""
-    found, stack = set(), [*roots]
+    nodes = set()
+    stack = list(roots)
     while stack:
         node = stack.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            stack += [parent for parent, _ in node.next_functions]
-    return found
+        if node is None or node in nodes:
+            continue
+        nodes.add(node)
+        stack += [parent for parent, _ in node.next_functions]
+    return nodes
+
+
+def is_activation(node: Any) -> bool:
+    """Return whether an autograd node is an activation, or a ReLU written as clamp or maximum."""
+    name = node.name()
+    if ACTIVATION_NODES.fullmatch(name):
+        return True
+
+    if name.startswith(("ClampBackward", "ClampMinBackward")):
+        bounds = [node._saved_min]
+    elif name.startswith("MaximumBackward"):
+        bounds = [node._saved_self, node._saved_other]
+    else:
+        return False
+    bounds = [torch.as_tensor(bound) for bound in bounds if bound is not None]
+    return any(not bound.any() for bound in bounds)
+
+
+def clamp_gradients(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Let only positive gradients pass, as a hook of an autograd node."""
+    return tuple(None if gradient is None else gradient.clamp(min=0) for gradient in gradients)
 
 
 def guided_gradients(scores: Sequence[Tensor], inputs: Tensor) -> Tensor:
-    """Guided backpropagation (Springenberg et al., ICLR 2015 workshop, arXiv:1412.6806) of K scores: (N, K, 3, H, W).
+    """Guided backpropagation (Springenberg et al., ICLR 2015 workshop, arXiv:1412.6806).
 
-    A backward pass, which uses up the graph; each activation function, module or not, lets only positive gradients in.
+    Returns the gradients of K scores, (N, K, 3, H, W). Each activation function, module or not,
+    lets only positive gradients in. Uses up the graph.
     """
-    for node in graph_nodes(*(score.grad_fn for score in scores)):
-        if ACTIVATION_NODES.fullmatch(node.name()):
-            node.register_prehook(
-                lambda gradients: tuple(None if g is None else g.clamp(min=0) for g in gradients)
-            )
-    each = [
-        torch.autograd.grad(score, inputs, retain_graph=score is not scores[-1])[0]
-        for score in scores
-    ]
-    return torch.stack(each, 1)
+    roots = [score.grad_fn for score in scores]
+    for node in graph_nodes(*roots):
+        if is_activation(node):
+            node.register_prehook(clamp_gradients)
+
+    maps = []
+    for score in scores:
+        is_last = score is scores[-1]
+        maps += torch.autograd.grad(score, inputs, retain_graph=not is_last)
+    return torch.stack(maps, 1)
+
+
+def dotted_name(model: nn.Module, text: str) -> str:
+    """Return "layer4.1" for "layer4[-1]" or, as in grad-cam's examples, "model.layer4[-1]"."""
+    names = dict(model.named_modules())
+    prefix = text.partition(".")[0]
+    if prefix in ("model", "module") and prefix not in names:
+        text = text.partition(".")[2]
+
+    name = ""
+    for step in text.replace("[", ".[").split("."):
+        index = re.fullmatch(r"\[(-?\d+)\]", step)
+        if index and name in names:
+            children = [child for child, _ in names[name].named_children()]
+            with contextlib.suppress(IndexError):
+                step = children[int(index[1])]
+        name = f"{name}.{step}" if name else step
+    return name
 
 
 def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
-    """Return the dotted name of a layer that is given by its name or as the module itself. Raises CallError."""
+    """Return the dotted name of a layer, given by name or as the module. Raises CallError."""
     names = {module: name for name, module in model.named_modules() if name}
-    name = (
-        names.get(layer, type(layer).__name__)
-        if isinstance(layer, nn.Module)
-        else layer.removeprefix("module.")
-    )
+    if isinstance(layer, nn.Module):
+        name = names.get(layer, type(layer).__name__)
+    else:
+        name = dotted_name(model, layer)
     if name in names.values():
         return name
-    hint = "; repeat the option for each layer" if "," in name else closest(name, [*names.values()])
+
+    hint = closest(name, names.values())
+    if "," in name:
+        hint = "; repeat the option for each layer"
     raise CallError(f"the network has no layer '{name}'{hint}; --list-layers shows them all")
 
 
-def choose_targets(logits: Tensor, targets: Targets, top: int | None = None) -> Tensor:
-    """Return the class to explain for each input, int64 (N,), or the K classes, (N, K). Raises CallError."""
-    count, classes = logits.shape
-    if targets is None:
-        return (
-            logits.detach().argmax(1)
-            if top is None
-            else logits.detach().topk(min(top, classes)).indices
-        )
-    chosen = torch.as_tensor(targets)
-    fits = (
-        chosen.dtype != torch.bool
-        and not chosen.is_floating_point()
-        and chosen.shape[:1] in ((), (1,), (count,))
-    )
-    if not fits or chosen.ndim > 2 or ((chosen < PREDICTED) | (chosen >= classes)).any():
-        raise CallError(
-            f"targets {chosen.tolist()} do not fit {count} inputs and {classes} classes; give one each"
-        )
+def fit_classes(classes: Any, logits: Tensor, allowed: Sequence[int]) -> Tensor:
+    """Return classes as indices, int64 (N,) or (N, K), PREDICTED replaced. Raises CallError.
+
+    `allowed` are the negative numbers that may stand among them.
+    """
+    count, outputs = logits.shape
+    chosen = torch.as_tensor(classes)
+    is_integer = not (chosen.is_floating_point() or chosen.dtype == torch.bool)
+    rows_fit = chosen.ndim <= 2 and chosen.shape[:1] in ((), (1,), (count,))
+    in_range = (chosen >= 0) & (chosen < outputs)
+    for special in allowed:
+        in_range = in_range | (chosen == special)
+    if not (is_integer and rows_fit and in_range.all()):
+        fault = f"do not fit {count} inputs and {outputs} classes; give one each"
+        raise CallError(f"targets {chosen.tolist()} {fault}")
+
     chosen = chosen.long().expand(count, *chosen.shape[1:]).to(logits.device, non_blocking=True)
-    predicted = logits.detach().argmax(1).view(count, *[1] * (chosen.ndim - 1))
+    predicted = logits.detach().argmax(1)
+    if chosen.ndim == 2:
+        predicted = predicted[:, None]
     return torch.where(chosen == PREDICTED, predicted, chosen)
+
+
+def choose_targets(logits: Tensor, targets: Targets, top: int | None = None) -> Tensor:
+    """Return the class to explain for each input, int64 (N,), or K classes, (N, K).
+
+    Raises CallError: the targets do not fit.
+    """
+    if targets is not None:
+        return fit_classes(targets, logits, allowed=[PREDICTED])
+    if top is None:
+        return logits.detach().argmax(1)
+    return logits.detach().topk(min(top, logits.shape[1])).indices
+
+
+def score_weights(targets: Tensor, minus: Tensor | None, outputs: int) -> Tensor:
+    """Return the weights of the logits in each explained score, float32 (N, K, outputs).
+
+    1 for the target, -1 for the class that is subtracted from it, else 0. `targets` and `minus` are
+    (N,) or (N, K).
+    """
+    columns = torch.arange(outputs, device=targets.device)
+    weights = (targets.view(len(targets), -1, 1) == columns).float()
+    if minus is None:
+        return weights
+    return weights - (minus.view(len(minus), -1, 1) == columns).float()
+
+
+def logits_for(network: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the network's logits (N, classes). Raises CallError: not one row for each input."""
+    logits = as_logits(network(inputs))
+    if len(logits) != len(inputs):
+        given = f"{len(logits)} answers for {len(inputs)} inputs"
+        raise CallError(
+            f"the network gives {given}; let it keep the batch dimension, as x.flatten(1) does"
+        )
+    return logits
 
 
 @contextlib.contextmanager
 def capture_outputs(
     network: nn.Module, layers: Sequence[str], differentiable: bool = False
-) -> Iterator[Any]:
-    """Collect the outputs of layers by name while the network runs; of a layer that is called again, the last one."""
+) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of layers by name while the network runs; of several calls, the last.
+
+    Raises CallError: a layer returns no tensor, or is not called.
+    """
     outputs: dict[str, Tensor] = {}
 
     def collect(name: str, module: nn.Module, args: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
-            raise CallError(
-                f"layer '{name}' returns a {type(output).__name__}, not a tensor; choose a layer inside it"
-            )
-        if (
-            differentiable and not output.requires_grad
-        ):  # because nothing before this layer needs a gradient
-            output = output.detach().requires_grad_()
+            returned = f"returns a {type(output).__name__}, not a tensor"
+            raise CallError(f"layer '{name}' {returned}; choose a layer inside it")
+        if differentiable and not output.requires_grad:
+            output = output.detach().requires_grad_()  # nothing before this layer needs a gradient
         outputs[name] = output
-        return (
-            output.clone()
-        )  # what follows may change it in place, and it is wanted as the layer returned it
+        return output.clone()  # later layers may change it in place
 
     with contextlib.ExitStack() as hooks:
         for name in layers:
-            hooks.enter_context(
-                network.get_submodule(name).register_forward_hook(partial(collect, name))
-            )
+            module = network.get_submodule(name)
+            hooks.enter_context(module.register_forward_hook(partial(collect, name)))
         yield outputs
+
     for name in layers:
         if name not in outputs:
-            raise CallError(
-                f"layer '{name}' is not called when the network runs; choose another one"
-            )
+            fault = "is not called when the network runs; choose another one"
+            raise CallError(f"layer '{name}' {fault}")
 
 
-# one call of a module in a forward pass; `came_from` and `node` are the autograd nodes on its two sides
-Call = namedtuple("Call", ("name", "module", "input", "came_from", "output", "node"))
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a module in a recorded forward pass."""
+
+    name: str  # of the module; "" for the whole network
+    module: nn.Module
+    input: Tensor  # its first argument
+    source: Any  # the autograd node that made the input
+    output: Tensor
+    node: Any  # the autograd node that made the output
+
+
+def record_calls(network: nn.Module, inputs: Tensor) -> tuple[list[Call], Tensor]:
+    """Run a network. Return the calls of its modules in the order of their ends, and the logits."""
+    calls: list[Call] = []
+
+    def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        takes_tensor = bool(args) and isinstance(args[0], Tensor)
+        if takes_tensor and isinstance(output, Tensor):
+            calls.append(Call(name, module, args[0], args[0].grad_fn, output, output.grad_fn))
+
+    with contextlib.ExitStack() as hooks:
+        for name, module in network.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(record, name)))
+        return calls, logits_for(network, inputs)
+
+
+def spatial_calls(calls: Sequence[Call], size: Sequence[int]) -> list[tuple[Call, Tensor]]:
+    """Return the calls whose output has a map, with the map (N, C, h, w).
+
+    A ViT's attention has outputs of four dimensions that are no maps, (N, heads, tokens, width). So
+    only maps with the height to width of the inputs, `size` (H, W), count, unless there are none.
+    """
+    spatial = []
+    like_input = []
+    for call in calls:
+        spatial_map = as_map(call.output, size)
+        if spatial_map is None or not call.name:
+            continue
+        spatial.append((call, spatial_map))
+        rows, columns = spatial_map.shape[2:]
+        if same_aspect(rows, columns, size):
+            like_input.append((call, spatial_map))
+    return like_input or spatial
 
 
 def find_target_layer(calls: Sequence[Call], logits: Tensor, size: Sequence[int]) -> str:
-    """Return the last layer with a spatial map on which the logits depend, for inputs of `size` (H, W).
+    """Return the last layer with a spatial map on which the logits depend.
 
-    Adaptive pooling and dropout count only where nothing else does. Of a ViT, whose class token alone reaches the head,
-    that is the norm before the last attention, which grad-cam's examples use too. Raises CallError: there is none.
+    Adaptive pooling and dropout count only where nothing else does. Of a ViT, whose class token
+    alone reaches the head, that is the norm before the last attention, as in grad-cam's examples.
+    Raises CallError: there is none.
     """
-    heads = (
-        call.input for call in reversed(calls) if isinstance(call.module, (nn.Linear, nn.Conv2d))
-    )
-    # the input of the head, not the score: the weights of a head that was just initialised may all be zero
-    features = next(heads, logits)[0]
-    probe = (features * torch.linspace(1, 2, features.numel()).to(features).view_as(features)).sum()
-    spatial = [
-        call for call in reversed(calls) if call.name and as_map(call.output, size) is not None
-    ]
+    spatial = [call for call, _ in reversed(spatial_calls(calls, size))]
+    if not spatial:
+        sides = f"{size[0]} x {size[1]}"
+        raise CallError(
+            f"no layer has a spatial map for inputs of {sides}; pass one as target layer"
+        )
+
+    # Take the input of the head, not the score: the weights of a new head may all be zero.
+    features = logits
+    for call in calls:
+        if isinstance(call.module, (nn.Linear, nn.Conv2d)):
+            features = call.input
+    factors = torch.linspace(1, 2, features[0].numel()).to(features).view_as(features[0])
+    probe = (features[0] * factors).sum()
+
     for call in spatial:
         passing = isinstance(call.module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout))
-        if call.output.requires_grad and not passing:
-            gradient = torch.autograd.grad(
-                probe, call.output, retain_graph=True, allow_unused=True
-            )[0]
-            if gradient is not None and as_map(gradient, size)[0].any(0).sum() > 1:
-                return call.name
-    if not spatial:
-        raise CallError(
-            f"no layer has a spatial map for inputs of {size[0]} x {size[1]}; pass one as target layer"
-        )
+        if passing or not call.output.requires_grad:
+            continue
+        gradient = torch.autograd.grad(probe, call.output, retain_graph=True, allow_unused=True)[0]
+        if gradient is None:
+            continue
+        depends = as_map(gradient, size)[0].any(0)  # on which positions of the map
+        if depends.sum() > 1:
+            return call.name
     return spatial[0].name
 
 
 def fold_batch_norms(
     network: nn.Module, calls: Sequence[Call], logits: Tensor, keep: Sequence[str]
 ) -> None:
-    """Fold each batch norm into the convolution before it, where nothing else reads that convolution's output.
+    """Fold each batch norm into the convolution before it, if nothing else reads the convolution.
 
-    `keep` names the layers whose own output is wanted. The graph of the recorded pass tells which output goes where.
+    `keep` names the layers whose own output is wanted. The graph of the recorded pass tells which
+    output goes where.
     """
-    readers = Counter(
-        parent for node in graph_nodes(logits.grad_fn) for parent, _ in node.next_functions
-    )
-    kept = {call.node for call in calls if call.name in keep}
-    plain = [
-        call for call in calls if not (call.module._forward_hooks or call.module._forward_pre_hooks)
-    ]
-    convolutions = {
-        call.node: call
-        for call in plain
-        if type(call.module) is nn.Conv2d and call.node not in kept
-    }
-    for call in plain:
-        source, norm = convolutions.get(call.came_from), call.module
-        if (
-            source
-            and type(norm) is nn.BatchNorm2d
-            and norm.track_running_stats
-            and readers[source.node] == 1
-        ):
-            fused = nn.utils.fusion.fuse_conv_bn_eval(source.module, norm).requires_grad_(False)
-            network.set_submodule(source.name, fused)
+    readers: Counter[Any] = Counter()
+    for node in graph_nodes(logits.grad_fn):
+        readers.update(parent for parent, _ in node.next_functions)
+    kept_nodes = {call.node for call in calls if call.name in keep}
+
+    convolutions = {}
+    for call in calls:
+        if call.module._forward_hooks or call.module._forward_pre_hooks:
+            continue  # what they do is not known
+        if type(call.module) is nn.Conv2d and call.node not in kept_nodes:
+            convolutions[call.node] = call
+
+        source = convolutions.get(call.source)
+        is_norm = type(call.module) is nn.BatchNorm2d and call.module.track_running_stats
+        if is_norm and source is not None and readers[source.node] == 1:
+            fused = nn.utils.fusion.fuse_conv_bn_eval(source.module, call.module)
+            network.set_submodule(source.name, fused.requires_grad_(False))
             network.set_submodule(call.name, nn.Identity())
 
 
@@ -1789,7 +1958,7 @@ class BatchSize:
         self.size = size
 
     def run(self, function: Callable[[Any], Any], items: Any) -> Iterator[Any]:
-        """Yield `function` of consecutive slices of `items`. Raises what `function` raises for one item."""
+        """Yield `function` of consecutive slices of `items`. Raises what it raises for one item."""
         while len(items):
             part = items[: self.size]
             try:
@@ -1804,36 +1973,173 @@ class BatchSize:
 
 @contextlib.contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """Compute in float32 without autocast; on CUDA without TF32, whose ten bits show in the maps, and repeatably."""
+    """Compute in float32 without autocast; on CUDA without TF32 (ten bits), and repeatably."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    exact = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
-    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, which refuses to mix the two settings
-        exact = [(cudnn.conv, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
-    exact += [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
+    settings = [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
+    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, which refuses to mix the two ways
+        settings += [(cudnn.conv, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
+    else:
+        settings += [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+    if device.type != "cuda":
+        settings = []
+
     with torch.autocast(device.type, enabled=False), contextlib.ExitStack() as stack:
-        for place, name, value in exact if device.type == "cuda" else ():
+        for place, name, value in settings:
             stack.callback(setattr, place, name, getattr(place, name))
             setattr(place, name, value)
         yield
 
 
+def copy_network(model: nn.Module) -> nn.Module:
+    """Return a copy of a network.
+
+    Tensors that belong to a graph cannot be copied, such as what a module keeps of its last run
+    (weight_norm's weight). They are detached.
+    """
+    replacements = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                replacements[id(value)] = value.detach()
+    return deepcopy(model, replacements)
+
+
+@dataclass(frozen=True)
+class LayerValues:
+    """What one pass over N inputs gives for a target layer."""
+
+    activations: Tensor  # (N, C, h, w)
+    gradients: Tensor | None  # of the K scores, (N, K, C, h, w); None if no method reads them
+
+
+class PartialPass:
+    """The network from the last call of a layer on, to run for other outputs of that layer.
+
+    Args:
+        inputs: (1, 3, H, W).
+
+    Attributes:
+        output: what the layer returns in its last call for `inputs`.
+        logits: (1, classes), for `inputs`.
+    """
+
+    def __init__(self, network: nn.Module, layer: str, inputs: Tensor) -> None:
+        self.network = network
+        self.module = network.get_submodule(layer)
+        outputs: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            outputs.append(output.clone())
+
+        with self.module.register_forward_hook(keep):
+            self.logits = as_logits(network(inputs))
+        self.calls = len(outputs)
+        self.output = outputs[-1]
+        self.find_stand_in(inputs)
+
+    def find_stand_in(self, inputs: Tensor) -> None:
+        """Find what the layers before run on; their output is replaced anyway.
+
+        A small dummy input is the fastest. Networks that refuse it get the real input, and those
+        that compare the sizes of two branches get one for each copy.
+        """
+        small = torch.zeros_like(inputs[..., :64, :64])
+        choices = ((small, False), (inputs, False), (inputs, True))
+        for self.stand_in, self.one_for_each in choices:
+            with contextlib.suppress(RuntimeError, AssertionError, ValueError, CallError):
+                twice = self.run(torch.cat([self.output, self.output]))
+                if len(twice) == 2 and torch.allclose(twice, self.logits, 1e-3, 1e-3):
+                    return
+
+    def run(self, copies: Tensor) -> Tensor:
+        """Return the logits (B, classes) for B outputs of the layer."""
+        calls = itertools.count(1)
+
+        def replace_last(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            if next(calls) == self.calls:
+                return copies
+            return None
+
+        inputs = self.stand_in
+        if self.one_for_each:
+            inputs = inputs.expand(len(copies), -1, -1, -1)
+        with self.module.register_forward_hook(replace_last):
+            return as_logits(self.network(inputs))
+
+
+@contextlib.contextmanager
+def grad_cam_method(
+    method: str, network: nn.Module, layers: Sequence[str], reshape: Callable[[Tensor], Tensor]
+) -> Iterator[Any]:
+    """Yield an object of the grad-cam package's class for a method; take its hooks off afterwards.
+
+    The class is the one whose name is the method's, but for capitals and underscores.
+    """
+    import pytorch_grad_cam
+
+    classes = {}
+    for name, value in vars(pytorch_grad_cam).items():
+        if isinstance(value, type):
+            classes[name.lower().replace("_", "")] = value
+    modules = [network.get_submodule(name) for name in layers]
+    with contextlib.redirect_stdout(io.StringIO()):  # FullGrad prints a warning
+        cam = classes[method](network, modules, reshape)
+
+    network.requires_grad_(True)  # Shapley-CAM needs second derivatives, which frozen weights lack
+    try:
+        yield cam
+    finally:
+        network.requires_grad_(False)
+        network.zero_grad(set_to_none=True)
+        kept = getattr(cam, "base_cam", cam).activations_and_grads
+        kept.activations = []  # release() fails to detach them where they are views
+        kept.gradients = []
+        kept.release()
+
+
+def grad_cam_target(cam: Any, weights: Tensor) -> dict[str, Any]:
+    """Return the arguments that tell a class of the grad-cam package what to explain.
+
+    `weights`, (classes,), are those of the logits in the score. Raises CallError: the class cannot
+    explain it.
+    """
+    if "target_idx" not in inspect.signature(cam.forward).parameters:
+        return {"targets": [lambda logits: logits @ weights]}
+    if (weights < 0).any():
+        raise CallError("it compares classes by itself, so it takes no difference of two")
+    return {"targets": None, "target_idx": int(weights.argmax())}
+
+
 class Explainer:
     """Explains the predictions of any `nn.Module` classifier.
 
-    The model is not changed: everything runs on a frozen float32 copy, whose batch norms are folded into the
-    convolutions. After training on, make a new explainer. Raises CallError: no such method or layer.
+    Everything runs in float32 and eval mode on a frozen copy of the model, which itself is not
+    changed. After training on, make a new explainer.
 
     Args:
-        model: takes (N, 3, H, W), returns logits (N, classes); or (N, 1) or (N,) for a single sigmoid output, of which
-            the positive side is explained. `DataParallel` around it and half precision are fine.
+        model: takes (N, 3, H, W), returns logits (N, classes); or (N, 1) or (N,) for a single
+            sigmoid output, of which the positive side is explained. `DataParallel` around it and
+            half precision are fine.
         methods: names from METHODS and MORE_METHODS, or one of them.
-        target_layers: names of layers, or the modules, whose maps are averaged, or one of them; None: the last layer
-            with a spatial map on which the score depends.
+        target_layers: names of layers, or the modules, whose maps are averaged, or one of them;
+            None: the last layer with a spatial map on which the score depends. "layer4[-1]" is the
+            last child of layer4.
         guided: whether guided backpropagation is wanted too.
-        aug_smooth: average the maps over six variants of the input, mirrored and multiplied by 0.9 to 1.1, as grad-cam.
-        eigen_smooth: take the first principal component of the contributions of the channels instead of their sum.
-        batch_size: how many inputs Score-CAM and `logits` run at once, at most; None: 2 on the CPU, else 32.
+        aug_smooth: average the maps over six variants of the input, mirrored and multiplied by 0.9
+            to 1.1, as grad-cam.
+        eigen_smooth: take the first principal component of the contributions of the channels
+            instead of their sum.
+        batch_size: how many inputs Score-CAM and `logits` run at once, at most; None: 2 on the CPU,
+            else 32.
         progress: wraps the passes of Score-CAM and Ablation-CAM, such as tqdm.
+        copy: False: take over the model itself, which is then changed (frozen, eval mode, batch
+            norms folded).
+        fold: whether batch norms are folded into the convolutions: faster from a handful of inputs
+            on.
+        multi_label: whether each logit is a sigmoid of its own; `faithfulness` reads it.
+
+    Raises:
+        CallError: there is no such method or layer.
     """
 
     def __init__(
@@ -1847,356 +2153,383 @@ class Explainer:
         eigen_smooth: bool = False,
         batch_size: int | None = None,
         progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
+        copy: bool = True,
+        fold: bool = True,
+        multi_label: bool = False,
     ) -> None:
-        methods = methods if isinstance(methods, str) else ",".join(methods)
+        if not isinstance(methods, str):
+            methods = ",".join(methods)
         self.methods = tuple(names_from((*METHODS, *MORE_METHODS), "method", METHODS)(methods))
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        layers = (
-            [target_layers] if isinstance(target_layers, (str, nn.Module)) else target_layers or ()
-        )
-        self.target_layers = tuple(layer_name(model, layer) for layer in layers)
-        self.guided, self.aug_smooth, self.eigen_smooth, self.progress = (
-            guided,
-            aug_smooth,
-            eigen_smooth,
-            progress,
-        )
-        # Tensors that hang on a graph cannot be copied: what a module keeps of its last run, as weight_norm's weight.
-        kept = (
-            value
-            for module in model.modules()
-            for value in vars(module).values()
-            if isinstance(value, Tensor)
-        )
-        with torch.inference_mode(False):
-            network = copy.deepcopy(
-                model, {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf}
-            )
-            self.device = next(
-                itertools.chain(network.parameters(), network.buffers()), torch.empty(0)
-            ).device
-            # channels-last where oneDNN computes; on a GPU it pays only in half precision, which is not used
-            fast = self.device.type == "cpu" and torch.backends.mkldnn.is_available()
-            network.to(memory_format=torch.channels_last if fast else torch.contiguous_format)
-            self.network = network.eval().requires_grad_(False).float()
-        self.batch_size = BatchSize(batch_size or (2 if self.device.type == "cpu" else 32))
+        if target_layers is None:
+            target_layers = ()
+        elif isinstance(target_layers, (str, nn.Module)):
+            target_layers = [target_layers]
+        self.target_layers = tuple(layer_name(model, layer) for layer in target_layers)
+        self.guided = guided
+        self.aug_smooth = aug_smooth
+        self.eigen_smooth = eigen_smooth
+        self.progress = progress
+        self.multi_label = multi_label
+        # The grad-cam package's FullGrad counts the biases of convolutions and of batch norms.
+        ours = all(method in CAM_METHODS or method in MANY_PASSES for method in self.methods)
+        self.fold = fold and ours
+        self._set_network(model, copy)
+        if batch_size is None:
+            batch_size = 2 if self.device.type == "cpu" else 32
+        self.batch_size = BatchSize(batch_size)
         self.layers: dict[str, tuple[str, tuple[int, ...]]] = {}
 
+    def _set_network(self, model: nn.Module, copy: bool) -> None:
+        """Make the frozen network."""
+        with torch.inference_mode(False):
+            network = copy_network(model) if copy else model
+            tensors = itertools.chain(network.parameters(), network.buffers())
+            self.device = next(tensors, torch.empty(0)).device
+
+            # channels-last where oneDNN computes; on a GPU it pays only in half precision
+            memory_format = torch.contiguous_format
+            if self.device.type == "cpu" and torch.backends.mkldnn.is_available():
+                memory_format = torch.channels_last
+            network.to(memory_format=memory_format)
+            self.network = network.eval().requires_grad_(False).float()
+
     def prepare(self, inputs: Tensor) -> None:
-        """Run one input (1, 3, H, W): find the target layer where none was named, and fold the batch norms.
+        """Run one input (1, 3, H, W): find the default target layer, and fold the batch norms.
 
-        `layers` is then a dict of the layers with a spatial map: their name, type, and the shape of the map (C, h, w).
+        `layers` is then a dict of the layers with a map: their name, type, and its shape (C, h, w).
         """
-        calls: list[Call] = []
-
-        def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and args and isinstance(args[0], Tensor):
-                calls.append(Call(name, module, args[0], args[0].grad_fn, output, output.grad_fn))
-
+        size = inputs.shape[2:]
         with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
-            with contextlib.ExitStack() as hooks:
-                for name, module in self.network.named_modules():
-                    hooks.enter_context(module.register_forward_hook(partial(record, name)))
-                logits = as_logits(self.network(self._own(inputs).requires_grad_()))
-            maps = ((call, as_map(call.output, inputs.shape[2:])) for call in calls if call.name)
-            self.layers = {
-                c.name: (type(c.module).__name__, (*m.shape[1:],)) for c, m in maps if m is not None
-            }
-            self.target_layers = self.target_layers or (
-                find_target_layer(calls, logits, inputs.shape[2:]),
-            )
-            if (
-                "fullgrad" not in self.methods
-            ):  # which counts the biases of both, convolution and batch norm
-                fold_batch_norms(self.network, calls, logits, keep=self.target_layers)
-                folded = as_logits(self.network(self._own(inputs)))
-                if not torch.allclose(
-                    folded, logits, 1e-3, 1e-3
-                ):  # a weight is read elsewhere as well
-                    for call in calls[:-1]:
-                        self.network.set_submodule(call.name, call.module)
+            calls, logits = record_calls(self.network, self._own(inputs).requires_grad_())
+            if not self.target_layers:
+                self.target_layers = (find_target_layer(calls, logits, size),)
+            if self.fold:
+                self._fold(calls, logits, inputs)
+        for call, spatial_map in spatial_calls(calls, size):
+            self.layers[call.name] = (type(call.module).__name__, tuple(spatial_map.shape[1:]))
+
+    def _fold(self, calls: Sequence[Call], logits: Tensor, inputs: Tensor) -> None:
+        """Fold the batch norms, if the logits of `inputs` stay the same."""
+        fold_batch_norms(self.network, calls, logits, keep=self.target_layers)
+        folded = logits_for(self.network, self._own(inputs))
+        if not torch.allclose(folded, logits, 1e-3, 1e-3):  # a weight is read elsewhere as well
+            for call in calls[:-1]:
+                self.network.set_submodule(call.name, call.module)
 
     def __call__(
-        self, inputs: Tensor, targets: Targets = None, *, top: int | None = None
+        self,
+        inputs: Tensor,
+        targets: Targets = None,
+        *,
+        top: int | None = None,
+        minus: Targets = None,
     ) -> Explanation:
-        """Explain inputs (N, 3, H, W), normalised as the model expects them; they are converted to float32.
+        """Explain inputs (N, 3, H, W), normalised as the model expects them.
 
-        Without `targets`, the class with the highest logit is explained (-1 stands for it too), or the `top` classes
-        with the highest. Targets are one class for all inputs, or (N,) for each; or K classes, (1, K) or (N, K). Raises
-        CallError: they, the inputs or the layers cannot be explained. Raises ValueError: the logits are not finite.
+        Args:
+            targets: one class for all inputs, or (N,) for each; or K classes, (1, K) or (N, K). -1
+                stands for the class with the highest logit, which is explained by default.
+            top: without `targets`, explain that many classes with the highest logits.
+            minus: explain the difference: the logits of these classes are subtracted from those of
+                the targets. In the form of `targets`; NO_CLASS where nothing is subtracted.
+
+        Raises:
+            CallError: the inputs, the classes or the layers cannot be explained.
+            ValueError: the logits are not finite.
         """
         if not isinstance(inputs, Tensor):
+            kind = type(inputs).__name__
             raise CallError(
-                f"inputs are a tensor, not {type(inputs).__name__}; use classifier.preprocess(photo)[None]"
+                f"inputs are a tensor, not {kind}; use classifier.preprocess(photo)[None]"
             )
         if inputs.ndim != 4 or not len(inputs):
+            shape = shape_of(inputs)
             raise CallError(
-                f"inputs are a batch (N, 3, H, W), not {shape_of(inputs)}; of one photo: inputs[None]"
+                f"inputs are a batch (N, 3, H, W), not {shape}; of one photo: inputs[None]"
             )
         if not self.layers:
             self.prepare(inputs[:1])
-        # Whatever mode the caller is in, this needs a graph, and leaves the caller's settings alone.
+
+        # Whatever mode the caller is in, this needs a graph, and leaves the caller's settings
+        # alone.
         with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
             if not self.aug_smooth:
-                return self._explain(inputs, targets, top, self.methods, self.guided)
-            explanation, variants = self._explain(inputs, targets, top, (), self.guided), []
-            for step, factor in itertools.product((1, -1), (0.9, 1, 1.1)):  # mirrored where -1
-                varied = (inputs.flip(3) if step < 0 else inputs).detach().float() * factor
-                cams = self._explain(varied, explanation.targets, None, self.methods, False).cams
-                variants.append({method: maps[..., ::step] for method, maps in cams.items()})
-            cams = {
-                method: np.mean([cams[method] for cams in variants], axis=0)
-                for method in self.methods
-            }
-            return replace(explanation, cams=cams)
+                return self._explain(inputs, targets, top, minus, self.methods, self.guided)
+            explanation = self._explain(inputs, targets, top, minus, (), self.guided)
+            return replace(explanation, cams=self._augmented_cams(inputs, explanation))
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Return the network's logits (N, classes) for inputs (N, 3, H, W), on its device."""
+
+        def run(network: nn.Module, part: Tensor) -> Tensor:
+            return logits_for(network, self._own(part))
+
         with exact_arithmetic(self.device):
-            return self._in_batches(
-                lambda network, part: as_logits(network(self._own(part))), inputs
-            )
-
-    def _in_batches(
-        self, function: Callable[..., Tensor], items: Any, progress: Any = iter
-    ) -> Tensor:
-        """Return `function` of the network and all items, a few at once; on a CPU by threads that share the cores."""
-        cores = torch.get_num_threads()
-        networks = [self.network]
-        with contextlib.suppress(
-            RuntimeError
-        ):  # a module has kept tensors of a pass, which cannot be copied
-            while self.device.type == "cpu" and len(networks) < min(4, cores):
-                # each thread has its own modules, which may keep something during a pass, but the same weights
-                shared = {
-                    id(each): each for each in (*self.network.parameters(), *self.network.buffers())
-                }
-                networks.append(copy.deepcopy(self.network, shared))
-
-        @torch.inference_mode()
-        def run(network: nn.Module, part: Any) -> Tensor:
-            return torch.cat([*self.batch_size.run(partial(function, network), part)])
-
-        workers = len(networks)
-        with ThreadPoolExecutor(workers, None, torch.set_num_threads, (cores // workers,)) as pool:
-            parts = progress(items.split(64))
-            found = [
-                each for part in parts for each in pool.map(run, networks, part.chunk(workers))
-            ]
-        torch.set_num_threads(cores)  # a thread that is started later follows the last call
-        return torch.cat(found)
+            return self._in_batches(run, inputs)
 
     def _own(self, inputs: Tensor) -> Tensor:
         """Return a copy of the inputs as the network wants them."""
         return inputs.detach().to(self.device, torch.float32).clone()
 
+    def _in_batches(
+        self, function: Callable[..., Tensor], items: Tensor, progress: Any = iter
+    ) -> Tensor:
+        """Return `function` of the network and all items, a few at once; on a CPU by threads."""
+        cores = torch.get_num_threads()
+        networks = self._networks_for_threads(min(4, cores))
+        workers = len(networks)
+
+        @torch.inference_mode()
+        def run(network: nn.Module, part: Tensor) -> Tensor:
+            return torch.cat(list(self.batch_size.run(partial(function, network), part)))
+
+        results: list[Tensor] = []
+        with ThreadPoolExecutor(workers, None, torch.set_num_threads, (cores // workers,)) as pool:
+            for part in progress(items.split(64)):
+                results += pool.map(run, networks, part.chunk(workers))
+        torch.set_num_threads(cores)  # new threads inherit the last value
+        return torch.cat(results)
+
+    def _networks_for_threads(self, count: int) -> list[nn.Module]:
+        """Return a network for each thread: its own modules, which keep things, the same weights."""
+        networks = [self.network]
+        if self.device.type != "cpu":
+            return networks
+
+        with contextlib.suppress(RuntimeError):  # a module keeps tensors that cannot be copied
+            while len(networks) < count:
+                tensors = itertools.chain(self.network.parameters(), self.network.buffers())
+                networks.append(deepcopy(self.network, {id(tensor): tensor for tensor in tensors}))
+        return networks
+
+    def _augmented_cams(self, inputs: Tensor, explanation: Explanation) -> dict[str, Floats]:
+        """Return the means of the maps over six variants of the inputs, as grad-cam's aug_smooth."""
+        import ttach
+
+        variants = ttach.Compose([ttach.HorizontalFlip(), ttach.Multiply([0.9, 1, 1.1])])
+        cams: dict[str, list[Floats]] = {method: [] for method in self.methods}
+        for variant in variants:
+            varied = variant.augment_image(inputs.detach().float())
+            asked = explanation.targets, None, explanation.minus
+            explained = self._explain(varied, *asked, self.methods, False)
+            for method, maps in explained.cams.items():
+                batch = torch.from_numpy(maps).view(-1, 1, *inputs.shape[2:])
+                cams[method].append(variant.deaugment_mask(batch).view(maps.shape).numpy())
+        return {method: np.mean(maps, axis=0) for method, maps in cams.items()}
+
     def _explain(
-        self, inputs: Tensor, targets: Targets, top: int | None, methods: Any, guided: bool
+        self,
+        inputs: Tensor,
+        targets: Targets,
+        top: int | None,
+        minus: Targets,
+        methods: Sequence[str],
+        guided: bool,
     ) -> Explanation:
-        inputs, size = self._own(inputs).requires_grad_(guided), inputs.shape[2:]
-        with_gradients = any(
-            CAM_METHODS[method].gradients for method in methods if method in CAM_METHODS
-        )
+        """Explain inputs, in the mode and the arithmetic that `__call__` has set."""
+        inputs = self._own(inputs).requires_grad_(guided)
+        kinds = [CAM_METHODS.get(method, BY_CHANNEL_WEIGHTS) for method in methods]
+        with_gradients = any(kind.gradients for kind in kinds)
         with capture_outputs(self.network, self.target_layers, with_gradients) as outputs:
-            logits = as_logits(self.network(inputs))
+            logits = logits_for(self.network, inputs)
         targets = choose_targets(logits, targets, top)
-        classes = targets.view(
-            len(inputs), -1
-        )  # (N, K); K is 1 where the caller thinks of one class
-        scores = [logits.gather(1, column[:, None]).sum() for column in classes.T]
-        of_scores = []
-        for score in scores if with_gradients else ():
-            keep = guided or score is not scores[-1]
-            of_scores.append(
-                torch.autograd.grad(score, [*outputs.values()], None, keep, allow_unused=True)
-            )
-        layers = {}  # for each layer its activations (N, C, h, w), and the gradients (N, K, C, h, w) of the scores
-        for (layer, output), *gradients in zip(outputs.items(), *of_scores, strict=True):
-            activations = as_map(output.detach(), size)
-            if activations is None:
-                raise CallError(
-                    f"layer '{layer}' has no spatial map but {shape_of(output)} values; choose another one"
-                )
-            if any(gradient is None for gradient in gradients):
-                raise CallError(
-                    f"the class score does not depend on layer '{layer}'; choose another one"
-                )
-            maps = [as_map(gradient, size) for gradient in gradients]
-            layers[layer] = activations, torch.stack(maps, 1) if maps else None
+        if minus is not None:
+            minus = fit_classes(minus, logits, allowed=[PREDICTED, NO_CLASS]).expand_as(targets)
+
+        weights = score_weights(targets, minus, logits.shape[1])
+        scores = (logits[:, None] * weights).sum((0, 2)).unbind()  # over all inputs, for K classes
+        gradients = None
+        if with_gradients:
+            gradients = self._layer_gradients(scores, list(outputs.values()), guided)
+        layers = self._layer_values(outputs, gradients, inputs.shape[2:])
         guided_maps = guided_gradients(scores, inputs) if guided else None
+
         # The first result that is waited for: a GPU has been given all of the work above by now.
         if not torch.isfinite(logits).all():
             raise ValueError("the logits are NaN or infinite; the weights are probably broken")
 
-        def array(found: Tensor) -> NDArray[Any]:  # (N, K, ...) -> (N, ...) or (N, K, ...)
-            return found.view(*targets.shape, *found.shape[2:]).cpu().contiguous().numpy()
+        def array(values: Tensor | None) -> Any:  # (N, K, ...) -> (N, ...) or (N, K, ...)
+            if values is None:
+                return None
+            return values.reshape(*targets.shape, *values.shape[2:]).cpu().contiguous().numpy()
 
-        cams = {
-            method: array(self._cam(method, layers, inputs.detach(), classes)) for method in methods
-        }
-        return Explanation(
-            cams,
-            array(guided_maps) if guided else None,
-            logits.detach().cpu().numpy(),
-            array(classes),
-        )
+        inputs = inputs.detach()
+        cams = {method: array(self._cam(method, layers, inputs, weights)) for method in methods}
+        logits = logits.detach().cpu().numpy()
+        return Explanation(cams, array(guided_maps), logits, array(targets), array(minus))
+
+    def _layer_gradients(
+        self, scores: Sequence[Tensor], outputs: list[Tensor], keep_graph: bool
+    ) -> list[tuple[Tensor | None, ...]]:
+        """Return for each score its gradients with respect to the outputs of the layers."""
+        gradients = []
+        for score in scores:
+            keep = keep_graph or score is not scores[-1]
+            gradients.append(torch.autograd.grad(score, outputs, None, keep, allow_unused=True))
+        return gradients
+
+    def _layer_values(
+        self,
+        outputs: Mapping[str, Tensor],
+        gradients: list[tuple[Tensor | None, ...]] | None,
+        size: Sequence[int],
+    ) -> dict[str, LayerValues]:
+        """Return the values of each target layer.
+
+        Raises CallError: it has no spatial map, or the class score does not depend on it.
+        """
+        layers = {}
+        for index, (layer, output) in enumerate(outputs.items()):
+            activations = as_map(output.detach(), size)
+            if activations is None:
+                fault = f"has no spatial map but {shape_of(output)} values; choose another one"
+                raise CallError(f"layer '{layer}' {fault}")
+            if gradients is None:
+                layers[layer] = LayerValues(activations, None)
+                continue
+
+            of_scores = [of_score[index] for of_score in gradients]
+            if any(gradient is None for gradient in of_scores):
+                fault = f"does not depend on layer '{layer}'; choose another one"
+                raise CallError(f"the class score {fault}")
+            maps = [as_map(gradient, size) for gradient in of_scores]
+            layers[layer] = LayerValues(activations, torch.stack(maps, 1))
+        return layers
 
     def _cam(
-        self, method: str, layers: Mapping[str, Any], inputs: Tensor, classes: Tensor
+        self, method: str, layers: Mapping[str, LayerValues], inputs: Tensor, weights: Tensor
     ) -> Tensor:
-        """Return the maps (N, K, H, W) of one method, in [0, 1], averaged over all layers."""
-        if method in BY_GRAD_CAM:
-            # its Shapley-CAM fails with several layers at once
-            groups = [[layer] for layer in layers] if method == "shapleycam" else [[*layers]]
-            photos = [
-                (group, *photo)
-                for group in groups
-                for photo in zip(inputs.split(1), classes, strict=True)
-            ]
-            found = torch.stack([self._by_grad_cam(method, *photo) for photo in photos])
-            return normalise(found.view(len(groups), *classes.shape, *inputs.shape[2:]).mean(0))
-        weigh = (
-            self._score_weights if method == "scorecam" else self._ablation_weights
-        )  # one input, by many passes
+        """Return the maps (N, K, H, W) of one method, in [0, 1], of all layers together.
+
+        `weights`, (N, K, classes), are those of the logits in the explained scores.
+        """
+        if method not in CAM_METHODS and method not in MANY_PASSES:
+            return self._by_grad_cam(method, list(layers), inputs, weights)
+
         maps = []
-        for layer, (activations, gradients) in layers.items():
-            if method in CAM_METHODS:
-                weight_fn, reduce_fn, _ = CAM_METHODS[method]
-                contributions = weight_fn(activations[:, None], gradients)
-            else:
-                photos = zip(activations, inputs.split(1), classes, strict=True)
-                weights = torch.stack([weigh(layer, *photo) for photo in photos])
-                contributions, reduce_fn = (
-                    weights[..., None, None] * activations[:, None],
-                    CHANNEL_SUM,
-                )
-            if self.eigen_smooth and reduce_fn is CHANNEL_SUM:
-                reduce_fn = principal_component
-            small = reduce_fn(contributions).expand(*classes.shape, *activations.shape[2:])
-            maps.append(
-                nn.functional.interpolate(
-                    normalise(small.clamp(min=0)), inputs.shape[2:], mode="bilinear"
-                )
-            )
-        joined = torch.stack(maps)
-        return normalise(normalise(joined).prod(0) if method == "refinecam" else joined.mean(0))
+        for name, layer in layers.items():
+            small = normalise(self._small_maps(method, name, layer, inputs, weights))
+            maps.append(nn.functional.interpolate(small, inputs.shape[2:], mode="bilinear"))
+        of_layers = torch.stack(maps)
+        if method in CAM_METHODS and CAM_METHODS[method].product:
+            return normalise(normalise(of_layers).prod(0))
+        return normalise(of_layers.mean(0))
+
+    def _small_maps(
+        self, method: str, name: str, layer: LayerValues, inputs: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Return the maps (N, K, h, w) of one method at one layer."""
+        kind = CAM_METHODS.get(method, BY_CHANNEL_WEIGHTS)
+        gradients = layer.gradients
+        if method in MANY_PASSES:
+            weigh = self._score_weights if method == "scorecam" else self._ablation_weights
+            photos = zip(layer.activations, inputs.split(1), weights, strict=True)
+            of_channels = [weigh(name, *photo) for photo in photos]
+            gradients = torch.stack(of_channels)[..., None, None]
+
+        contributions = kind.contributions(layer.activations[:, None], gradients)
+        reduce = kind.reduce
+        if self.eigen_smooth and reduce is channel_sum:
+            reduce = principal_component
+        small = reduce(contributions)
+        if kind.relu:
+            small = small.clamp(min=0)
+        return small.expand(*weights.shape[:2], *small.shape[2:])
 
     @torch.inference_mode()
     def _ablation_weights(
-        self, layer: str, activations: Tensor, inputs: Tensor, targets: Tensor
+        self, name: str, activations: Tensor, inputs: Tensor, weights: Tensor
     ) -> Tensor:
-        """Ablation-CAM (Desai and Ramaswamy, WACV 2020): how much of the score is lost without a channel.
+        """Ablation-CAM (Desai and Ramaswamy, WACV 2020): the score that is lost without a channel.
 
-        For one input (1, 3, H, W) and the classes (K,); returns (K, C). The paper divides by the score, which may be
-        negative. Only what follows the layer runs again: its last call returns many ablated copies of its output. What
-        precedes it gets a small stand-in for the input, or where that does not fit the input, once or for each copy.
+        For one input (1, 3, H, W) and K scores; returns (K, C). The paper divides by the score,
+        which may be negative.
+        Only what follows the layer runs again: its last call returns many ablated copies of its
+            output.
         """
-        module, outputs = self.network.get_submodule(layer), list[Tensor]()
-        with module.register_forward_hook(
-            lambda module, args, output: outputs.append(output.clone())
-        ):
-            logits = as_logits(self.network(inputs))
-
-        def logits_for(copies: Tensor, stand_in: Tensor, count: int) -> Tensor:
-            calls = itertools.count(1)
-            with module.register_forward_hook(
-                lambda *_: copies if next(calls) == len(outputs) else None
-            ):
-                return as_logits(self.network(stand_in.expand(count or len(copies), -1, -1, -1)))
-
-        output = outputs[-1]
-        for stand_in, count in (
-            (torch.zeros_like(inputs[..., :64, :64]), 1),
-            (inputs, 1),
-            (inputs, 0),
-        ):
-            with contextlib.suppress(RuntimeError, AssertionError, ValueError):
-                twice = logits_for(torch.cat([output, output]), stand_in, count)
-                if len(twice) == 2 and torch.allclose(twice, logits, 1e-3, 1e-3):
-                    break
-        axis = (
-            1 if output.shape[1:] == activations.shape else output.ndim - 1
-        )  # of the channels, see as_map
-        score = logits[0, targets]
+        later = PartialPass(self.network, name, inputs)
+        output = later.output
+        # the axis of the channels, see as_map
+        axis = 1 if output.shape[1:] == activations.shape else output.ndim - 1
+        score = weights @ later.logits[0]
         ablated = score.repeat(output.shape[axis], 1)
+
+        # Channels that are zero everywhere change nothing.
         alive = output.movedim(axis, 1)[0].flatten(1).any(1).nonzero()[:, 0]
-        for channels in self.progress(
-            alive.split(max(1, min(256, 2**25 // (output.numel() * 4))))
-        ):  # 32 MB together
+        at_once = max(1, min(256, 2**25 // (output.numel() * 4)))  # 32 MB together
+        for channels in self.progress(alive.split(at_once)):
             copies = output.repeat(len(channels), *[1] * (output.ndim - 1))
-            copies.movedim(axis, 1)[
-                torch.arange(len(channels), device=channels.device), channels
-            ] = 0
-            ablated[channels] = logits_for(copies, stand_in, count)[:, targets]
+            rows = torch.arange(len(channels), device=channels.device)
+            copies.movedim(axis, 1)[rows, channels] = 0
+            ablated[channels] = later.run(copies) @ weights.T
         return (score - ablated).T
 
     @torch.inference_mode()
     def _score_weights(
-        self, layer: str, activations: Tensor, inputs: Tensor, targets: Tensor
+        self, name: str, activations: Tensor, inputs: Tensor, weights: Tensor
     ) -> Tensor:
-        """Score-CAM (Wang et al., CVPR workshops 2020, arXiv:1910.01279): the softmax of the scores of masked inputs.
+        """Score-CAM (Wang et al., CVPR workshops 2020, arXiv:1910.01279).
 
-        For one input (1, 3, H, W) and the classes (K,); returns (K, C). The mask is a channel of activations (C, h, w),
-        enlarged and stretched to [0, 1]; that of a constant channel is zero: those share one pass.
+        The softmax of the scores of masked inputs, for one input (1, 3, H, W) and K scores; returns
+        (K, C). A mask is a channel of activations (C, h, w), enlarged and stretched to [0, 1]; that
+        of a constant channel is zero: those share one pass.
         """
-        varied = (activations.flatten(1).amax(1) > activations.flatten(1).amin(1)).nonzero()[:, 0]
-        scores = self.logits(torch.zeros_like(inputs))[0, targets].repeat(len(activations), 1)
+        values = activations.flatten(1)
+        varied = (values.amax(1) > values.amin(1)).nonzero()[:, 0]
+        of_zeros = weights @ self.logits(torch.zeros_like(inputs))[0]
+        scores = of_zeros.repeat(len(activations), 1)
 
         def masked_scores(network: nn.Module, channels: Tensor) -> Tensor:
             small = activations[channels][:, None]
-            masks = nn.functional.interpolate(
-                small, inputs.shape[2:], mode="bilinear", align_corners=True
-            )
-            return as_logits(network(inputs * normalise(masks, 1e-8)))[:, targets]
+            size = inputs.shape[2:]
+            masks = nn.functional.interpolate(small, size, mode="bilinear", align_corners=True)
+            return logits_for(network, inputs * normalise(masks, 1e-8)) @ weights.T
 
         if len(varied):
             scores[varied] = self._in_batches(masked_scores, varied, self.progress)
         return scores.softmax(0).T
 
     def _by_grad_cam(
-        self, method: str, names: Sequence[str], inputs: Tensor, targets: Tensor
+        self, method: str, names: Sequence[str], inputs: Tensor, weights: Tensor
     ) -> Tensor:
-        """Return the maps (K, H, W) of one input (1, 3, H, W) by grad-cam's class. Raises CallError."""
-        import pytorch_grad_cam
-        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+        """Return the maps (N, K, H, W) of a method of the grad-cam package. Raises CallError."""
+        groups = [names]
+        if method in LAYER_BY_LAYER:
+            groups = [[name] for name in names]
 
-        layers = (
-            [] if method == "fullgrad" else [self.network.get_submodule(name) for name in names]
-        )
-        reshape = partial(as_map, size=inputs.shape[2:]) if layers else None
-        cam = getattr(pytorch_grad_cam, BY_GRAD_CAM[method])(self.network, layers, reshape)
-        kept = getattr(cam, "base_cam", cam).activations_and_grads
-        # Shapley-CAM cannot cope with the constant gradients of frozen weights.
-        self.network.requires_grad_(method == "shapleycam")
         maps = []
+        for group in groups:
+            for image, rows in zip(inputs.split(1), weights, strict=True):
+                maps += [self._grad_cam_map(method, group, image, row) for row in rows]
+        shape = (len(groups), *weights.shape[:2], *inputs.shape[2:])
+        return normalise(torch.stack(maps).view(shape).mean(0))
+
+    def _grad_cam_map(
+        self, method: str, names: Sequence[str], inputs: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Return the map (H, W) of one input (1, 3, H, W) and one score. Raises CallError."""
+
+        def reshape(output: Tensor) -> Tensor:
+            spatial_map = as_map(output, inputs.shape[2:])
+            return output if spatial_map is None else spatial_map
+
         try:
-            for target in targets.tolist():
-                asked = {
-                    "targets": [ClassifierOutputTarget(target)],
-                    "eigen_smooth": self.eigen_smooth,
-                }
-                if method == "finercam":
-                    asked |= {"targets": None, "target_idx": target}
-                # These hooks stand behind grad-cam's, so that what follows cannot change the activations that it keeps.
+            with grad_cam_method(method, self.network, names, reshape) as cam:
+                target = grad_cam_target(cam, weights)
+                # This hook comes after grad-cam's: later layers cannot change what grad-cam keeps.
                 with capture_outputs(self.network, names):
-                    found = cam(inputs.clone().requires_grad_(), **asked)
-                maps.append(torch.from_numpy(np.float32(found[0])).to(inputs))
-            return torch.stack(maps)
+                    image = inputs.clone().requires_grad_()
+                    maps = cam(image, eigen_smooth=self.eigen_smooth, **target)
+            return torch.from_numpy(np.float32(maps[0])).to(inputs)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            # Shapley-CAM takes no tokens, Finer-CAM no single output, FullGrad no layer that is called twice.
-            raise CallError(
-                f"{method} does not work on layer '{', '.join(names)}': {first_line(error)}"
-            ) from error
-        finally:
-            self.network.requires_grad_(False)
-            kept.activations, kept.gradients = (
-                [],
-                [],
-            )  # which its own release() fails to detach where they are views
-            kept.release()
+            # Shapley-CAM takes no tokens, Finer-CAM no single output, FullGrad no layer that is
+            # called twice.
+            fault = f"does not work on layer '{', '.join(names)}': {first_line(error)}"
+            raise CallError(f"{method} {fault}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2209,63 +2542,107 @@ METRICS = ("average_drop", "increase", "deletion", "insertion", "road")
 def faithfulness(
     explainer: Explainer, inputs: Tensor, cam: Floats, target: int
 ) -> dict[str, float]:
-    """Measure a map (H, W) in [0, 1] of inputs (1, 3, H, W) by how the probability p of a class changes with the input.
+    """Measure a map by how the probability p of a class changes with the input.
 
-    - average_drop, in [0, 1], lower is better: the share of p that is lost when the input is multiplied by the map.
-    - increase, 0 or 1, higher is better: whether p grows by that (both Chattopadhyay et al., WACV 2018,
-      arXiv:1710.11063, as means over many photos).
-    - deletion, in [0, 1], lower is better: the mean p while the hottest pixels are set to zero (the mean colour) first.
-    - insertion, in [0, 1], higher is better: the mean p while they come back first (both Petsiuk et al., RISE, BMVC
-      2018, arXiv:1806.07421, in 20 steps; there the insertion starts from a blurred photo).
-    - road, in [-0.5, 0.5], higher is better: half of how much more p drops when the hottest 20, 40, 60 and 80 percent
-      are imputed from their neighbours than when the coldest are (Rong et al., ICML 2022, arXiv:2202.00449, as
-      grad-cam's ROADCombined).
+    The map is (H, W) in [0, 1], the inputs are (1, 3, H, W). Returns five numbers:
+
+    - average_drop, in [0, 1], lower is better: the share of p that is lost when the input is
+      multiplied by the map.
+    - increase, 0 or 1, higher is better: whether p grows by that (both Chattopadhyay et al., WACV
+      2018, arXiv:1710.11063, as means over many photos).
+    - deletion, in [0, 1], lower is better: the mean p while the hottest pixels are set to zero (the
+      mean colour) first.
+    - insertion, in [0, 1], higher is better: the mean p while they come back first (both Petsiuk et
+      al., RISE, BMVC 2018, arXiv:1806.07421, in 20 steps; there the insertion starts from a blurred
+      photo).
+    - road, in [-0.5, 0.5], higher is better: half of how much more p drops when the hottest 20, 40,
+      60 and 80 percent are imputed from their neighbours than when the coldest are (Rong et al.,
+      ICML 2022, arXiv:2202.00449, as grad-cam's ROADCombined).
     """
-    photo, pixels = inputs[0].cpu().numpy(), cam.size
-    kept = [
-        turned < np.quantile(turned, share)
-        for turned in (cam, 1 - cam)
-        for share in (0.2, 0.4, 0.6, 0.8)
-    ]
-    counts = np.array([*range(0, pixels, -(-pixels // 20)), pixels])
-    ranks = np.argsort(np.argsort(-cam.flatten(), kind="stable"))
-    hottest = (ranks.reshape(cam.shape) < counts[:, None, None])[:, None]
-    changed = [
-        photo[None],
-        photo[None] * cam,
-        photo * ~hottest,
-        photo * hottest,
-        [impute(photo, k) for k in kept],
-    ]
-    asked = torch.from_numpy(np.concatenate(changed).astype(np.float32))
-    p = probabilities(explainer.logits(asked))[:, target].double().cpu().numpy()
-    before, masked, *curves, road = np.split(p, np.cumsum([len(part) for part in changed[:-1]]))
-    areas = (((curve[1:] + curve[:-1]) / 2 * np.diff(counts)).sum() / pixels for curve in curves)
-    drop = max(0.0, before[0] - masked[0]) / (before[0] + 1e-7)
-    values = (drop, masked[0] > before[0], *areas, (road[4:] - road[:4]).mean() / 2)
-    return {name: round(float(value), 6) for name, value in zip(METRICS, values, strict=True)}
+    photo = inputs[0].cpu().numpy()
+    cam = np.reshape(cam, photo.shape[1:])  # (1, H, W) is taken too
+    counts, hottest = hottest_first(cam)
+    changed = {
+        "photo": photo[None],
+        "masked": photo[None] * cam,
+        "deletion": photo * ~hottest[:, None],
+        "insertion": photo * hottest[:, None],
+        "hottest imputed": impute_shares(photo, cam),
+        "coldest imputed": impute_shares(photo, 1 - cam),
+    }
+    p = class_probabilities(explainer, changed, target)
+
+    before, after = p["photo"][0], p["masked"][0]
+    road = (p["coldest imputed"] - p["hottest imputed"]).mean() / 2
+    values = {
+        "average_drop": max(0.0, before - after) / (before + 1e-7),
+        "increase": after > before,
+        "deletion": area_under(p["deletion"], counts),
+        "insertion": area_under(p["insertion"], counts),
+        "road": road,
+    }
+    return {name: round(float(values[name]), 6) for name in METRICS}
 
 
-def probabilities(logits: Tensor) -> Tensor:
-    """Return the probability of each class from logits (N, classes): softmax, or sigmoid of a single output."""
-    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+def hottest_first(cam: Floats) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return growing numbers of pixels, in 20 steps, and masks (S, H, W) of so many hottest ones."""
+    step = math.ceil(cam.size / 20)
+    counts = np.array([*range(0, cam.size, step), cam.size])
+    order = np.argsort(-cam.flatten(), kind="stable")
+    ranks = np.argsort(order).reshape(cam.shape)
+    return counts, ranks < counts[:, None, None]
+
+
+def area_under(curve: NDArray[np.float64], counts: NDArray[np.int64]) -> float:
+    """Return the mean of a curve over the share of the pixels, by the trapezoidal rule."""
+    means = (curve[1:] + curve[:-1]) / 2
+    return (means * np.diff(counts)).sum() / counts[-1]
+
+
+def class_probabilities(
+    explainer: Explainer, changed: Mapping[str, Floats], target: int
+) -> dict[str, NDArray[np.float64]]:
+    """Return the probabilities of a class for groups of inputs (B, 3, H, W) by the group's name."""
+    inputs = torch.from_numpy(np.concatenate(list(changed.values())).astype(np.float32))
+    p = probabilities(explainer.logits(inputs), explainer.multi_label)[:, target]
+    ends = np.cumsum([len(group) for group in changed.values()])
+    groups = np.split(p.double().cpu().numpy(), ends[:-1])
+    return dict(zip(changed, groups, strict=True))
+
+
+def probabilities(logits: Tensor, multi_label: bool = False) -> Tensor:
+    """Return the probability of each class from logits (N, classes).
+
+    Softmax, or the sigmoid of each where they are independent labels or there is a single one.
+    """
+    if multi_label or logits.shape[1] == 1:
+        return logits.sigmoid()
+    return logits.softmax(1)
+
+
+def impute_shares(photo: Floats, cam: Floats) -> Floats:
+    """Return a photo (3, H, W) with its hottest 80, 60, 40 and 20 percent imputed, (4, 3, H, W)."""
+    images = []
+    for share in (0.2, 0.4, 0.6, 0.8):
+        kept = cam < np.quantile(cam, share)
+        images.append(impute(photo, kept))
+    return np.stack(images)
 
 
 def impute(photo: Floats, kept: NDArray[np.bool_]) -> Floats:
-    """Return a photo (3, H, W) with the pixels that are not in `kept` (H, W) filled from those around, plus noise.
+    """Return a photo (3, H, W) with the pixels outside `kept` (H, W) filled from those around.
 
-    ROAD's noisy linear imputation (arXiv:2202.00449, section 4): grad-cam's equations, and a faster solver.
+    ROAD's noisy linear imputation (arXiv:2202.00449, section 4): grad-cam's equations, and a faster
+    solver.
     """
     from pytorch_grad_cam.metrics.road import NoisyLinearImputer, neighbors_weights
     from scipy.sparse import csc_matrix
     from scipy.sparse.linalg import splu
 
-    system, right = NoisyLinearImputer.setup_sparse_system(
-        kept.astype(np.float32), photo, neighbors_weights
-    )
-    solver = splu(
-        csc_matrix(system), "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
-    )
+    mask = kept.astype(np.float32)
+    system, right = NoisyLinearImputer.setup_sparse_system(mask, photo, neighbors_weights)
+    symmetric = {"SymmetricMode": True}
+    solver = splu(csc_matrix(system), "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=symmetric)
     noise = np.random.default_rng(0).standard_normal(right.T.shape)
     filled = photo.copy()
     filled[:, ~kept] = solver.solve(right).T + 0.01 * noise

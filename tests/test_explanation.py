@@ -149,9 +149,19 @@ def signed_projection(contributions, of_class):
             signed, unsigned = (
                 np.corrcoef(projection.flat, x.sum(0).flat)[0, 1] for x in (each, np.abs(each))
             )
-        if (signed if of_class and abs(signed) >= 0.4 else unsigned) < 0:
+        if (signed if of_class and abs(signed) >= 0.3 else unsigned) < 0:
             projection *= -1
     return maps
+
+
+PLUS_PLUS_WEIGHTS = GRAD_CAM["gradcam++"].get_cam_weights
+
+
+def clamped_weights(self, inputs, layers, targets, activations, gradients):
+    """grad-cam's weights for Grad-CAM++, with the sum of a channel's activations clamped at 0."""
+    negative = activations.sum((2, 3), keepdims=True) < 0
+    clamped = np.where(negative, 0, activations)  # they are read for their sum only
+    return PLUS_PLUS_WEIGHTS(self, inputs, layers, targets, clamped, gradients)
 
 
 def grad_cams(method, model, layers, inputs, targets, reshape=None, **options):
@@ -164,6 +174,7 @@ def grad_cams(method, model, layers, inputs, targets, reshape=None, **options):
         for parent in kind.__mro__[:-1] if method != "shapleycam" else ():
             project = partial(signed_projection, of_class=method != "eigencam")
             patch.setattr(f"{parent.__module__}.get_2d_projection", project, raising=False)
+        patch.setattr(GRAD_CAM["gradcam++"], "get_cam_weights", clamped_weights)
         pairs = zip(inputs.split(1), targets, strict=True)
         cam = kind(model, layers, reshape)
         return np.concatenate(
