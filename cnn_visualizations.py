@@ -1923,6 +1923,14 @@ def find_target_layer(calls: Sequence[Call], logits: Tensor, size: Sequence[int]
     return spatial[0].name
 
 
+def count_readers(logits: Tensor) -> Counter[Any]:
+    """Return how many nodes of the autograd graph read the output of each node."""
+    readers: Counter[Any] = Counter()
+    for node in graph_nodes(logits.grad_fn):
+        readers.update(parent for parent, _ in node.next_functions)
+    return readers
+
+
 def fold_batch_norms(
     network: nn.Module, calls: Sequence[Call], logits: Tensor, keep: Sequence[str]
 ) -> None:
@@ -1931,23 +1939,22 @@ def fold_batch_norms(
     `keep` names the layers whose own output is wanted. The graph of the recorded pass tells which
     output goes where.
     """
-    readers: Counter[Any] = Counter()
-    for node in graph_nodes(logits.grad_fn):
-        readers.update(parent for parent, _ in node.next_functions)
-    kept_nodes = {call.node for call in calls if call.name in keep}
-
-    convolutions = {}
+    readers = count_readers(logits)
+    kept = {call.node for call in calls if call.name in keep}
+    convolutions: dict[Any, Call] = {}  # by the node of their output
     for call in calls:
+        kind = type(call.module)
         if call.module._forward_hooks or call.module._forward_pre_hooks:
             continue  # what they do is not known
-        if type(call.module) is nn.Conv2d and call.node not in kept_nodes:
+        if kind is nn.Conv2d and call.node not in kept:
             convolutions[call.node] = call
+        if kind is not nn.BatchNorm2d or call.source not in convolutions:
+            continue
 
-        source = convolutions.get(call.source)
-        is_norm = type(call.module) is nn.BatchNorm2d and call.module.track_running_stats
-        if is_norm and source is not None and readers[source.node] == 1:
-            fused = nn.utils.fusion.fuse_conv_bn_eval(source.module, call.module)
-            network.set_submodule(source.name, fused.requires_grad_(False))
+        convolution = convolutions[call.source]
+        if call.module.track_running_stats and readers[call.source] == 1:
+            fused = nn.utils.fusion.fuse_conv_bn_eval(convolution.module, call.module)
+            network.set_submodule(convolution.name, fused.requires_grad_(False))
             network.set_submodule(call.name, nn.Identity())
 
 
@@ -2010,6 +2017,44 @@ class LayerValues:
 
     activations: Tensor  # (N, C, h, w)
     gradients: Tensor | None  # of the K scores, (N, K, C, h, w); None if no method reads them
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the methods read for N inputs and K scores."""
+
+    inputs: Tensor  # (N, 3, H, W)
+    weights: Tensor  # (N, K, classes), of the logits in the scores
+    layers: dict[str, LayerValues]  # by the name of the target layer
+
+
+def layer_values(
+    outputs: Mapping[str, Tensor], scores: Sequence[Tensor], keep_graph: bool, size: Sequence[int]
+) -> dict[str, LayerValues]:
+    """Return the values of the layers with these outputs; without `scores`, without gradients.
+
+    Raises CallError: a layer has no spatial map, or a score does not depend on it.
+    """
+    gradients = []
+    for score in scores:
+        keep = keep_graph or score is not scores[-1]
+        of_score = torch.autograd.grad(score, [*outputs.values()], None, keep, allow_unused=True)
+        gradients.append(dict(zip(outputs, of_score, strict=True)))
+
+    layers = {}
+    for layer, output in outputs.items():
+        activations = as_map(output.detach(), size)
+        if activations is None:
+            values = f"no spatial map but {shape_of(output)} values"
+            raise CallError(f"layer '{layer}' has {values}; choose another one")
+        maps = []
+        for of_score in gradients:
+            if of_score[layer] is None:
+                fault = f"does not depend on layer '{layer}'"
+                raise CallError(f"the class score {fault}; choose another one")
+            maps.append(as_map(of_score[layer], size))
+        layers[layer] = LayerValues(activations, torch.stack(maps, 1) if maps else None)
+    return layers
 
 
 class PartialPass:
@@ -2240,20 +2285,15 @@ class Explainer:
             ValueError: the logits are not finite.
         """
         if not isinstance(inputs, Tensor):
-            kind = type(inputs).__name__
-            raise CallError(
-                f"inputs are a tensor, not {kind}; use classifier.preprocess(photo)[None]"
-            )
+            hint = "use classifier.preprocess(photo)[None]"
+            raise CallError(f"inputs are a tensor, not {type(inputs).__name__}; {hint}")
         if inputs.ndim != 4 or not len(inputs):
-            shape = shape_of(inputs)
-            raise CallError(
-                f"inputs are a batch (N, 3, H, W), not {shape}; of one photo: inputs[None]"
-            )
+            shape = f"(N, 3, H, W), not {shape_of(inputs)}"
+            raise CallError(f"inputs are a batch {shape}; of one photo: inputs[None]")
         if not self.layers:
             self.prepare(inputs[:1])
 
-        # Whatever mode the caller is in, this needs a graph, and leaves the caller's settings
-        # alone.
+        # Whatever mode the caller is in, this needs a graph; the caller's settings stay.
         with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
             if not self.aug_smooth:
                 return self._explain(inputs, targets, top, minus, self.methods, self.guided)
@@ -2293,7 +2333,7 @@ class Explainer:
         return torch.cat(results)
 
     def _networks_for_threads(self, count: int) -> list[nn.Module]:
-        """Return a network for each thread: its own modules, which keep things, the same weights."""
+        """Return a network for each thread, with modules of its own and the same weights."""
         networks = [self.network]
         if self.device.type != "cpu":
             return networks
@@ -2305,7 +2345,7 @@ class Explainer:
         return networks
 
     def _augmented_cams(self, inputs: Tensor, explanation: Explanation) -> dict[str, Floats]:
-        """Return the means of the maps over six variants of the inputs, as grad-cam's aug_smooth."""
+        """Return the means of the maps over six variants of the inputs, as in grad-cam."""
         import ttach
 
         variants = ttach.Compose([ttach.HorizontalFlip(), ttach.Multiply([0.9, 1, 1.1])])
@@ -2340,10 +2380,8 @@ class Explainer:
 
         weights = score_weights(targets, minus, logits.shape[1])
         scores = (logits[:, None] * weights).sum((0, 2)).unbind()  # over all inputs, for K classes
-        gradients = None
-        if with_gradients:
-            gradients = self._layer_gradients(scores, list(outputs.values()), guided)
-        layers = self._layer_values(outputs, gradients, inputs.shape[2:])
+        read = scores if with_gradients else ()
+        layers = layer_values(outputs, read, guided, inputs.shape[2:])
         guided_maps = guided_gradients(scores, inputs) if guided else None
 
         # The first result that is waited for: a GPU has been given all of the work above by now.
@@ -2355,77 +2393,34 @@ class Explainer:
                 return None
             return values.reshape(*targets.shape, *values.shape[2:]).cpu().contiguous().numpy()
 
-        inputs = inputs.detach()
-        cams = {method: array(self._cam(method, layers, inputs, weights)) for method in methods}
+        batch = Batch(inputs.detach(), weights, layers)
+        cams = {method: array(self._cam(method, batch)) for method in methods}
         logits = logits.detach().cpu().numpy()
         return Explanation(cams, array(guided_maps), logits, array(targets), array(minus))
 
-    def _layer_gradients(
-        self, scores: Sequence[Tensor], outputs: list[Tensor], keep_graph: bool
-    ) -> list[tuple[Tensor | None, ...]]:
-        """Return for each score its gradients with respect to the outputs of the layers."""
-        gradients = []
-        for score in scores:
-            keep = keep_graph or score is not scores[-1]
-            gradients.append(torch.autograd.grad(score, outputs, None, keep, allow_unused=True))
-        return gradients
-
-    def _layer_values(
-        self,
-        outputs: Mapping[str, Tensor],
-        gradients: list[tuple[Tensor | None, ...]] | None,
-        size: Sequence[int],
-    ) -> dict[str, LayerValues]:
-        """Return the values of each target layer.
-
-        Raises CallError: it has no spatial map, or the class score does not depend on it.
-        """
-        layers = {}
-        for index, (layer, output) in enumerate(outputs.items()):
-            activations = as_map(output.detach(), size)
-            if activations is None:
-                fault = f"has no spatial map but {shape_of(output)} values; choose another one"
-                raise CallError(f"layer '{layer}' {fault}")
-            if gradients is None:
-                layers[layer] = LayerValues(activations, None)
-                continue
-
-            of_scores = [of_score[index] for of_score in gradients]
-            if any(gradient is None for gradient in of_scores):
-                fault = f"does not depend on layer '{layer}'; choose another one"
-                raise CallError(f"the class score {fault}")
-            maps = [as_map(gradient, size) for gradient in of_scores]
-            layers[layer] = LayerValues(activations, torch.stack(maps, 1))
-        return layers
-
-    def _cam(
-        self, method: str, layers: Mapping[str, LayerValues], inputs: Tensor, weights: Tensor
-    ) -> Tensor:
-        """Return the maps (N, K, H, W) of one method, in [0, 1], of all layers together.
-
-        `weights`, (N, K, classes), are those of the logits in the explained scores.
-        """
+    def _cam(self, method: str, batch: Batch) -> Tensor:
+        """Return the maps (N, K, H, W) of one method, in [0, 1], of all layers together."""
         if method not in CAM_METHODS and method not in MANY_PASSES:
-            return self._by_grad_cam(method, list(layers), inputs, weights)
+            return self._by_grad_cam(method, batch)
 
+        size = batch.inputs.shape[2:]
         maps = []
-        for name, layer in layers.items():
-            small = normalise(self._small_maps(method, name, layer, inputs, weights))
-            maps.append(nn.functional.interpolate(small, inputs.shape[2:], mode="bilinear"))
+        for name in batch.layers:
+            small = normalise(self._small_maps(method, name, batch))
+            maps.append(nn.functional.interpolate(small, size, mode="bilinear"))
         of_layers = torch.stack(maps)
         if method in CAM_METHODS and CAM_METHODS[method].product:
             return normalise(normalise(of_layers).prod(0))
         return normalise(of_layers.mean(0))
 
-    def _small_maps(
-        self, method: str, name: str, layer: LayerValues, inputs: Tensor, weights: Tensor
-    ) -> Tensor:
+    def _small_maps(self, method: str, name: str, batch: Batch) -> Tensor:
         """Return the maps (N, K, h, w) of one method at one layer."""
         kind = CAM_METHODS.get(method, BY_CHANNEL_WEIGHTS)
+        layer = batch.layers[name]
         gradients = layer.gradients
         if method in MANY_PASSES:
             weigh = self._score_weights if method == "scorecam" else self._ablation_weights
-            photos = zip(layer.activations, inputs.split(1), weights, strict=True)
+            photos = zip(layer.activations, batch.inputs.split(1), batch.weights, strict=True)
             of_channels = [weigh(name, *photo) for photo in photos]
             gradients = torch.stack(of_channels)[..., None, None]
 
@@ -2436,7 +2431,8 @@ class Explainer:
         small = reduce(contributions)
         if kind.relu:
             small = small.clamp(min=0)
-        return small.expand(*weights.shape[:2], *small.shape[2:])
+        inputs, scores = batch.weights.shape[:2]
+        return small.expand(inputs, scores, -1, -1)
 
     @torch.inference_mode()
     def _ablation_weights(
@@ -2445,9 +2441,8 @@ class Explainer:
         """Ablation-CAM (Desai and Ramaswamy, WACV 2020): the score that is lost without a channel.
 
         For one input (1, 3, H, W) and K scores; returns (K, C). The paper divides by the score,
-        which may be negative.
-        Only what follows the layer runs again: its last call returns many ablated copies of its
-            output.
+        which may be negative. Only what follows the layer runs again, for many ablated copies of
+        its output at once.
         """
         later = PartialPass(self.network, name, inputs)
         output = later.output
@@ -2491,20 +2486,20 @@ class Explainer:
             scores[varied] = self._in_batches(masked_scores, varied, self.progress)
         return scores.softmax(0).T
 
-    def _by_grad_cam(
-        self, method: str, names: Sequence[str], inputs: Tensor, weights: Tensor
-    ) -> Tensor:
+    def _by_grad_cam(self, method: str, batch: Batch) -> Tensor:
         """Return the maps (N, K, H, W) of a method of the grad-cam package. Raises CallError."""
-        groups = [names]
+        groups = [list(batch.layers)]
         if method in LAYER_BY_LAYER:
-            groups = [[name] for name in names]
+            groups = [[name] for name in batch.layers]
 
-        maps = []
-        for group in groups:
-            for image, rows in zip(inputs.split(1), weights, strict=True):
-                maps += [self._grad_cam_map(method, group, image, row) for row in rows]
-        shape = (len(groups), *weights.shape[:2], *inputs.shape[2:])
-        return normalise(torch.stack(maps).view(shape).mean(0))
+        of_groups = []
+        for names in groups:
+            maps = []
+            for image, rows in zip(batch.inputs.split(1), batch.weights, strict=True):
+                of_scores = [self._grad_cam_map(method, names, image, row) for row in rows]
+                maps.append(torch.stack(of_scores))
+            of_groups.append(torch.stack(maps))
+        return normalise(torch.stack(of_groups).mean(0))
 
     def _grad_cam_map(
         self, method: str, names: Sequence[str], inputs: Tensor, weights: Tensor
@@ -2526,8 +2521,7 @@ class Explainer:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            # Shapley-CAM takes no tokens, Finer-CAM no single output, FullGrad no layer that is
-            # called twice.
+            # as Shapley-CAM with tokens, Finer-CAM with a single output
             fault = f"does not work on layer '{', '.join(names)}': {first_line(error)}"
             raise CallError(f"{method} {fault}") from error
 
@@ -2585,7 +2579,7 @@ def faithfulness(
 
 
 def hottest_first(cam: Floats) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return growing numbers of pixels, in 20 steps, and masks (S, H, W) of so many hottest ones."""
+    """Return growing numbers of pixels, in 20 steps, and masks (S, H, W) of the hottest so many."""
     step = math.ceil(cam.size / 20)
     counts = np.array([*range(0, cam.size, step), cam.size])
     order = np.argsort(-cam.flatten(), kind="stable")
