@@ -78,6 +78,7 @@ def build(arch):
     options = {"image_size": size} if arch.startswith("vit_") else {}
     if arch in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": False}
+
     return calibrated(
         (SMALL.get(arch) or partial(get_model, arch, weights=None))(num_classes=7, **options), size
     )
@@ -93,13 +94,16 @@ def calibrated(model, size):
             module.momentum = None
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.2)
+
     for name, parameter in model.named_parameters():
         if name.endswith("layer_scale"):
             nn.init.uniform_(parameter, 0.1, 1)
         elif parameter.ndim > 1 and not parameter.any():
             nn.init.normal_(parameter, 0, 0.1)
+
     with torch.no_grad():
         model.train()(torch.randn(4, 3, size, size))
+
     return model.eval()
 
 
@@ -134,10 +138,12 @@ def reshape_of(arch):
     """How the output of a transformer's layer becomes (N, C, h, w), or None."""
     if "swin" in arch:
         return lambda output: output.permute(0, 3, 1, 2)
+
     if arch.startswith(("vit", "small vit")):
         return lambda tokens: (
             tokens[:, 1:].transpose(1, 2).unflatten(2, (int((tokens.shape[1] - 1) ** 0.5), -1))
         )
+
     return None
 
 
@@ -149,8 +155,10 @@ def signed_projection(contributions, of_class):
             signed, unsigned = (
                 np.corrcoef(projection.flat, x.sum(0).flat)[0, 1] for x in (each, np.abs(each))
             )
+
         if (signed if of_class and abs(signed) >= 0.3 else unsigned) < 0:
             projection *= -1
+
     return maps
 
 
@@ -169,11 +177,14 @@ def grad_cams(method, model, layers, inputs, targets, reshape=None, **options):
     # Shapley-CAM fails on a frozen network whose layer is followed by nothing but linear ones.
     model = copy.deepcopy(model).requires_grad_(method == "shapleycam")
     inputs = inputs.clone().requires_grad_(method not in MANY_PASSES)
-    kind, layers = GRAD_CAM[method], [model.get_submodule(name) for name in layers]
+    kind = GRAD_CAM[method]
+    layers = [model.get_submodule(name) for name in layers]
+
     with pytest.MonkeyPatch.context() as patch:
         for parent in kind.__mro__[:-1] if method != "shapleycam" else ():
             project = partial(signed_projection, of_class=method != "eigencam")
             patch.setattr(f"{parent.__module__}.get_2d_projection", project, raising=False)
+
         patch.setattr(GRAD_CAM["gradcam++"], "get_cam_weights", clamped_weights)
         pairs = zip(inputs.split(1), targets, strict=True)
         cam = kind(model, layers, reshape)
@@ -188,6 +199,7 @@ def quiet_grad_cam(monkeypatch):
     for name in ("ablation_cam", "score_cam"):
         module = importlib.import_module(f"pytorch_grad_cam.{name}")
         monkeypatch.setattr(module.tqdm, "tqdm", lambda steps, *_, **__: steps)
+
     getattr(cnn_visualizations.warn, "cache_clear", int)()
 
 
@@ -206,6 +218,7 @@ def non_empty_target(model, layer, inputs, method="gradcam", **options):
             method, lifted(model, inputs, target), [layer], inputs, [target], **options
         ).any():
             return target
+
     raise AssertionError("every map is empty")
 
 
@@ -228,6 +241,7 @@ def output_and_gradient(model, layer, inputs, target):
 
     with model.get_submodule(layer).register_forward_hook(keep):
         score = model(inputs)[0, target]
+
     return kept[-1].detach(), torch.autograd.grad(score, kept[-1])[0]
 
 
@@ -245,6 +259,7 @@ def ablation_map(model, layer, inputs, target, axis=1, to_map=None):
         score = model(inputs)[0, target]
         with model.get_submodule(layer).register_forward_hook(set_to_zero):
             ablated = model(inputs.expand(len(channels), -1, -1, -1))[:, target]
+
     return map_of_weights(
         score - ablated, (to_map(activations) if to_map else activations)[0], inputs.shape[-1]
     )
@@ -278,10 +293,13 @@ def guided_reference(model, inputs, target):
         return lambda *args, **kwargs: Rectified.apply(function(*args, **kwargs))
 
     inputs = inputs.double().requires_grad_()
+
     with pytest.MonkeyPatch.context() as patch:
         for place, name in ACTIVATIONS:
             patch.setattr(place, name, rectified(getattr(place, name)))
+
         scores = model.double()(inputs)
+
     guided = torch.autograd.grad(scores[:, target].sum(), inputs)[0].numpy()
     model.float()  # the float32 values come back exactly
     return guided
@@ -305,8 +323,10 @@ def assert_same_explanation(ours, theirs, tolerance=1e-5):
     assert ours.targets.tolist() == theirs.targets.tolist()
     np.testing.assert_allclose(ours.logits, theirs.logits, rtol=tolerance, atol=tolerance)
     assert ours.cams.keys() == theirs.cams.keys()
+
     for method, maps in theirs.cams.items():
         np.testing.assert_allclose(ours.cams[method], maps, rtol=0, atol=tolerance, err_msg=method)
+
     assert (ours.guided is None) == (theirs.guided is None)
     if theirs.guided is not None:
         np.testing.assert_allclose(
@@ -358,8 +378,10 @@ def with_layer(column, by_default=BY_DEFAULT):
 
 @pytest.mark.parametrize(("arch", "layer"), with_layer(0))
 def test_methods_of_one_pass_equal_grad_cam(arch, layer):
-    model, reshape = network(arch), reshape_of(arch)
+    model = network(arch)
+    reshape = reshape_of(arch)
     oblong = [photos(1, 64)[:, :, :48], photos(1, 96)[..., :64]] if arch == "resnet18" else []
+
     for inputs in (inputs_of(arch), *oblong):
         target = non_empty_target(model, layer, inputs, reshape=reshape)
         ours = Explainer(model, ONE_PASS, layer, guided=False)(inputs, target)
@@ -379,6 +401,7 @@ def test_the_demo_equals_grad_cam(method):
     inputs = classifier.preprocess(cnn_visualizations.read_photo(DOG))[None]
     ours = Explainer(classifier.model, method, guided=False)(inputs)
     model = lifted(classifier.model, inputs, int(ours.targets[0]))
+
     assert_same_maps(
         ours.cams[method], grad_cams(method, model, ["features"], inputs, ours.targets)
     )
@@ -387,11 +410,14 @@ def test_the_demo_equals_grad_cam(method):
 @pytest.mark.parametrize("method", MANY_PASSES)
 @pytest.mark.parametrize(("arch", "layer"), with_layer(1))
 def test_methods_of_many_passes_equal_grad_cam(arch, layer, method):
-    model, inputs = network(arch), inputs_of(arch)
+    model = network(arch)
+    inputs = inputs_of(arch)
     target = non_empty_target(model, layer, inputs, method)
+
     assert output_and_gradient(model, layer, inputs, target)[0].min() == 0
     ours = Explainer(model, method, layer, guided=False)(inputs, target)
     theirs = grad_cams(method, lifted(model, inputs, target), [layer], inputs, [target])
+
     assert_same_maps(ours.cams[method], theirs, tolerance_of(arch))
 
 
@@ -401,9 +427,11 @@ def test_methods_of_many_passes_equal_grad_cam(arch, layer, method):
 def test_activations_are_those_before_an_in_place_relu_where_grad_cam_reads_those_after(
     arch, layer
 ):
-    model, inputs = network(arch), photos(1, 96)
+    model = network(arch)
+    inputs = photos(1, 96)
     activations, gradients = output_and_gradient(model, layer, inputs, 3)
     right = map_of_weights(gradients.mean((2, 3))[0], activations[0], 96)
+
     assert_same_maps(
         Explainer(model, "gradcam", layer, guided=False)(inputs, 3).cams["gradcam"][0], right
     )
@@ -423,26 +451,28 @@ OTHER_ROWS = [
 
 @pytest.mark.parametrize(("arch", "method"), OTHER_ROWS)
 def test_the_other_methods_equal_grad_cam(arch, method):
-    model, inputs, layer, reshape = (
-        network(arch),
-        inputs_of(arch, 2),
-        LAYERS[arch][0],
-        reshape_of(arch),
-    )
+    model = network(arch)
+    inputs = inputs_of(arch, 2)
+    layer = LAYERS[arch][0]
+    reshape = reshape_of(arch)
     if (
         method == "fem" and "vit" not in arch
     ):  # which needs more than four positions to find one that stands out
         inputs = photos(2, 160)
+
     targets = [non_empty_target(model, layer, inputs[:1], reshape=reshape), 2]
     ours = Explainer(model, method, layer, guided=False)(inputs, targets).cams[method]
     # FullGrad stretches every channel by itself, also those that hold nothing but rounding errors; FEM has a threshold.
     theirs = grad_cams(method, model, [layer], inputs, targets, reshape)
+
     assert_same_maps(ours, theirs, 2e-2 if method in ("fullgrad", "fem") else tolerance_of(arch))
 
 
 @pytest.mark.parametrize("target", [None, 2])
 def test_finercam_explains_a_class_against_the_three_with_the_nearest_scores(target):
-    model, inputs = network("densenet121"), photos()  # an in-place ReLU follows `features`
+    # an in-place ReLU follows `features`
+    model = network("densenet121")
+    inputs = photos()
     ours = Explainer(model, "finercam", "features", guided=False)(inputs, target)
     target = int(ours.targets[0])
     leaf = output_and_gradient(model, "features", inputs, target)[0].requires_grad_()
@@ -453,6 +483,7 @@ def test_finercam_explains_a_class_against_the_three_with_the_nearest_scores(tar
     shares = scores.softmax(0)[similar]
     score = (shares * (scores[target] - scores[similar])).sum() / shares.sum()
     weights = torch.autograd.grad(score, leaf)[0][0].mean((1, 2))
+
     assert_same_maps(ours.cams["finercam"][0], map_of_weights(weights, leaf[0].detach(), 64))
 
 
@@ -460,10 +491,9 @@ def test_randomcam_depends_neither_on_the_class_nor_on_run_and_batch():
     explainers = [
         Explainer(network("resnet18"), "randomcam", "layer2", guided=False) for _ in range(2)
     ]
-    first, again = (
-        explainers[0](photos(2), 0).cams["randomcam"],
-        explainers[1](photos(2)[1:], 1).cams["randomcam"],
-    )
+    first = explainers[0](photos(2), 0).cams["randomcam"]
+    again = explainers[1](photos(2)[1:], 1).cams["randomcam"]
+
     np.testing.assert_allclose(first[1:], again, atol=1e-4)
     assert first.max() > 0.9
 
@@ -472,8 +502,11 @@ def test_randomcam_depends_neither_on_the_class_nor_on_run_and_batch():
     "method", sorted({*METHODS, *OTHERS} - {"scorecam", "ablationcam", "fullgrad", "shapleycam"})
 )
 def test_several_layers_are_joined_as_in_grad_cam(method):
-    model, inputs, layers = network("resnet18"), photos(2, 48), ["layer2.0", "layer3"]
+    model = network("resnet18")
+    inputs = photos(2, 48)
+    layers = ["layer2.0", "layer3"]
     ours = Explainer(model, method, layers, guided=False)(inputs, [1, 2]).cams[method]
+
     assert_same_maps(ours, grad_cams(method, model, layers, inputs, [1, 2]))
 
 
@@ -482,7 +515,9 @@ def test_several_layers_are_joined_as_in_grad_cam(method):
     ["gradcam", "layercam", pytest.param("scorecam", marks=slow), "eigencam", "shapleycam"],
 )
 def test_eigen_smoothing_equals_grad_cam(method):
-    model, inputs, layer = network("resnet18"), photos(1, 48), "layer2"
+    model = network("resnet18")
+    inputs = photos(1, 48)
+    layer = "layer2"
     target = non_empty_target(model, layer, inputs)
     ours, plain = (
         Explainer(model, method, layer, guided=False, eigen_smooth=smooth)(inputs, target).cams[
@@ -490,6 +525,7 @@ def test_eigen_smoothing_equals_grad_cam(method):
         ]
         for smooth in (True, False)
     )
+
     assert_same_maps(ours, grad_cams(method, model, [layer], inputs, [target], eigen_smooth=True))
     assert (np.abs(ours - plain).max() > 0.01) == (method != "eigencam")  # which is smooth
 
@@ -499,7 +535,8 @@ def test_augmentation_smoothing_equals_grad_cam(method):
     arch, layer = (
         ("mobilenet_v2", "features.1.conv.0") if method == "ablationcam" else ("resnet18", "layer3")
     )
-    model, inputs = network(arch), photos(1, 48)
+    model = network(arch)
+    inputs = photos(1, 48)
     target = non_empty_target(model, layer, inputs)
     targets = [[target, (target + 1) % 7]]
     ours, plain = (
@@ -509,6 +546,7 @@ def test_augmentation_smoothing_equals_grad_cam(method):
     theirs = grad_cams(
         method, lifted(model, inputs, target), [layer], inputs, [target], aug_smooth=True
     )
+
     assert_same_maps(ours.cams[method][:, 0], theirs)
     assert np.abs(ours.cams[method] - plain.cams[method]).max() > 0.01
     for name in ("guided", "logits", "targets"):
@@ -528,11 +566,9 @@ ABLATED += [("resnet18", "layer1.1.relu")]  # called twice in a pass
 @pytest.mark.parametrize(("arch", "layer"), ABLATED)
 def test_scorecam_and_ablationcam_where_activations_may_be_negative(arch, layer):
     """There grad-cam's Score-CAM is right, but its Ablation-CAM sets channels to minus ten million instead of zero."""
-    model, inputs, axis = (
-        network(arch),
-        inputs_of(arch),
-        {"small vit": 2, "small swin": 3}.get(arch, 1),
-    )
+    model = network(arch)
+    inputs = inputs_of(arch)
+    axis = {"small vit": 2, "small swin": 3}.get(arch, 1)
     whole = layer.removesuffix(".relu")  # the output of the last call is the block's
     maps = (
         (target, ablation_map(model, whole, inputs, target, axis, reshape_of(arch)))
@@ -542,6 +578,7 @@ def test_scorecam_and_ablationcam_where_activations_may_be_negative(arch, layer)
     ours = Explainer(
         model, MANY_PASSES if layer == LAYERS[arch][2] else "ablationcam", layer, guided=False
     )(inputs, target)
+
     assert_same_maps(ours.cams["ablationcam"][0], right, tolerance_of(arch))
     if "scorecam" in ours.cams:
         not_in_place = copy.deepcopy(model)  # or grad-cam reads the activations after the ReLU
@@ -549,6 +586,7 @@ def test_scorecam_and_ablationcam_where_activations_may_be_negative(arch, layer)
             module.inplace = False
         theirs = grad_cams("scorecam", not_in_place, [layer], inputs, [target], reshape_of(arch))
         np.testing.assert_allclose(ours.cams["scorecam"], theirs, rtol=0, atol=tolerance_of(arch))
+
     if layer in ("layer1.0.conv2", "features.2"):
         theirs = grad_cams("ablationcam", model, [layer], inputs, [target])
         assert np.abs(np.nan_to_num(theirs[0]) - right).max() > 0.1
@@ -556,27 +594,30 @@ def test_scorecam_and_ablationcam_where_activations_may_be_negative(arch, layer)
 
 def test_ablation_is_the_same_for_a_negative_score_where_grad_cams_is_upside_down():
     """A constant added to all scores does not change what the network predicts."""
-    model, inputs, layer = (
-        lifted(network("mobilenet_v2"), photos(), 3),
-        photos(),
-        "features.1.conv.0",
-    )
-    negative, twice = copy.deepcopy(model), 2 * model(inputs)[0, 3].item()
+    model = lifted(network("mobilenet_v2"), photos(), 3)
+    inputs = photos()
+    layer = "features.1.conv.0"
+    negative = copy.deepcopy(model)
+    twice = 2 * model(inputs)[0, 3].item()
     negative.register_forward_hook(lambda module, args, logits: logits - twice)
     right, theirs = (
         grad_cams("ablationcam", each, [layer], inputs, [3]) for each in (model, negative)
     )
+
     for each in (model, negative):
         assert_same_maps(
             Explainer(each, "ablationcam", layer, guided=False)(inputs, 3).cams["ablationcam"],
             right,
         )
+
     assert np.corrcoef(theirs.ravel(), right.ravel())[0, 1] < 0
 
 
 def test_ablation_of_a_layer_that_is_called_twice_runs_only_what_follows_its_last_call():
     torch.manual_seed(0)
-    relu, positions, inputs = nn.ReLU(), {}, photos(1, 128)
+    relu = nn.ReLU()
+    positions = {}
+    inputs = photos(1, 128)
     convolutions = (
         nn.Conv2d(3, 16, 3, padding=1),
         nn.Conv2d(16, 48, 3, stride=4),
@@ -594,6 +635,7 @@ def test_ablation_of_a_layer_that_is_called_twice_runs_only_what_follows_its_las
 
     for convolution in convolutions:
         convolution.register_forward_hook(count)
+
     assert_same_maps(
         Explainer(model, "ablationcam", "1", guided=False)(inputs, 2).cams["ablationcam"][0], right
     )
@@ -635,19 +677,24 @@ CHAOTIC = ("efficientnet_b5", "efficientnet_b6", "efficientnet_b7", "efficientne
 )
 def test_default_layer_and_guided_gradients_of_each_architecture(arch):
     """With random weights, float32 alone makes an error of up to 0.002; plain gradients one of 0.03 and more."""
-    model, inputs = (network if arch in QUICK else build)(arch), inputs_of(arch)
+    model = (network if arch in QUICK else build)(arch)
+    inputs = inputs_of(arch)
     explainer = Explainer(model, "eigencam")
     explanation = explainer(inputs)
-    target, ours = int(explanation.targets[0]), explanation.guided
+    target = int(explanation.targets[0])
+    ours = explanation.guided
+
     assert explainer.target_layers == (
         next(layer for names, layer in DEFAULT_LAYERS if re.match(names, arch)),
     )
     del explainer  # of the largest networks there is not room for three
     right = guided_reference(model, inputs, target)
+
     assert relative_error(plain_gradient(model, inputs, target), right) > 0.03
     if arch in CHAOTIC:
         doubles = inputs.double().requires_grad_()
         ours = guided_gradients([model.double()(doubles)[0, target]], doubles)[:, 0].numpy()
+
     assert relative_error(ours, right) < 5e-3
 
 
@@ -693,6 +740,7 @@ def test_guided_gradients_of_an_activation_function(place, name):
 def assert_guided(model, plain=False):
     inputs = photos(2, 12)
     right = guided_reference(model, inputs, 1)
+
     assert (relative_error(plain_gradient(model, inputs, 1), right) < 1e-5) == plain
     assert relative_error(Explainer(model)(inputs, 1).guided, right) < 1e-5
 
@@ -702,22 +750,24 @@ def assert_guided(model, plain=False):
 
 def test_methods_inputs_and_classes_together_equal_each_alone():
     methods = (*METHODS, "layercam", "fem", "fullgrad", "finercam")
-    model, inputs, targets = (
-        network("small convnext"),
-        photos(2, 32),
-        torch.tensor([[4, 0, 2], [1, 4, 6]]),
-    )
+    model = network("small convnext")
+    inputs = photos(2, 32)
+    targets = torch.tensor([[4, 0, 2], [1, 4, 6]])
     together = Explainer(model, methods)(inputs, targets)
+
     assert list(together.cams) == list(methods)
     assert together.targets.tolist() == targets.tolist()
     arrays = (*together.cams.values(), together.guided, together.logits, together.targets)
+
     assert [a.dtype for a in arrays] == [np.float32] * (len(methods) + 2) + [np.int64]
     assert [a.shape for a in arrays[-3:]] == [(2, 3, 3, 32, 32), (2, 7), (2, 3)]
     assert Explainer(model, "gradcam", guided=False)(inputs).guided is None
+
     for method in methods:
         assert together.cams[method].shape == (2, 3, 32, 32)
         assert 0 <= together.cams[method].min() <= together.cams[method].max() <= 1
         explainer = Explainer(model, method)
+
         for i, k in ((0, 0), (0, 2), (1, 1)):
             alone = explainer(inputs[i : i + 1], targets[i, k])
             np.testing.assert_allclose(
@@ -729,14 +779,17 @@ def test_methods_inputs_and_classes_together_equal_each_alone():
 
 @pytest.mark.parametrize("arch", ["resnet18", "googlenet", "mobilenet_v2"])
 def test_logits_are_those_of_the_model_and_the_same_result_comes_twice(arch):
-    model, inputs = network(arch), photos(2)
-    right, explainer = (
-        model(inputs).detach().numpy(),
-        Explainer(model, ["gradcam", "xgradcam", "eigencam"]),
-    )
-    unfolded, first, again = explainer.logits(inputs).numpy(), explainer(inputs), explainer(inputs)
+    model = network(arch)
+    inputs = photos(2)
+    right = model(inputs).detach().numpy()
+    explainer = Explainer(model, ["gradcam", "xgradcam", "eigencam"])
+    unfolded = explainer.logits(inputs).numpy()
+    first = explainer(inputs)
+    again = explainer(inputs)
+
     for logits in (unfolded, first.logits, explainer.logits(inputs).numpy()):
         np.testing.assert_allclose(logits, right, rtol=1e-4, atol=1e-4)
+
     assert first.targets.tolist() == right.argmax(1).tolist()
     for other in (again, Explainer(model, explainer.methods)(inputs)):
         assert_same_explanation(other, first, 1e-6)
@@ -750,6 +803,7 @@ def test_targets_in_any_form(targets):
     explanation = Explainer(Tiny())(photos(2, 12), targets)
     right = torch.as_tensor(targets)
     right = right.expand(2, *right.shape[1:])
+
     assert explanation.targets.tolist() == right.tolist()
     assert explanation.guided.shape == (*right.shape, 3, 12, 12)
     assert explanation.only(1).cams["gradcam"].shape == (1, *right.shape[1:], 12, 12)
@@ -779,10 +833,14 @@ def test_minus_one_stands_for_the_prediction_and_a_class_asked_for_twice_is_kept
     explainer = Explainer(Tiny())
     predicted = explainer(photos(2, 12)).targets
     explanation = explainer(photos(2, 12), [[-1, 3], [3, -1]])
+
     np.testing.assert_array_equal(explanation.targets, [[predicted[0], 3], [3, predicted[1]]])
     twice = explainer(photos(2, 12), [[-1, predicted[0]], [3, -1]])
-    first, second = twice.only(0), twice.only(1)
-    assert (first.targets.tolist(), first.guided.shape) == ([[predicted[0]]], (1, 1, 3, 12, 12))
+    first = twice.only(0)
+    second = twice.only(1)
+
+    assert first.targets.tolist() == [[predicted[0]]]
+    assert first.guided.shape == (1, 1, 3, 12, 12)
     np.testing.assert_array_equal(second.cams["gradcam"], explanation.cams["gradcam"][1:])
 
 
@@ -815,12 +873,15 @@ def condition(model):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_model_and_inputs_come_out_as_they_went_in(training):
-    model, inputs = copy.deepcopy(network("resnet18")).train(training), photos(2, 32)
+    model = copy.deepcopy(network("resnet18")).train(training)
+    inputs = photos(2, 32)
     model.layer1.eval()
     model.layer2.requires_grad_(False)
     model(inputs).sum().backward()
-    before, values = condition(model), inputs.clone()
+    before = condition(model)
+    values = inputs.clone()
     ours = Explainer(model, (*METHODS, "shapleycam", "fullgrad"), "layer1")(inputs)
+
     assert condition(model) == before
     assert torch.equal(inputs, values)
     assert not inputs.requires_grad
@@ -832,24 +893,30 @@ def test_model_and_inputs_come_out_as_they_went_in(training):
 @pytest.mark.parametrize("method", [*METHODS, "shapleycam"])
 @pytest.mark.parametrize("layer", ["first", "second"])
 def test_an_error_in_any_pass_leaves_model_and_explainer_usable(method, layer):
-    calls_left, errors = [np.inf], 0
+    calls_left = [np.inf]
+    errors = 0
 
     def alarm(module, args, output):
         calls_left[0] -= 1
         if calls_left[0] < 0:
             raise ArithmeticError("alarm")
 
-    model, inputs = Tiny(nn.ReLU()).eval(), photos(2, 12)
+    model = Tiny(nn.ReLU()).eval()
+    inputs = photos(2, 12)
     model.second.register_forward_hook(alarm)
-    before, explainer = condition(model), Explainer(model, method, layer)
+    before = condition(model)
+    explainer = Explainer(model, method, layer)
     right = Explainer(model, method, layer)(inputs, 1)
+
     for calls_left[0] in range(6):
         try:
             explainer(inputs, 1)
         except (ArithmeticError, CallError):
             errors += 1
         calls_left[0] = np.inf
+
         assert_same_explanation(explainer(inputs, 1), right, 1e-6)
+
     assert errors
     assert condition(model) == before
 
@@ -875,11 +942,17 @@ def test_the_mode_and_the_settings_of_the_caller_do_not_matter_and_stay(mode):
 
     methods = (*METHODS, *MORE_METHODS)
     right = Explainer(Tiny(), methods)(photos(1, 12), 2)
+
     with mode():
-        model, inputs = Tiny(), photos(1, 12)
-        before, explainer = settings(), Explainer(model, methods)
-        ours, logits = explainer(inputs, 2), explainer.logits(inputs)
+        model = Tiny()
+        inputs = photos(1, 12)
+        before = settings()
+        explainer = Explainer(model, methods)
+        ours = explainer(inputs, 2)
+        logits = explainer.logits(inputs)
+
         assert settings() == before
+
     np.testing.assert_allclose(logits.numpy(), right.logits, rtol=1e-5, atol=1e-5)
     assert_same_explanation(ours, right, 1e-5)
 
@@ -905,12 +978,15 @@ def test_on_a_gpu_there_is_no_tf32_whichever_way_it_was_allowed(way, allowed):
     with contextlib.ExitStack() as stack:
         for (place, name), value in zip(SETTINGS, values(), strict=True):
             stack.callback(setattr, place, name, value)
+
         for (place, name), yes in zip(OLD if way == "old" else NEW, allowed, strict=True):
             setattr(place, name, yes if way == "old" else "tf32" if yes else "ieee")
+
         before = values()
         with cnn_visualizations.exact_arithmetic(torch.device("cuda")):
             assert values() == ["ieee" if SETTINGS is NEW else False] * 2
             assert torch.backends.cudnn.deterministic
+
         assert values() == before
 
 
@@ -918,8 +994,10 @@ def test_on_a_gpu_there_is_no_tf32_whichever_way_it_was_allowed(way, allowed):
 
 
 def test_one_method_and_one_layer_by_name_or_module_also_in_data_parallel():
-    model, inputs = network("resnet18"), photos()
+    model = network("resnet18")
+    inputs = photos()
     right = Explainer(model, ["gradcam"], ["layer3"])(inputs)
+
     for wrapped in (model, nn.DataParallel(model)):
         for layer in ("layer3", "module.layer3", model.layer3):
             assert_same_explanation(
@@ -929,8 +1007,11 @@ def test_one_method_and_one_layer_by_name_or_module_also_in_data_parallel():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_are_computed_in_float32(dtype):
-    model, inputs = copy.deepcopy(network("resnet18")).to(dtype), photos().to(dtype)
-    ours, right = Explainer(model)(inputs), Explainer(copy.deepcopy(model).float())(inputs.float())
+    model = copy.deepcopy(network("resnet18")).to(dtype)
+    inputs = photos().to(dtype)
+    ours = Explainer(model)(inputs)
+    right = Explainer(copy.deepcopy(model).float())(inputs.float())
+
     assert_same_explanation(ours, right)
     assert ours.cams["gradcam"].dtype == ours.guided.dtype == np.float32
     assert model.fc.weight.dtype == dtype
@@ -952,12 +1033,15 @@ def returning(how, outputs=5):
     "how", [lambda y: y, lambda y: y[:, 0], lambda y: y[:, :, None, None]], ids=["N,1", "N", "4d"]
 )
 def test_of_a_single_output_the_positive_side_is_explained(how):
-    inputs, model = photos(2, 12), returning(how, outputs=1)
+    inputs = photos(2, 12)
+    model = returning(how, outputs=1)
     ours = Explainer(model, METHODS)(inputs)
+
     assert ours.targets.tolist() == [0, 0]
     assert ours.logits.shape == (2, 1)
     activations, gradients = output_and_gradient(Tiny(outputs=1), "second", inputs[:1], 0)
     right = map_of_weights(gradients.mean((2, 3))[0], activations[0], 12)
+
     np.testing.assert_allclose(ours.cams["gradcam"][0], right, rtol=0, atol=1e-5)
     for method in ("finercam", "shapleycam", "fullgrad"):
         with contextlib.suppress(CallError):  # FinerCAM has no other class to compare with
@@ -975,8 +1059,10 @@ RESULTS = {
 
 @pytest.mark.parametrize("kind", RESULTS)
 def test_logits_inside_of_another_result(kind):
-    model, inputs = returning(RESULTS[kind]), photos(2, 12)
+    model = returning(RESULTS[kind])
+    inputs = photos(2, 12)
     model(inputs)
+
     assert_same_explanation(
         Explainer(model, METHODS)(inputs), Explainer(Tiny(), METHODS)(inputs), 1e-6
     )
@@ -1007,11 +1093,9 @@ class Normed(nn.Module):
     def __init__(self, kind, beside):
         super().__init__()
         torch.manual_seed(0)
-        self.conv, self.norm, self.head = (
-            kind(nn.Conv2d(3, 8, 3)),
-            nn.BatchNorm2d(8),
-            nn.Linear(8, 4),
-        )
+        self.conv = kind(nn.Conv2d(3, 8, 3))
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
         self.beside = beside
 
     def forward(self, x):
@@ -1035,12 +1119,15 @@ KINDS = [
 @pytest.mark.parametrize("layer", ["conv", "norm"])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 def test_folding_of_batch_norms_changes_nothing(kind, beside, layer):
-    model, inputs = calibrated(Normed(kind, beside), 12), photos(2, 12)
+    model = calibrated(Normed(kind, beside), 12)
+    inputs = photos(2, 12)
     ours = Explainer(model, "gradcam", layer)(inputs, 1)
+
     np.testing.assert_allclose(ours.logits, model(inputs).detach().numpy(), rtol=0, atol=1e-5)
     assert relative_error(ours.guided, guided_reference(model, inputs, 1)) < 1e-5
     activations, gradients = output_and_gradient(model, layer, inputs[:1], 1)
     right = map_of_weights(gradients.mean((2, 3))[0], activations[0], 12)
+
     np.testing.assert_allclose(ours.cams["gradcam"][0], right, rtol=0, atol=1e-4)
 
 
@@ -1066,6 +1153,7 @@ def test_the_reprs_are_one_line():
     classifier = cnn_visualizations.load_classifier(ckpt=CKPT, device="cpu")
     assert re.fullmatch(r"Classifier\(mobilenet_v2.*19 classes.*225.*\)", repr(classifier))
     explanation = Explainer(Tiny(), ["gradcam", "eigencam"])(photos(2, 12), 3)
+
     assert re.fullmatch(r"Explanation\(.*gradcam.*eigencam.*\[3, 3\].*\)", repr(explanation))
 
 
@@ -1089,7 +1177,9 @@ class Aside(Tiny):
 
     def __init__(self):
         super().__init__()
-        self.aside, self.idle, self.pool = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        self.aside = nn.Conv2d(3, 4, 3)
+        self.idle = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(1)
         self.pair = nn.MaxPool2d(1, return_indices=True)
 
     def forward(self, x):
@@ -1111,6 +1201,7 @@ def test_a_layer_that_cannot_be_explained_is_a_call_error(layer, message):
 def test_a_network_without_a_spatial_map_and_a_method_that_does_not_fit_are_call_errors():
     with pytest.raises(CallError, match="no layer has a spatial map"):
         Explainer(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 4)))(photos(1, 8))
+
     with pytest.raises(CallError, match="shapleycam does not work on layer 'encoder"):
         Explainer(network("small vit"), "shapleycam", "encoder.layers.encoder_layer_1.ln_1")(
             photos()
@@ -1120,9 +1211,11 @@ def test_a_network_without_a_spatial_map_and_a_method_that_does_not_fit_are_call
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["weights", "inputs"])
 def test_nan_is_an_error(value, where):
-    model, inputs = Tiny().eval(), photos(1, 12)
+    model = Tiny().eval()
+    inputs = photos(1, 12)
     with torch.no_grad():
         (model.second.weight if where == "weights" else inputs)[0, 0, 0] = value
+
     with pytest.raises(ValueError, match="NaN"):
         Explainer(model, METHODS)(inputs)
 
@@ -1130,15 +1223,19 @@ def test_nan_is_an_error(value, where):
 @pytest.mark.parametrize("method", [*METHODS, *MORE_METHODS])
 @pytest.mark.parametrize("zero", ["activations", "scores", "positive evidence"])
 def test_maps_are_finite_where_something_is_zero_and_zero_without_positive_evidence(method, zero):
-    model, inputs = Tiny(nn.ReLU(), outputs=4).eval(), photos(1, 12)
+    model = Tiny(nn.ReLU(), outputs=4).eval()
+    inputs = photos(1, 12)
     model.second = nn.Sequential(model.second, nn.ReLU())
+
     with torch.no_grad():
         model.second[0].bias.fill_(-9 if zero == "activations" else 0.1)
         model.head.weight.mul_(0 if zero == "scores" else 1)
         if zero == "positive evidence":
             model.head.weight.fill_(-1)
+
     explanation = Explainer(model, method, "second")(inputs)
     cams = explanation.cams[method]
+
     assert 0 <= cams.min() <= cams.max() <= 1
     assert zero == "positive evidence" or not explanation.guided.any()
     assert not (
@@ -1159,6 +1256,7 @@ def limited(most, error, message):
         asked.append(len(items))
         if len(items) > most:
             raise error(message)
+
         return [2 * item for item in items]
 
     return function, asked
@@ -1180,6 +1278,7 @@ SHORTAGES = [
 def test_batches_are_halved_where_memory_does_not_suffice(error, message, capsys):
     function, asked = limited(3, error, message)
     batch_size = BatchSize(8)
+
     assert [*batch_size.run(function, [*range(7)])] == [[0, 2], [4, 6], [8, 10], [12]]
     assert [*batch_size.run(function, [*range(4)])] == [[0, 2], [4, 6]]
     assert asked == [7, 4, 2, 2, 2, 1, 2, 2]  # the larger sizes are not tried again
@@ -1193,6 +1292,7 @@ def test_other_errors_and_too_little_memory_for_one_item_are_raised(most, messag
     function, asked = limited(most, RuntimeError, message)
     with pytest.raises(RuntimeError, match=message):
         [*BatchSize(8).run(function, [*range(8)])]
+
     assert asked[-1] == (1 if most == 0 else 8)
 
 
@@ -1201,10 +1301,12 @@ def test_scorecam_and_logits_go_on_with_smaller_batches():
         if len(args[0]) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    model, inputs = Tiny(), photos(1, 12)
+    model = Tiny()
+    inputs = photos(1, 12)
     right = Explainer(model, "scorecam")(inputs)
     model.register_forward_pre_hook(refuse)
     explainer = Explainer(model, "scorecam", batch_size=16)
+
     assert_same_explanation(explainer(inputs), right)
     np.testing.assert_allclose(
         explainer.logits(inputs.repeat(7, 1, 1, 1)), right.logits.repeat(7, 0), atol=1e-4
@@ -1245,6 +1347,7 @@ def test_the_compiler_is_not_imported_by_a_run_and_works_afterwards(tmp_path):
     done = subprocess.run(
         [*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
+
     assert done.returncode == 0, done.stderr
     assert (tmp_path / f"gradcam_cam_{DOG.stem}.jpg").is_file()
     assert json.loads(done.stdout.splitlines()[-1]) == [
@@ -1257,8 +1360,10 @@ def test_the_compiler_is_not_imported_by_a_run_and_works_afterwards(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("arch", LAYERS)
 def test_cuda_gives_what_the_cpu_gives_and_the_same_twice(arch):
-    model, inputs = network(arch), inputs_of(arch, 2)
+    model = network(arch)
+    inputs = inputs_of(arch, 2)
     on_cpu = Explainer(model, METHODS, LAYERS[arch][0])(inputs, [2, 5])
     on_gpu = Explainer(copy.deepcopy(model).cuda(), METHODS, LAYERS[arch][0])
+
     assert_same_explanation(on_gpu(inputs, [2, 5]), on_cpu, 1e-4)
     assert_same_explanation(on_gpu(inputs, [2, 5]), on_gpu(inputs, [2, 5]), 0)

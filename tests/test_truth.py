@@ -64,6 +64,7 @@ def test_every_method_has_thresholds_and_they_are_far_above_chance():
     """Chance is the share of the picture that the shape covers."""
     assert {*THRESHOLDS, "randomcam"} == {*METHODS, *MORE_METHODS}
     chance = [np.mean([mask for _, _, mask in asked]) for asked in scenes(40)]
+
     assert all(one > 4 * chance[0] and two > 4 * chance[1] for one, two in THRESHOLDS.values())
 
 
@@ -86,4 +87,5 @@ def test_without_knowledge_of_the_network_or_of_the_shapes_the_peak_lies_elsewhe
     torch.manual_seed(0)
     untrained = get_model(ARCH, num_classes=len(CLASSES)).eval()
     share = pointing_game(Explainer(untrained, "gradcam", guided=False), scenes(40)[0])["gradcam"]
+
     assert share < 0.5 * shares("gradcam", 40)[0]
