@@ -2149,7 +2149,7 @@ def grad_cam_target(cam: Any, weights: Tensor) -> dict[str, Any]:
     explain it.
     """
     if "target_idx" not in inspect.signature(cam.forward).parameters:
-        return {"targets": [lambda logits: logits @ weights]}
+        return {"targets": [lambda logits: logits.flatten() @ weights]}
     if (weights < 0).any():
         raise CallError("it compares classes by itself, so it takes no difference of two")
     return {"targets": None, "target_idx": int(weights.argmax())}
@@ -2376,7 +2376,10 @@ class Explainer:
             logits = logits_for(self.network, inputs)
         targets = choose_targets(logits, targets, top)
         if minus is not None:
-            minus = fit_classes(minus, logits, allowed=[PREDICTED, NO_CLASS]).expand_as(targets)
+            minus = fit_classes(minus, logits, allowed=[PREDICTED, NO_CLASS])
+            if minus.shape != targets.shape:
+                fault = f"{shape_of(minus)} classes from {shape_of(targets)} targets"
+                raise CallError(f"cannot subtract {fault}; give one for each target")
 
         weights = score_weights(targets, minus, logits.shape[1])
         scores = (logits[:, None] * weights).sum((0, 2)).unbind()  # over all inputs, for K classes
