@@ -679,12 +679,14 @@ def test_a_mended_photo_and_new_ones_are_done_and_a_broken_one_is_tried_again(
 def start(tiny, *words, stdout=subprocess.PIPE, **environment):
     """Start the program as a process on the small network."""
     command = [sys.executable, PROGRAM, "--ckpt", tiny[0], "--device", "cpu", "--batch-size", "1"]
+    command += words
+    environment = {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
-        [str(word) for word in (*command, *words)],
+        list(map(str, command)),
         stdout=stdout,
         stderr=subprocess.PIPE,
         encoding="utf-8",
-        env={**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", **environment},
+        env=os.environ | environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
