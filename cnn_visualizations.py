@@ -1459,7 +1459,7 @@ def find_class(wanted: str, class_names: Sequence[str]) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5  Explanation. One forward pass gives logits and activations, two backward passes the rest.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 # The autograd nodes of activation functions, whose incoming gradients guided backpropagation
 # clamps. Gates (Sigmoid, Hardsigmoid, Tanh) scale a signal rather than rectify it and are left
@@ -2529,9 +2529,9 @@ class Explainer:
             raise CallError(f"{method} {fault}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6  Metrics. The network's predictions for changed inputs show how faithful a map is.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 METRICS = ("average_drop", "increase", "deletion", "insertion", "road")
 
