@@ -1404,34 +1404,37 @@ def read_content(content: Any, name: str) -> Checkpoint:
     """Sort the content of a file into tensors, entries and modules. Raises CallError."""
     tensors: State = {}
     modules: dict[str, PickledModule] = {}
-    waiting = deque([("", content)])
-    visited = set()
-
-    # breadth first, each dict once: a file may nest them in themselves
-    while waiting:
-        prefix, holder = waiting.popleft()
-        if id(holder) in visited:
-            continue
-        visited.add(id(holder))
+    for prefix, holder in holders_in(content):
         if is_pickled_module(holder):
             kind = type(holder).__name__.rpartition(".")[2]
             modules[prefix.removesuffix(".")] = PickledModule(kind, holder.state)
-
         for key, value in children_of(holder).items():
-            full_name = prefix + modern_name(str(key))
             if isinstance(value, Tensor):
+                full_name = prefix + modern_name(str(key))
                 check_tensor(value, full_name, name)
                 tensors[full_name] = value.detach()
-            elif "optim" not in str(key) and len(full_name) < MAX_KEY_LENGTH:
-                waiting.append((f"{full_name}.", value))
 
-    entries = find_entries(content, name)
     if not any(tensor.ndim > 1 for tensor in tensors.values()):
         raise CallError(f"{name}: no weights in it (found: {outline(content)})")
     if isinstance(content, Mapping) and not is_state(content):
         # tensors beside the dict of the weights are values, such as the weights of the classes
         tensors = {key: tensor for key, tensor in tensors.items() if key not in content}
-    return Checkpoint(name, tensors, entries, modules)
+    return Checkpoint(name, tensors, find_entries(content, name), modules)
+
+
+def holders_in(content: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each dict and pickled module in a file once, with the prefix of its tensors' names."""
+    waiting = deque([("", content)])
+    visited = set()  # a file may nest dicts in themselves
+    while waiting:
+        prefix, holder = waiting.popleft()
+        if id(holder) in visited or len(prefix) > MAX_KEY_LENGTH:
+            continue
+        visited.add(id(holder))
+        yield prefix, holder
+        for key, value in children_of(holder).items():
+            if not isinstance(value, Tensor) and "optim" not in str(key):
+                waiting.append((f"{prefix}{modern_name(str(key))}.", value))
 
 
 def is_state(content: Mapping[Any, Any]) -> bool:
@@ -1497,25 +1500,32 @@ def outline(content: Any) -> str:
 def find_entries(content: Any, name: str) -> dict[str, list[Entry]]:
     """Return the entries of each kind of ENTRY_NAMES, those of the outermost dict first."""
     file = os.path.basename(name)
-    holders = [(f"from {file}", as_options(content))]
-    for origin, holder in holders:  # grows: `dataset_meta` stands in `meta`
-        if len(holders) > len(OPTION_DICTS) or len(origin) > len(file) + 40:
-            break
-        for key in OPTION_DICTS:
-            inner = as_options(holder.get(key))
-            if inner:
-                holders.append((f"from {key} in {file}", inner))
+    places = [(f"from {file}", as_options(content))]
+    for _ in range(2):  # `dataset_meta` stands in `meta`
+        for _, options in list(places):
+            places += inner_options(options, file)
 
+    entries: dict[str, list[Entry]] = {}
     is_bare = isinstance(content, Mapping) and is_state(content)
-    entries: dict[str, list[Entry]] = {kind: [] for kind in ENTRY_NAMES}
     for kind, keys in ENTRY_NAMES.items():
-        for origin, holder in holders:
+        entries[kind] = []
+        for origin, options in places:
             for key in keys:
-                value = plain_value(holder.get(key))
+                value = plain_value(options.get(key))
                 is_weight = is_bare and isinstance(value, Tensor)
                 if value is not None and not is_weight:
                     entries[kind].append(Entry(key, value, origin))
     return entries
+
+
+def inner_options(options: Mapping[Any, Any], file: str) -> list[tuple[str, Mapping[Any, Any]]]:
+    """Return the dicts of options inside a dict, each with where it is from."""
+    found = []
+    for key in OPTION_DICTS:
+        inner = as_options(options.get(key))
+        if inner:
+            found.append((f"from {key} in {file}", inner))
+    return found
 
 
 def as_options(value: Any) -> Mapping[Any, Any]:
@@ -1787,16 +1797,9 @@ def load_classifier(
     ckpt: str | Path | None = None,
     num_classes: int | None = None,
     device: str | torch.device | None = None,
-    *,
-    class_names: Sequence[str] | str | None = None,
-    input_size: int | Sequence[int] | None = None,
-    resize: str | int = "crop",
-    mean: Sequence[float] | float | None = None,
-    std: Sequence[float] | float | None = None,
-    multi_label: bool | None = None,
-    folders: Sequence[str] = (),
+    **options: Any,
 ) -> Classifier:
-    """Build a classifier and load the weights of a checkpoint.
+    """Build a classifier and load the weights of a checkpoint. Raises CallError: it does not fit.
 
     Args:
         arch: a name from `torchvision.models.list_models`, or "file.py:function" for a network of
@@ -1806,62 +1809,83 @@ def load_classifier(
         num_classes: must agree with the checkpoint; a single output becomes two, of which the
             second has its sigmoid.
         device: None: the CUDA GPU if there is one, else the CPU.
-        class_names: one for each class, or a text with commas between them; None: those of the
-            checkpoint, else the names of `folders`, else ImageNet's where there are 1000 classes.
-        input_size: side of the square input in pixels, or (height, width); None: the checkpoint's,
-            else that of torchvision's preset.
-        resize: "crop", "squash", or the short side in pixels to which a photo is scaled before the
-            central part is cropped.
-        mean, std: one number for each colour or one for all, of colours from 0 to 1 or to 255;
-            None: the checkpoint's, else the preset's.
-        multi_label: whether each output is a sigmoid of its own; None: the checkpoint's entry.
-        folders: the folders of the photos, which name the classes in sorted order, as ImageFolder
-            does, where there are as many as classes and nothing else names them.
-
-    Raises:
-        CallError: something does not fit.
+        options: what the checkpoint does not say, or says otherwise: the fields of `Options`.
     """
+    told = Options(**options)
     target, no_gpu = find_device(device)
-    check_resize(resize)
     checkpoint = open_checkpoint(arch, ckpt)
     arch, arch_origin = find_architecture(arch, checkpoint)
-    if is_own(arch):
-        network = build_own(arch, checkpoint, num_classes)
-    else:
-        network = build_torchvision(arch, checkpoint)
+    network = build_network(arch, checkpoint, num_classes)
 
-    options = PresetOptions(input_size, resize, as_numbers(mean), as_numbers(std))
-    preset, preset_origins = make_preset(arch, network, checkpoint, options)
-    outputs = network.outputs
-    if outputs is None:
-        outputs = count_outputs(network, preset.crop_size, num_classes)
-    if num_classes not in (None, outputs, max(outputs, 2)):
-        raise CallError(
-            f"--num-classes {num_classes}, but {checkpoint.name}: {outputs} classes; "
-            "leave the option out"
-        )
+    preset, origins = make_preset(arch, network, checkpoint, told)
+    outputs = count_outputs(network, preset.crop_size, num_classes)
+    check_num_classes(num_classes, outputs, checkpoint)
+    names, names_origin = find_class_names(told, checkpoint, max(outputs, 2))
+
     network.model.register_forward_hook(partial(give_logits, outputs=outputs))
-
-    names, names_origin = find_class_names(class_names, checkpoint, max(outputs, 2), folders)
-    origins = {
-        "arch": arch_origin,
-        "classes": names_origin,
-        "device": no_gpu,
-        **preset_origins,
-    }
     return Classifier(
         model=network.model.to(target),
         arch=arch,
         class_names=names,
         preset=preset,
         device=target,
-        squash=resize == "squash",
-        multi_label=outputs > 1 and reads_labels(multi_label, network, checkpoint),
+        squash=told.resize == "squash",
+        multi_label=outputs > 1 and reads_labels(told.multi_label, network, checkpoint),
         outputs=outputs,
         channels=network.channels,
         head=network.head,
-        origins=origins,
+        origins={**origins, "arch": arch_origin, "classes": names_origin, "device": no_gpu},
     )
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller of `load_classifier` says of the network's input and classes.
+
+    Raises CallError: a value is not usable.
+    """
+
+    # one for each class, or a text with commas between them; None: those of the checkpoint, else
+    # the names of `folders`, else ImageNet's where there are 1000 classes
+    class_names: Sequence[str] | str | None = None
+    # side of the square input in pixels, or (height, width); None: the checkpoint's, else the
+    # preset's of torchvision
+    input_size: int | Sequence[int] | None = None
+    # "crop", "squash", or the short side in pixels to which a photo is scaled before the crop
+    resize: str | int = "crop"
+    # one number for each colour, or one for all, of colours from 0 to 1 or to 255; None: the
+    # checkpoint's, else the preset's
+    mean: Sequence[float] | float | None = None
+    std: Sequence[float] | float | None = None
+    # whether each output is a sigmoid of its own; None: the checkpoint's entry
+    multi_label: bool | None = None
+    # the folders of the photos, which name the classes in sorted order, as ImageFolder does, where
+    # there are as many as classes and nothing else names them
+    folders: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.resize in ("crop", "squash"):
+            return
+        is_number = isinstance(self.resize, int) and not isinstance(self.resize, bool)
+        if not is_number or not 8 <= self.resize <= 8192:
+            raise CallError(
+                f"unknown resize '{self.resize}' (known: crop, squash, or the short side in pixels)"
+            )
+
+
+def build_network(arch: str, checkpoint: Checkpoint, num_classes: int | None) -> Network:
+    """Return the network with the checkpoint's weights. Raises CallError."""
+    if is_own(arch):
+        return build_own(arch, checkpoint, num_classes)
+    return build_torchvision(arch, checkpoint)
+
+
+def check_num_classes(given: int | None, outputs: int, checkpoint: Checkpoint) -> None:
+    """Raise CallError where another number of classes was given than the network has."""
+    if given not in (None, outputs, max(outputs, 2)):
+        raise CallError(
+            f"--num-classes {given}, but {checkpoint.name}: {outputs} classes; leave the option out"
+        )
 
 
 def find_device(name: str | torch.device | None) -> tuple[torch.device, str]:
@@ -2155,7 +2179,7 @@ def find_places(wanted: State, tensors: State) -> list[Place]:
 
 
 def choose_place(wanted: State, checkpoint: Checkpoint) -> tuple[Place, State]:
-    """Return where the network is in the file, and the other tensors that a network might need.
+    """Return where the network is in the file, and all tensors that a network might need.
 
     A moving average is taken only where there is no other network. Raises CallError: several.
     """
@@ -2166,10 +2190,10 @@ def choose_place(wanted: State, checkpoint: Checkpoint) -> tuple[Place, State]:
 
     # the same tensors may stand under two names
     first_key = next(iter(wanted))
-    by_memory = {}
+    by_memory: dict[Any, Place] = {}
     for place in networks:
         tensor = tensors.get(place.prefix + first_key)
-        memory = place.prefix if tensor is None else tensor.data_ptr()
+        memory = None if tensor is None else tensor.data_ptr()
         by_memory.setdefault(memory, place)
     distinct = list(by_memory.values())
     if len(distinct) > 1:
@@ -2178,14 +2202,18 @@ def choose_place(wanted: State, checkpoint: Checkpoint) -> tuple[Place, State]:
             f"{checkpoint.name}: holds several networks, under {names}; save the one to explain"
         )
 
-    chosen = distinct[0]
-    copies = tuple(place.prefix for place in whole if place is not chosen and place.prefix)
-    others = {
+    copies = tuple(place.prefix for place in whole if place is not distinct[0])
+    return distinct[0], without_training(tensors, copies)
+
+
+def without_training(tensors: State, copies: tuple[str, ...]) -> State:
+    """Return the tensors that a forward pass may read, without copies of the network."""
+    copies = tuple(prefix for prefix in copies if prefix)
+    return {
         key: tensor
         for key, tensor in tensors.items()
-        if not key.startswith(copies) and is_of_network(key, tensor)
+        if is_of_network(key, tensor) and not key.startswith(copies)
     }
-    return chosen, others
 
 
 def is_of_network(key: str, tensor: Tensor) -> bool:
@@ -2486,33 +2514,35 @@ def is_sequential(name: str, checkpoint: Checkpoint) -> bool:
 
 
 def read_layer(state: State, pickled: PickledModule | None) -> nn.Module | None:
-    """Return the layer that has these tensors, without weights; None where it is of no known kind."""
+    """Return the layer of these tensors, without weights; None where its kind is not known."""
     kind = pickled.kind if pickled else ""
     settings = pickled.attributes if pickled else {}
     if not state:
-        if kind in READ_AS_SCORES:
-            return getattr(nn, kind)()
-        names = ("negative_slope", "alpha", "approximate")
-        options = {name: settings[name] for name in names if name in settings}
-        return getattr(nn, kind)(**options) if kind in ACTIVATIONS else None
+        return read_function(kind, settings)
 
     weight = state.get("weight")
-    parts = set(state)
-    if weight is None or weight.numel() == 0 or kind not in ("", *LAYER_KINDS):
+    is_known = kind in ("", "Linear", "BatchNorm1d", "LayerNorm")
+    if weight is None or weight.numel() == 0 or not is_known:
         return None
+    parts = set(state)
+    eps = settings.get("eps", 1e-5)
     if weight.ndim == 2 and parts <= {"weight", "bias"}:
         return nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in parts)
-    if weight.ndim != 1:
-        return None
-    eps = settings.get("eps", 1e-5)
-    if parts >= {"running_mean", "running_var"}:
+    if weight.ndim == 1 and parts >= {"running_mean", "running_var"}:
         return nn.BatchNorm1d(len(weight), eps)
-    if parts == {"weight", "bias"}:
+    if weight.ndim == 1 and parts == {"weight", "bias"}:
         return nn.LayerNorm(len(weight), eps)
     return None
 
 
-LAYER_KINDS = ("Linear", "BatchNorm1d", "LayerNorm")
+def read_function(kind: str, settings: Mapping[str, Any]) -> nn.Module | None:
+    """Return a pickled activation, or the function that ends a head; None where it is neither."""
+    if kind in READ_AS_SCORES:
+        return getattr(nn, kind)()
+    if kind not in ACTIVATIONS:
+        return None
+    names = ("negative_slope", "alpha", "approximate")
+    return getattr(nn, kind)(**{name: settings[name] for name in names if name in settings})
 
 
 def replace_head(
@@ -2635,19 +2665,28 @@ def check_shapes(arch: str, wanted: State, state: State, checkpoint: Checkpoint)
         if key in state and state[key].shape != tensor.shape:
             shapes = f"{shape_of(state[key])} in the file, {shape_of(tensor)} in {arch}"
             differ.append(f"{key}: {shapes}")
-    faults = {
-        "missing": [key for key in wanted if key not in state],
-        "unexpected": [key for key in state if key not in wanted and not key.endswith(COMPUTED)],
-        "of another shape": differ,
-    }
-    counts = []
-    for kind, keys in faults.items():
-        if keys:
-            more = "; ..." if len(keys) > 3 else ""
-            counts.append(f"{len(keys)} {kind} ({'; '.join(keys[:3])}{more})")
-    if counts:
+    missing = [key for key in wanted if key not in state]
+    unexpected = [key for key in state if key not in wanted and not key.endswith(COMPUTED)]
+
+    counts = [
+        count_keys(missing, "missing"),
+        count_keys(unexpected, "unexpected"),
+        count_keys(differ, "of another shape"),
+    ]
+    if any(counts):
+        faults = ", ".join(filter(None, counts))
         hint = other_architecture(arch, checkpoint)
-        raise CallError(f"{checkpoint.name} does not fit {arch}: {', '.join(counts)}; {hint}")
+        raise CallError(f"{checkpoint.name} does not fit {arch}: {faults}; {hint}")
+
+
+def count_keys(keys: Sequence[str], kind: str) -> str:
+    """Return the number of keys and the first three, for a message, or ""."""
+    if not keys:
+        return ""
+    shown = "; ".join(keys[:3])
+    if len(keys) > 3:
+        shown += "; ..."
+    return f"{len(keys)} {kind} ({shown})"
 
 
 def other_architecture(arch: str, checkpoint: Checkpoint) -> str:
@@ -2777,10 +2816,7 @@ def as_logits(answer: Any, outputs: int | None = None, count: int | None = None)
     Raises:
         CallError: there is no such tensor, or it has lost the batch dimension.
     """
-    if isinstance(answer, Mapping):  # as transformers' networks give it
-        answer = answer.get("logits", answer.get("out", answer))
-    answer = getattr(answer, "logits", answer)
-    answers = answer if isinstance(answer, (tuple, list)) else [answer]
+    answers = answers_in(answer)
     rows = [item for item in answers if isinstance(item, Tensor) and is_row(item)]
     fitting = [row for row in rows if row.ndim and row.shape[-1] == outputs]
     if len(rows) > 1 and fitting:
@@ -2792,14 +2828,20 @@ def as_logits(answer: Any, outputs: int | None = None, count: int | None = None)
 
     logits = rows[0]
     if logits.ndim == 0 or (count is not None and len(logits) != count):
-        inputs = "two inputs" if count == 2 else "one input"
+        inputs = "one input" if count in (None, 1) else f"{count} inputs"
         raise CallError(
             f"the network returns {describe_answer(logits)} for {inputs}, without the batch "
             "dimension; write x.flatten(1) instead of x.squeeze() in its forward"
         )
-    if logits.ndim == 1:
-        return logits[:, None]
-    return logits.flatten(1)
+    return logits[:, None] if logits.ndim == 1 else logits.flatten(1)
+
+
+def answers_in(answer: Any) -> Sequence[Any]:
+    """Return what a network returned as a sequence; of transformers' answers, the logits."""
+    if isinstance(answer, Mapping):
+        answer = answer.get("logits", answer.get("out", answer))
+    answer = getattr(answer, "logits", answer)
+    return answer if isinstance(answer, (tuple, list)) else [answer]
 
 
 def is_row(tensor: Tensor) -> bool:
@@ -2827,21 +2869,18 @@ def give_logits(model: nn.Module, inputs: Any, answer: Any, outputs: int) -> Ten
 
 
 def count_outputs(network: Network, size: Sequence[int], num_classes: int | None) -> int:
-    """Return how many outputs a network has, by running it on two inputs of that size and on one.
+    """Return how many outputs a network has; one of the user's runs on two inputs and on one.
 
     Raises CallError: it fails, loses the batch dimension, or returns probabilities.
     """
+    if network.outputs is not None:
+        return network.outputs
     height, width = size
     logits = run_once(network, (2, network.channels, height, width), num_classes)
     end = final_function(logits)
     if end:
         raise CallError(f"the network ends in a {end}; let it return the logits, without that")
-    alone = run_once(network, (1, network.channels, height, width), num_classes)
-    if alone.shape[1] != logits.shape[1]:
-        raise CallError(
-            f"the network returns {shape_of(alone)} for one input and {shape_of(logits)} for two; "
-            "write x.flatten(1) instead of x.squeeze() in its forward"
-        )
+    run_once(network, (1, network.channels, height, width), num_classes)
     return logits.shape[1]
 
 
@@ -2885,36 +2924,15 @@ def final_function(logits: Tensor) -> str:
 # The preprocessing
 
 
-@dataclass(frozen=True)
-class PresetOptions:
-    """What the caller says of the preprocessing; None: not said."""
-
-    input_size: int | Sequence[int] | None
-    resize: str | int
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-
-
-def check_resize(resize: str | int) -> None:
-    """Raise CallError where `resize` is none of crop, squash and a number of pixels."""
-    if resize in ("crop", "squash"):
-        return
-    is_side = isinstance(resize, int) and not isinstance(resize, bool) and 8 <= resize <= 8192
-    if not is_side:
-        raise CallError(
-            f"unknown resize '{resize}' (known: crop, squash, or the short side in pixels)"
-        )
-
-
-def as_numbers(values: Any) -> list[float] | None:
-    """Return one number as a list; None stays None."""
+def as_numbers(values: Any) -> Any:
+    """Return a single number as a list; anything else as it is."""
     if isinstance(values, (int, float)):
         return [values]
     return values
 
 
 def make_preset(
-    arch: str, network: Network, checkpoint: Checkpoint, options: PresetOptions
+    arch: str, network: Network, checkpoint: Checkpoint, options: Options
 ) -> tuple[Any, dict[str, str]]:
     """Return torchvision's preprocessing for a network, and where its values are from.
 
@@ -3059,7 +3077,7 @@ def size_of_own(model: nn.Module) -> tuple[tuple[int, int] | None, str]:
     return as_size(settings.get("input_size")), origin
 
 
-def find_short_side(checkpoint: Checkpoint, options: PresetOptions) -> tuple[int | None, str]:
+def find_short_side(checkpoint: Checkpoint, options: Options) -> tuple[int | None, str]:
     """Return the short side before the crop where it was said, and by whom; None: the usual one."""
     if isinstance(options.resize, int):
         return options.resize, "given"
@@ -3071,7 +3089,7 @@ def find_short_side(checkpoint: Checkpoint, options: PresetOptions) -> tuple[int
 
 
 def find_colours(
-    preset: Any, network: Network, checkpoint: Checkpoint, options: PresetOptions
+    preset: Any, network: Network, checkpoint: Checkpoint, options: Options
 ) -> tuple[list[float], list[float], str]:
     """Return mean and std, one number for each channel, from 0 to 1, and where they are from.
 
@@ -3085,7 +3103,9 @@ def find_colours(
 
     said = {}
     for name, low in (("mean", 0), ("std", 1e-6)):
-        value, value_origin = find_colour(name, getattr(options, name), network, checkpoint)
+        value, value_origin = find_colour(
+            name, as_numbers(getattr(options, name)), network, checkpoint
+        )
         if value is not None:
             said[name] = as_colours(value, low, network.channels)
             if said[name] is None:
@@ -3141,15 +3161,13 @@ def as_colours(value: Any, low: float, channels: int) -> list[float] | None:
 
 
 def find_class_names(
-    given: Sequence[str] | str | None,
-    checkpoint: Checkpoint,
-    count: int,
-    folders: Sequence[str],
+    options: Options, checkpoint: Checkpoint, count: int
 ) -> tuple[tuple[str, ...], str]:
     """Return a name for each class, at most 200 characters long, and where the names are from.
 
     Raises CallError: another number of names was given.
     """
+    given = options.class_names
     if given is not None:
         names = given.split(",") if isinstance(given, str) else given
         if len(names) != count:
@@ -3167,8 +3185,8 @@ def find_class_names(
     if count == 1000:
         categories = torchvision.models.get_model_weights("resnet50").DEFAULT.meta["categories"]
         return tuple(categories), "" if is_downloaded(checkpoint) else "ImageNet's assumed"
-    if len(folders) == count:
-        return shortened(sorted(folders)), "the photos' folders in ImageFolder's order"
+    if len(options.folders) == count:
+        return shortened(sorted(options.folders)), "the photos' folders in ImageFolder's order"
     remark = (
         "without names; pass --class-names cat,dog in training order, ImageFolder's is alphabetical"
     )
