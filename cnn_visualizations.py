@@ -3616,13 +3616,7 @@ def score_weights(targets: Tensor, minus: Tensor | None, outputs: int) -> Tensor
 
 def logits_for(network: nn.Module, inputs: Tensor) -> Tensor:
     """Return the network's logits (N, classes). Raises CallError: not one row for each input."""
-    logits = as_logits(network(inputs))
-    if len(logits) != len(inputs):
-        given = f"{len(logits)} answers for {len(inputs)} inputs"
-        raise CallError(
-            f"the network gives {given}; let it keep the batch dimension, as x.flatten(1) does"
-        )
-    return logits
+    return as_logits(network(inputs), count=len(inputs))
 
 
 @contextlib.contextmanager
@@ -6240,7 +6234,7 @@ def describe_item(item: Item, job: Job) -> None:
 
     record["target_layer"] = ",".join(job.explainer.target_layers)
     record["options"] = item.task.options
-    record["input_size"] = classifier.input_size
+    record["input_size"] = list(classifier.input_size)
     record["resize"] = job.args.resize
     record["box"] = [round(edge, 2) for edge in item.box]
     record["mean"] = [round(value, 6) for value in classifier.preset.mean]

@@ -112,7 +112,7 @@ def test_the_demo_prints_two_lines(program, tmp_path):
     assert files_in(tmp_path) == sorted(DEMO)
 
     assert process.stderr.count("\n") == 1
-    for words in ("mobilenet_v2", "19 classes", "features", "input 225 x 225 crop"):
+    for words in ("mobilenet_v2", "19 classes", "features", "short side 233, centre 225 x 225"):
         assert words in process.stderr
     assert "ImageNet mean and std" in process.stderr
     assert "cpu (no CUDA" in process.stderr
@@ -220,7 +220,7 @@ def test_the_record_says_how_the_photo_was_read(explain, tmp_path):
         "height": 260,
         "method": "gradcam",
         "target_layer": "features",
-        "input_size": 80,
+        "input_size": [80, 80],
         "resize": "crop",
         "mean": [0.4, 0.5, 0.6],
         "std": [0.3, 0.3, 0.3],
