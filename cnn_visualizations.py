@@ -1225,13 +1225,8 @@ OPTION_DICTS = (
 ENTRY_NAMES = {
     "arch": ("arch", "model_name", "model", "architecture"),
     "classes": (
-        "classes",
-        "class_names",
-        "names",
-        "class_to_idx",
-        "idx_to_class",
-        "id2label",
-        "CLASSES",
+        *("classes", "class_names", "names", "CLASSES"),
+        *("class_to_idx", "idx_to_class", "id2label"),
     ),
     "input_size": ("input_size", "image_size", "img_size", "val_crop_size"),
     "resize": ("val_resize_size",),
@@ -1288,7 +1283,7 @@ class Checkpoint:
 
 
 class StandIn:
-    """Stands for a class or function that a checkpoint names. It keeps what it gets and runs nothing."""
+    """Stands for a class or function that a checkpoint names. It keeps what it gets, no more."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -1334,7 +1329,9 @@ def load_pickle(path: Path) -> Any:
     """
     try:
         stand_ins = []
-        if zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            is_archive = file.read(4) == b"PK\x03\x04"
+        if is_archive:
             check_archive(path)
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             stand_ins = [(make_stand_in(name), name) for name in names]
@@ -1348,13 +1345,13 @@ def load_pickle(path: Path) -> Any:
 
 
 def check_archive(path: Path) -> None:
-    """Raise CallError where reading an archive of torch.save would cost more than its file shows."""
+    """Raise CallError where reading an archive would cost more than the size of its file."""
     with zipfile.ZipFile(path) as archive:
         files = archive.infolist()
         if any("/code/" in file.filename for file in files):
             raise CallError(
-                f"{path}: a TorchScript archive, which is code; load it in Python and save its weights: "
-                "torch.save(torch.jit.load(FILE).state_dict(), 'best.pth')"
+                f"{path}: a TorchScript archive, which is code; load it in Python and save its "
+                "weights: torch.save(torch.jit.load(FILE).state_dict(), 'best.pth')"
             )
 
         # torch.save stores its records uncompressed, so that none is larger than the file
@@ -1379,25 +1376,23 @@ def check_pickle(path: Path, archive: zipfile.ZipFile, file: zipfile.ZipInfo) ->
 
 
 def make_stand_in(name: str) -> type:
-    """Return an inert class for a class or function of that full name; subclasses of dict become dicts."""
+    """Return an inert class in the place of a class or function; a subclass of dict is a dict."""
     if re.search(r"dict$|CfgNode$", name, re.IGNORECASE):
         return type(name, (), {"__new__": lambda cls, *args: OrderedDict()})
     return type(name, (StandIn,), {})
 
 
 def why_not_loaded(error: Exception) -> str:
-    """Return, for the message, why torch.load refused a file, and what to do."""
-    if "is blocked" in str(error) or "nsupported global" in str(error).replace("GLOBAL", "global"):
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = "an object" if named is None else named.group(1)
+    """Return why torch.load refused a file, and what to do."""
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if named:
         return (
-            f"refers to {what}, and loading it would run code; if you trust the file, save its weights: "
+            f"refers to {named.group(1)}, and loading it would run code; if you trust the file, "
+            "save its weights: "
             "torch.save(torch.load(FILE, weights_only=False).state_dict(), 'best.pth')"
         )
     kind = type(error).__name__
-    return (
-        f"not a whole checkpoint that torch can read ({kind}); copy it again, or pass another file"
-    )
+    return f"not a whole checkpoint that torch can read ({kind}); copy it again"
 
 
 def read_content(content: Any, name: str) -> Checkpoint:
@@ -1450,7 +1445,7 @@ def is_pickled_module(value: Any) -> bool:
 
 
 def children_of(holder: Any) -> Mapping[Any, Any]:
-    """Return what a dict or a pickled module holds, in order; of a module, as its state dict names it."""
+    """Return what a dict or a pickled module holds, in order, by the names of its state dict."""
     if isinstance(holder, Mapping):
         return holder
     if isinstance(holder, StandIn) and not is_pickled_module(holder):
@@ -1469,16 +1464,16 @@ def children_of(holder: Any) -> Mapping[Any, Any]:
 
 
 def modern_name(key: str) -> str:
-    """Return the key of a tensor without torch.compile's prefix, and with the names that DenseNet has today.
+    """Return the key of a tensor without torch.compile's prefix, and with DenseNet's names of today.
 
-    Before 2018, torchvision's DenseNet called its layers norm.1 and conv.2 instead of norm1 and conv2.
+    Before 2018, torchvision called its layers norm.1 and conv.2 instead of norm1 and conv2.
     """
     key = key.replace("_orig_mod.", "")
     return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", key)
 
 
 def check_tensor(tensor: Tensor, key: str, name: str) -> None:
-    """Raise CallError where a tensor cannot be a weight: no values of its own, or no usable name."""
+    """Raise CallError where a tensor has no values of its own, or no usable name."""
     if len(key) > MAX_KEY_LENGTH:
         raise CallError(f"{name}: not a checkpoint: the name of a tensor has {len(key)} characters")
     is_plain = tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested)
@@ -1547,7 +1542,7 @@ def plain_value(value: Any, depth: int = 2) -> Any:
 
 
 def numpy_value(value: StandIn) -> Any:
-    """Return a pickled NumPy number as a number, an array as a flat tensor, and None for anything else."""
+    """Return a pickled NumPy number as a number, an array as a flat tensor; else None."""
     kind = type(value).__name__.rpartition(".")[2]
     with contextlib.suppress(TypeError, ValueError, IndexError, AttributeError, KeyError):
         if kind == "scalar":  # numpy.core.multiarray.scalar(dtype, bytes)
@@ -1560,7 +1555,7 @@ def numpy_value(value: StandIn) -> Any:
 
 
 def numbers_from(dtype: StandIn, data: Any) -> NDArray[Any]:
-    """Return the numbers in the bytes of a pickled NumPy value. Raises ValueError, TypeError: no numbers."""
+    """Return the numbers in a pickled NumPy value. Raises ValueError or TypeError: no numbers."""
     code = np.dtype(str(dtype.args[0]))
     if code.char not in "?bhilqBHILQefd" or not isinstance(data, bytes):
         raise ValueError("not plain numbers")
@@ -1626,7 +1621,9 @@ LAYOUTS = {
         "it looks like a detector or segmentation network"
     ),
     r"(^|\.)_(conv_stem|blocks\.0)\.": "its keys are efficientnet_pytorch's",
-    r"(^|\.)(conv_stem|patch_embed\.proj|(stages|layers)\.0\.blocks\.0|pre_logits)\.": "its keys are timm's",
+    r"(^|\.)(conv_stem|patch_embed\.proj|(stages|layers)\.0\.blocks\.0|pre_logits)\.": (
+        "its keys are timm's"
+    ),
     r"(^|\.)(embedder|embeddings|encoder\.stages\.0|encoder\.layer\.0)\.": (
         "its keys are Hugging Face's"
     ),
@@ -1690,7 +1687,7 @@ class Classifier:
         return ", ".join(item for item in items if item)
 
     def describe_classes(self) -> str:
-        """Return how the outputs are read, as "2 classes (0 cat, 1 dog; from best.pth), softmax"."""
+        """Return how the outputs are read: "2 classes (0 cat, 1 dog; from best.pth), softmax"."""
         details = []
         is_named = self.class_names != unnamed(len(self.class_names))
         if is_named and len(self.class_names) <= 10:
@@ -1729,7 +1726,7 @@ class Classifier:
         return height, width
 
     def preprocess(self, photo: Picture) -> Tensor:
-        """Return a photo, uint8 RGB (H, W, 3), as the network sees it: float32 (C, H, W), normalised."""
+        """Return a photo, uint8 RGB (H, W, 3), as the network's input, float32 (C, H, W)."""
         photo = np.asarray(photo)
         image = Image.fromarray(photo)
         if self.channels == 1:
@@ -1748,7 +1745,7 @@ class Classifier:
         return self.squash or is_input
 
     def seen(self, photo: Picture) -> Picture:
-        """Return the part of a photo that the network sees, in the photo's pixels: uint8 RGB (h, w, 3)."""
+        """Return the part of a photo that the network sees, unscaled: uint8 RGB (h, w, 3)."""
         height, width = photo.shape[:2]
         left, top, right, bottom = self.seen_box(height, width)
         x = min(round(left), width - 1)
@@ -1756,7 +1753,7 @@ class Classifier:
         return photo[y : y + max(1, round(bottom - top)), x : x + max(1, round(right - left))]
 
     def seen_box(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """Return the part of a photo that the network sees: left, top, right, bottom, in its pixels."""
+        """Return left, top, right and bottom, in pixels, of what the network sees of a photo."""
         if self.sees_all(height, width):
             return 0.0, 0.0, float(width), float(height)
 
@@ -1912,10 +1909,10 @@ def find_device(name: str | torch.device | None) -> tuple[torch.device, str]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory was missing, the GPU's or the CPU's; oneDNN's word for it is the last one."""
+    """Return whether memory was missing, the GPU's or the CPU's."""
     words = (
         "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED|OUT_OF_DEVICE_MEMORY|"
-        "create a primitive"
+        "create a primitive"  # oneDNN's words
     )
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
@@ -1945,20 +1942,15 @@ def open_checkpoint(arch: str | None, ckpt: str | Path | None) -> Checkpoint:
 
     Raises CallError: it cannot be read, or there is no such architecture.
     """
-    if arch is not None and not is_own(arch):
-        check_architecture(arch)
-    if ckpt is not None:
-        return load_checkpoint(Path(ckpt))
-    if arch is not None and is_own(arch):
-        return Checkpoint("the network")
-    return download_weights(arch.lower() if arch else "resnet50")
-
-
-def check_architecture(arch: str) -> None:
-    """Raise CallError where torchvision has no such classifier."""
-    if arch.lower() not in ARCHITECTURES:
+    own = arch is not None and is_own(arch)
+    if arch is not None and not own and arch.lower() not in ARCHITECTURES:
         hint = closest(arch.lower(), ARCHITECTURES)
         raise CallError(f"unknown architecture '{arch}'{hint} (your own network: net.py:build)")
+    if ckpt is not None:
+        return load_checkpoint(Path(ckpt))
+    if own:
+        return Checkpoint("the network")
+    return download_weights(arch.lower() if arch else "resnet50")
 
 
 def download_weights(arch: str) -> Checkpoint:
@@ -2033,7 +2025,7 @@ def possible_architectures(checkpoint: Checkpoint) -> list[str]:
 
 
 def has_more_layers(place: Place, model: nn.Module, checkpoint: Checkpoint) -> bool:
-    """Return whether a part of the network has further layers in the file, as of a deeper variant."""
+    """Return whether parts of the network have more layers in the file: a deeper variant."""
     wanted, root = backbone(model)
     parts = {key.partition(".")[0] for key in wanted}
     known = set(model.state_dict())
@@ -2121,29 +2113,16 @@ def vit_options(arch: str, checkpoint: Checkpoint) -> dict[str, int]:
 
 def fit_stem(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Give the first convolution the number of input channels that it has in the file."""
-    name, stem = next(
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)
-    )
-    key = f"{name}.weight"
-    for full_name, tensor in checkpoint.tensors.items():
-        is_stem = full_name == key or full_name.endswith(f".{key}")
-        if is_stem and tensor.ndim == 4:
-            changed = (len(tensor), stem.in_channels, *tensor.shape[2:])
-            if changed == stem.weight.shape and tensor.shape[1] != stem.in_channels:
-                model.set_submodule(name, with_channels(stem, tensor.shape[1]))
-                return
-
-
-def with_channels(stem: nn.Conv2d, channels: int) -> nn.Conv2d:
-    """Return a convolution like `stem` with another number of input channels."""
-    return nn.Conv2d(
-        channels,
-        stem.out_channels,
-        stem.kernel_size,
-        stem.stride,
-        stem.padding,
-        bias=stem.bias is not None,
-    )
+    convolutions = (item for item in model.named_modules() if isinstance(item[1], nn.Conv2d))
+    name, stem = next(convolutions)
+    for key, tensor in checkpoint.tensors.items():
+        if not f".{key}".endswith(f".{name}.weight") or tensor.ndim != 4:
+            continue
+        if len(tensor) == stem.out_channels and tensor.shape[2:] == stem.kernel_size:
+            size = (stem.out_channels, stem.kernel_size, stem.stride, stem.padding)
+            has_bias = stem.bias is not None
+            model.set_submodule(name, nn.Conv2d(tensor.shape[1], *size, bias=has_bias))
+            return
 
 
 def find_head(model: nn.Module) -> tuple[str, nn.Module]:
@@ -2202,22 +2181,13 @@ def choose_place(wanted: State, checkpoint: Checkpoint) -> tuple[Place, State]:
             f"{checkpoint.name}: holds several networks, under {names}; save the one to explain"
         )
 
-    copies = tuple(place.prefix for place in whole if place is not distinct[0])
-    return distinct[0], without_training(tensors, copies)
-
-
-def without_training(tensors: State, copies: tuple[str, ...]) -> State:
-    """Return the tensors that a forward pass may read, without copies of the network."""
-    copies = tuple(prefix for prefix in copies if prefix)
-    return {
-        key: tensor
-        for key, tensor in tensors.items()
-        if is_of_network(key, tensor) and not key.startswith(copies)
-    }
+    copies = [place.prefix for place in whole if place is not distinct[0] and place.prefix]
+    others = {key: tensor for key, tensor in tensors.items() if is_of_network(key, tensor)}
+    return distinct[0], {k: v for k, v in others.items() if not k.startswith(tuple(copies))}
 
 
 def is_of_network(key: str, tensor: Tensor) -> bool:
-    """Return whether a forward pass may read a tensor: not what only training needs, and no count."""
+    """Return whether a forward pass may read a tensor, which is not for training only."""
     if TRAINING_ONLY.search(key) or AVERAGE.search(key) or key.endswith("num_batches_tracked"):
         return False
     return tensor.ndim > 0 and tensor.is_floating_point()
@@ -2307,7 +2277,7 @@ SETTINGS = (
 
 
 def check_modules(model: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
-    """Raise CallError where a pickled network has another layer in the place of one of `model`'s."""
+    """Raise CallError where a pickled network has another layer than `model` at the same place."""
     root = find_head(model)[0].partition(".")[0]
     for name, module in model.named_modules():
         pickled = checkpoint.modules.get(prefix + name)
@@ -2331,7 +2301,7 @@ def check_modules(model: nn.Module, prefix: str, checkpoint: Checkpoint) -> None
 
 
 def as_pair(value: Any) -> Any:
-    """Return a whole number as (n, n) and a sequence as a tuple, as PyTorch's layers understand both."""
+    """Return a whole number as (n, n), which means the same to a layer, and a list as a tuple."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value, value
     if isinstance(value, (list, tuple)):
@@ -2396,7 +2366,7 @@ def fit_head(
     left_out = ""
     if in_head:
         # ImageNet's layer was left where it is, and the forward pass goes around it
-        outputs = last_outputs(in_head)
+        outputs = [len(tensor) for tensor in in_head.values() if tensor.ndim > 1][-1]
         first = layers[0]
         if outputs != 1000 or first.sizes[0] != features or features == outputs:
             raise CallError(
@@ -2462,12 +2432,6 @@ def first_inputs(model: nn.Module) -> int:
     raise ValueError("a head without a layer")
 
 
-def last_outputs(in_head: State) -> int:
-    """Return the number of outputs of the last layer."""
-    weights = [tensor for tensor in in_head.values() if tensor.ndim > 1]
-    return len(weights[-1]) if weights else 0
-
-
 def read_layers(tensors: State, checkpoint: Checkpoint, features: int) -> list[Layer]:
     """Return the layers of a head, in the order of the file. Raises CallError: an unknown layer."""
     by_layer: dict[str, State] = {}
@@ -2494,7 +2458,7 @@ def read_layers(tensors: State, checkpoint: Checkpoint, features: int) -> list[L
 
 
 def in_order(by_layer: Mapping[str, State], checkpoint: Checkpoint) -> list[str]:
-    """Return the names of the layers of a head; of a pickled network, with those without tensors."""
+    """Return the names of the layers of a head; of a pickled one, with those without tensors."""
     parents = {name.rpartition(".")[0] for name in by_layer}
     heads = {parent for parent in parents if is_sequential(parent, checkpoint)}
     names = []
@@ -2509,7 +2473,7 @@ def in_order(by_layer: Mapping[str, State], checkpoint: Checkpoint) -> list[str]
 
 
 def is_sequential(name: str, checkpoint: Checkpoint) -> bool:
-    """Return whether a pickled module is a Sequential, whose layers follow each other for certain."""
+    """Return whether a pickled module is a Sequential, whose layers follow each other."""
     return name in checkpoint.modules and checkpoint.modules[name].kind == "Sequential"
 
 
@@ -2594,7 +2558,7 @@ def check_sizes(arch: str, layers: Sequence[Layer], features: int, checkpoint: C
 
 
 def with_activations(layers: Sequence[Layer], checkpoint: Checkpoint) -> tuple[list[Layer], bool]:
-    """Return the layers with a ReLU before each further Linear that has none, and whether one was added.
+    """Return the layers with a ReLU between Linear layers, and whether one had to be added.
 
     Layers of one pickled Sequential are complete as they are.
     """
@@ -2761,13 +2725,18 @@ def run_own_file(arch: str, classes: int | None) -> nn.Module:
     sys.path.insert(0, os.path.dirname(os.path.abspath(file)))  # its neighbours can be imported
     sys.argv = [file]  # the program's own arguments are not for the file
     try:
-        build = getattr(import_file(file), function, None)
+        # under a name of our own: a file that is called torch.py must not stand in for torch
+        spec = importlib.util.spec_from_file_location(f"own_{Path(file).stem}", file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look there
+        spec.loader.exec_module(module)
+
+        build = getattr(module, function, None)
         if not callable(build):
-            hint = closest(function, vars(sys.modules[own_module_name(file)]))
+            hint = closest(function, vars(module))
             raise AttributeError(f"{file} has no function '{function}'{hint}")
         takes_number = re.search(r"\bnum_classes\b|\*\*", str(inspect.signature(build)))
-        model = build(num_classes=classes) if takes_number and classes else build()
-        return unwrapped(model)
+        return unwrapped(build(num_classes=classes) if takes_number and classes else build())
     except (Exception, SystemExit) as error:
         hint = ""
         if "num_classes" in str(error) and not classes:
@@ -2781,22 +2750,8 @@ def run_own_file(arch: str, classes: int | None) -> nn.Module:
         del sys.path[0]
 
 
-def own_module_name(file: str) -> str:
-    """Return the name of the user's module: a file called torch.py must not stand in for torch."""
-    return f"own_{Path(file).stem}"
-
-
-def import_file(file: str) -> types.ModuleType:
-    """Import a Python file by its path."""
-    spec = importlib.util.spec_from_file_location(own_module_name(file), file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
 def unwrapped(model: Any) -> nn.Module:
-    """Return a network without DataParallel and torch.compile around it. Raises TypeError: it is none."""
+    """Return a network without DataParallel and torch.compile around it. Raises TypeError."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("it returned a ScriptModule, which cannot be explained; return the network")
     if not isinstance(model, nn.Module):
@@ -2996,9 +2951,10 @@ def find_input_size(
 
     entry = checkpoint.first_entry("input_size")
     remark = f"not in {checkpoint.file}; pass --input-size if you trained at another"
-    if entry is not None and is_head_size(entry.value, network):
+    value = entry.value if entry else None
+    if isinstance(value, int) and value == network.head_inputs:
         remark = (
-            f"the {entry.name} {entry.value} {entry.origin} is the head's number of inputs, not "
+            f"the {entry.name} {value} {entry.origin} is the head's number of inputs, not "
             "the side of a picture; pass --input-size if you trained at another"
         )
         entry = None
@@ -3012,7 +2968,8 @@ def find_input_size(
         check_fixed_size(arch, checkpoint, size, fixed, f"its {entry.name}")
         return size, entry.origin
 
-    size, origin = size_of_own(network.model)
+    settings, origin = own_settings(network.model)
+    size = as_size(settings.get("input_size"))
     if size is not None:
         return size, origin
     if fixed is not None:
@@ -3023,7 +2980,7 @@ def find_input_size(
 
 
 def as_size(value: Any) -> tuple[int, int] | None:
-    """Return (height, width) from 225, (225, 225), (3, 225, 225) or a tensor of these; None: none."""
+    """Return (height, width) from 225, (225, 225), (3, 225, 225) or a tensor; None: not usable."""
     if isinstance(value, Tensor):
         if value.is_meta or value.numel() > 3:
             return None
@@ -3033,11 +2990,6 @@ def as_size(value: Any) -> tuple[int, int] | None:
         if not isinstance(side, int) or isinstance(side, bool) or not 8 <= side <= 4096:
             return None
     return (sides[0], sides[-1]) if sides else None
-
-
-def is_head_size(value: Any, network: Network) -> bool:
-    """Return whether an entry is the number of inputs of the head, which course projects save."""
-    return isinstance(value, int) and value == network.head_inputs
 
 
 def fixed_size(arch: str, network: Network) -> int | None:
@@ -3062,19 +3014,13 @@ def check_fixed_size(
 
 
 def own_settings(model: nn.Module) -> tuple[Mapping[str, Any], str]:
-    """Return the preprocessing that a network of the user's tells of itself, and where that stands."""
+    """Return the preprocessing that a network of the user's has as attributes, and their origin."""
     config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, Mapping):
         return config, "from the network's pretrained_cfg"
     names = ("input_size", "mean", "std")
     settings = {name: getattr(model, name) for name in names if hasattr(model, name)}
     return settings, "from the network's attributes"
-
-
-def size_of_own(model: nn.Module) -> tuple[tuple[int, int] | None, str]:
-    """Return the input size that a network tells of itself, and where that stands."""
-    settings, origin = own_settings(model)
-    return as_size(settings.get("input_size")), origin
 
 
 def find_short_side(checkpoint: Checkpoint, options: Options) -> tuple[int | None, str]:
@@ -3122,7 +3068,7 @@ def find_colours(
 
 
 def find_colour(name: str, given: Any, network: Network, checkpoint: Checkpoint) -> tuple[Any, str]:
-    """Return the mean or std that was given, else that of the file or the network, and its origin."""
+    """Return the mean or std that is given, or in the file, or the network's, and its origin."""
     if given is not None:
         return given, ""
     entry = checkpoint.first_entry(name)
