@@ -1464,7 +1464,7 @@ def children_of(holder: Any) -> Mapping[Any, Any]:
 
 
 def modern_name(key: str) -> str:
-    """Return the key of a tensor without torch.compile's prefix, and with DenseNet's names of today.
+    """Return a key without torch.compile's prefix, and with the names that DenseNet has today.
 
     Before 2018, torchvision called its layers norm.1 and conv.2 instead of norm1 and conv2.
     """
@@ -1658,6 +1658,7 @@ class Classifier:
     preset: Any  # torchvision's ImageClassification: PIL image -> float32 (C, H, W), normalised
     device: torch.device
     squash: bool = False  # whether the network sees the whole photo (True) or a part (False)
+    crops_always: bool = False  # also a photo of the input's size, as the short side was given
     multi_label: bool = False  # whether each class has a sigmoid of its own
     outputs: int = 0  # of the network; a single one is explained as two classes
     channels: int = 3  # 1: the network takes grey photos
@@ -1741,8 +1742,8 @@ class Classifier:
 
         So is a photo of exactly the input's size, unless the short side before the crop was given.
         """
-        is_input = (height, width) == self.input_size and not self.origins.get("short side")
-        return self.squash or is_input
+        is_input = (height, width) == self.input_size
+        return self.squash or (is_input and not self.crops_always)
 
     def seen(self, photo: Picture) -> Picture:
         """Return the part of a photo that the network sees, unscaled: uint8 RGB (h, w, 3)."""
@@ -1827,6 +1828,7 @@ def load_classifier(
         preset=preset,
         device=target,
         squash=told.resize == "squash",
+        crops_always=find_short_side(checkpoint, told) is not None,
         multi_label=outputs > 1 and reads_labels(told.multi_label, network, checkpoint),
         outputs=outputs,
         channels=network.channels,
@@ -2903,7 +2905,13 @@ def make_preset(
     else:
         preset.crop_size = preset.crop_size * 2
 
-    short_side, short_origin = find_short_side(checkpoint, options)
+    settings, _ = own_settings(network.model)
+    if settings.get("interpolation") == "bicubic":
+        preset.interpolation = torchvision.transforms.InterpolationMode.BICUBIC
+    if settings.get("crop_pct"):
+        preset.resize_size = [math.floor(max(preset.crop_size) / settings["crop_pct"])]
+
+    short_side = find_short_side(checkpoint, options)
     if options.resize == "squash":
         preset.resize_size = preset.crop_size
     elif short_side is not None:
@@ -2916,8 +2924,7 @@ def make_preset(
 
     mean, std, colours_origin = find_colours(preset, network, checkpoint, options)
     preset.mean, preset.std = mean, std
-    origins = {"input": size_origin, "short side": short_origin, "mean": colours_origin}
-    return preset, origins
+    return preset, {"input": size_origin, "mean": colours_origin}
 
 
 def usual_short_side(all_weights: Any, size: Sequence[int]) -> int:
@@ -3023,15 +3030,15 @@ def own_settings(model: nn.Module) -> tuple[Mapping[str, Any], str]:
     return settings, "from the network's attributes"
 
 
-def find_short_side(checkpoint: Checkpoint, options: Options) -> tuple[int | None, str]:
-    """Return the short side before the crop where it was said, and by whom; None: the usual one."""
+def find_short_side(checkpoint: Checkpoint, options: Options) -> int | None:
+    """Return the short side before the crop where an option or an entry says it, or None."""
     if isinstance(options.resize, int):
-        return options.resize, "given"
+        return options.resize
     entry = checkpoint.first_entry("resize")
-    is_side = entry is not None and as_size(entry.value) is not None
-    if options.resize == "crop" and options.input_size is None and is_side:
-        return as_size(entry.value)[0], entry.origin
-    return None, ""
+    size = as_size(entry.value) if entry else None
+    if size is None or options.resize == "squash" or options.input_size is not None:
+        return None
+    return size[0]
 
 
 def find_colours(

@@ -24,7 +24,7 @@ from test_model import (
 )
 from torch import nn
 from torchvision.models import get_model_weights
-from torchvision.transforms import functional
+from torchvision.transforms import InterpolationMode, functional
 
 from cnn_visualizations import true_class
 
@@ -393,6 +393,7 @@ def test_a_photo_of_the_inputs_size_is_used_as_it_is(saved):
     torch.testing.assert_close(classifier.preprocess(photo), expected)
     assert classifier.seen_box(96, 96) == (0, 0, 96, 96)
     assert classifier.seen_box(96, 97) != (0, 0, 97, 96)
+    assert load(saved(STATE), input_size=96, resize=110).seen_box(96, 96) != (0, 0, 96, 96)
 
 
 def test_an_input_size_that_is_the_heads_is_not_believed(saved):
@@ -567,6 +568,18 @@ def test_a_network_tells_its_preprocessing(kind, own, saved, tmp_path):
     assert "from the network's" in classifier.describe()
     assert load(saved(own_state(3)), arch=arch, input_size=64).input_size == (64, 64)
     assert load(saved({"s": own_state(3), "input_size": 80}), arch=arch).input_size == (80, 80)
+
+
+def test_timms_share_of_the_crop_and_interpolation_are_used(own, saved, tmp_path):
+    arch = own()
+    settings = {"input_size": (3, 96, 96), "crop_pct": 0.8, "interpolation": "bicubic"}
+    text = (tmp_path / "net.py").read_text()
+    (tmp_path / "net.py").write_text(f"{text}\nNet.pretrained_cfg = {settings}\n")
+
+    inputs = load(saved(own_state(3)), arch=arch).preprocess(PHOTO)
+    small = functional.resize(Image.fromarray(PHOTO), 120, InterpolationMode.BICUBIC)
+    expected = functional.pil_to_tensor(functional.center_crop(small, 96)) / 255
+    torch.testing.assert_close(inputs, functional.normalize(expected, *IMAGENET))
 
 
 def test_a_tensor_that_an_own_network_does_not_have_is_refused(own, saved):
