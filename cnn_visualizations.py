@@ -51,26 +51,12 @@ from typing import Any, NoReturn
 # --------------------------------------------------------------------------------------------------
 
 METHODS = (
-    "gradcam",
-    "scorecam",
-    "gradcam++",
-    "ablationcam",
-    "xgradcam",
-    "eigencam",
-    "eigengradcam",
+    *("gradcam", "scorecam", "gradcam++", "ablationcam"),
+    *("xgradcam", "eigencam", "eigengradcam"),
 )
 MORE_METHODS = (
-    "hirescam",
-    "layercam",
-    "gradcamelementwise",
-    "fullgrad",
-    "fem",
-    "kpcacam",
-    "shapleycam",
-    "finercam",
-    "segeigencam",
-    "randomcam",
-    "refinecam",
+    *("hirescam", "layercam", "gradcamelementwise", "fullgrad", "fem", "kpcacam"),
+    *("shapleycam", "finercam", "segeigencam", "randomcam", "refinecam"),
 )
 OUTPUTS = ("cam", "gb", "cam_gb")
 
@@ -85,10 +71,10 @@ SYNONYMS = {
     "--output-dir": "--output",
 }
 
-DESCRIPTION = (
-    "Show why a convolutional network answered as it did: "
-    "heatmap (CAM), guided backpropagation, and their product."
-)
+DESCRIPTION = """\
+Show why a convolutional network answered as it did:
+a heatmap (CAM), guided backpropagation (gb), and their product (cam_gb).
+"""
 EXAMPLES = """\
 examples:
   python cnn_visualizations.py --ckpt best.pth --class-names cat,dog 33.jpg
@@ -96,7 +82,7 @@ examples:
 """
 
 
-class CallError(Exception):
+class CallError(argparse.ArgumentTypeError):
     """The call cannot be carried out. The message is one line that says what to do. Status 2."""
 
 
@@ -124,9 +110,7 @@ def warn(message: str) -> None:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type."""
-    message = str(error).strip()
-    if not message:
-        return type(error).__name__
+    message = str(error).strip() or type(error).__name__
     return message.splitlines()[0]
 
 
@@ -148,38 +132,25 @@ def closest(name: str, known: Iterable[str]) -> str:
 # Option types: each turns the text of an option into its value. Raises CallError: it is wrong.
 
 
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Return an option type: a whole number from `low` to `high`."""
+def number(convert: type, low: float, high: float) -> Callable[[str], Any]:
+    """Return an option type: an int or a float, as `convert` says, from `low` to `high`."""
+    kind = "whole number" if convert is int else "number"
 
-    def parse(text: str) -> int:
-        if re.fullmatch(r"[0-9]{1,12}", text):
-            value = int(text)
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = convert(text)
             if low <= value <= high:
                 return value
-        raise CallError(f"'{text}' is not a whole number from {low} to {high}")
-
-    return parse
-
-
-def decimal_number(low: float, high: float) -> Callable[[str], float]:
-    """Return an option type: a number from `low` to `high`, without an exponent."""
-
-    def parse(text: str) -> float:
-        if re.fullmatch(r"[0-9]*\.?[0-9]+|[0-9]+\.", text):
-            value = float(text)
-            if low <= value <= high:
-                return value
-        raise CallError(f"'{text}' is not a number from {low} to {high}")
+        raise CallError(f"'{text}' is not a {kind} from {low} to {high}")
 
     return parse
 
 
 def three_numbers(low: float) -> Callable[[str], list[float]]:
     """Return an option type: three numbers from `low` to 255, "R,G,B", or one for all three."""
-    parse_number = decimal_number(low, 255)
 
     def parse(text: str) -> list[float]:
-        values = [parse_number(word.strip()) for word in text.split(",")]
+        values = list(map(number(float, low, 255), text.split(",")))
         if len(values) == 1:
             return values * 3
         if len(values) != 3:
@@ -191,14 +162,10 @@ def three_numbers(low: float) -> Callable[[str], list[float]]:
 
 def input_size(text: str) -> tuple[int, int]:
     """Option type: height and width, "256x128", or one number for both."""
-    sides = text.lower().split("x")
+    sides = list(map(number(int, 8, 4096), text.lower().split("x")))
     if len(sides) > 2:
         raise CallError(f"'{text}' is neither one number nor HEIGHTxWIDTH")
-
-    parse_side = whole_number(8, 4096)
-    height = parse_side(sides[0])
-    width = parse_side(sides[-1])
-    return height, width
+    return sides[0], sides[-1]
 
 
 def resize_mode(text: str) -> str | int:
@@ -206,9 +173,9 @@ def resize_mode(text: str) -> str | int:
     mode = text.lower()
     if mode in ("crop", "squash"):
         return mode
-    if not text.isdigit():
+    if not text.isdecimal():
         raise CallError(f"'{text}' is neither crop nor squash nor a whole number from 8 to 8192")
-    return whole_number(8, 8192)(text)
+    return number(int, 8, 8192)(text)
 
 
 def names_from(known: Sequence[str], kind: str, every: Sequence[str]) -> Callable[[str], list[str]]:
@@ -218,9 +185,8 @@ def names_from(known: Sequence[str], kind: str, every: Sequence[str]) -> Callabl
         if text.strip().lower() == "all":
             return list(every)
 
-        words = [word.strip().lower() for word in text.split(",")]
-        names = [word for word in words if word]
-        for name in names or [""]:
+        names = [word.strip().lower() for word in text.strip(", ").split(",")]
+        for name in names:
             if name not in known:
                 suggestion = closest(name, known)
                 raise CallError(f"unknown {kind} '{name}'{suggestion} (known: {', '.join(known)})")
@@ -229,11 +195,22 @@ def names_from(known: Sequence[str], kind: str, every: Sequence[str]) -> Callabl
     return parse
 
 
+METHOD_LIST = names_from(METHODS + MORE_METHODS, "method", METHODS)
+OUTPUT_LIST = names_from(OUTPUTS, "output", OUTPUTS)
+
+
 def some_text(text: str) -> str:
     """Option type: text that is not empty."""
     if not text.strip():
         raise CallError("the value is empty; leave the option out or pass a value")
     return text
+
+
+def device_name(text: str) -> str:
+    """Option type: the name of a device; gpu stands for cuda."""
+    if text.lower() == "gpu":
+        return "cuda"
+    return some_text(text)
 
 
 def existing_file(text: str) -> Path:
@@ -249,32 +226,26 @@ def existing_file(text: str) -> Path:
 
 
 def class_names(text: str) -> list[str]:
-    """Option type: names with commas between them, or a file of names (see `names_in`)."""
-    some_text(text)
+    """Option type: names with commas between them, or a file of names, one a line or JSON."""
+    content = some_text(text).replace(",", "\n")
     try:
         if looks_like_file(text):
-            return names_in(existing_file(text).read_text(encoding="utf-8-sig"))
-        return names_in(text.replace(",", "\n"))
+            content = existing_file(text).read_text(encoding="utf-8-sig")
+        if content.lstrip().startswith(("[", "{")):
+            return ordered_names(json.loads(content))
+
+        lines = map(str.strip, content.splitlines())
+        return ordered_names(list(filter(None, lines)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        reason = first_line(error)
-        message = f"{text}: not class names in UTF-8, one a line or as JSON: {reason}"
+        message = f"{text}: not class names in UTF-8, one a line or as JSON: {first_line(error)}"
         raise CallError(message) from error
 
 
 def looks_like_file(text: str) -> bool:
-    """Return whether a text is an existing path, or has a folder or a suffix as paths have."""
+    """Return whether a text is an existing path, or has a folder, a suffix or a wildcard."""
     if os.path.exists(text):
         return True
-    return "," not in text and bool(re.search(r"[\\/]|\.\w{2,5}$", text))
-
-
-def names_in(content: str) -> list[str]:
-    """Return the class names in a text: one a line, or JSON. Raises ValueError or TypeError."""
-    if content.lstrip().startswith(("[", "{")):
-        return ordered_names(json.loads(content))
-
-    lines = map(str.strip, content.splitlines())
-    return ordered_names(list(filter(None, lines)))
+    return "," not in text and bool(re.search(r"[\\/*?]|\.\w{2,5}$", text))
 
 
 def ordered_names(classes: Any) -> list[str]:
@@ -310,34 +281,13 @@ def sorted_by_index(classes: Mapping[Any, Any]) -> list[Any]:
         else:
             by_index[int(key)] = value
 
-    indices = sorted(by_index)
-    if indices != list(range(len(classes))):
+    if sorted(by_index) != list(range(len(classes))):
         raise ValueError("the indices are not 0, 1, 2 ...")
-    return [by_index[index] for index in indices]
-
-
-def device_name(text: str) -> str:
-    """Option type: the name of a device; gpu stands for cuda."""
-    if text.lower() == "gpu":
-        return "cuda"
-    return some_text(text)
-
-
-METHOD_LIST = names_from((*METHODS, *MORE_METHODS), "method", METHODS)
-OUTPUT_LIST = names_from(OUTPUTS, "output", OUTPUTS)
-
-# Options whose value is a list with commas, and their types.
-LIST_OPTIONS: dict[str, Callable[[str], Any]] = {
-    "--method": METHOD_LIST,
-    "--outputs": OUTPUT_LIST,
-    "--class-names": class_names,
-    "--mean": three_numbers(0),
-    "--std": three_numbers(1e-6),
-}
+    return [by_index[index] for index in sorted(by_index)]
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and whose option types raise CallError."""
+    """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with status 2."""
@@ -345,89 +295,50 @@ class Parser(argparse.ArgumentParser):
         print_line(f"error: {line}", sys.stderr)
         self.exit(2)
 
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        try:
-            return super()._get_value(action, arg_string)
-        except CallError as error:
-            raise argparse.ArgumentError(action, str(error)) from error
-
 
 def add_network_options(parser: Parser) -> None:
-    """Add the options of the network."""
+    """Add the options of the network and of what it sees."""
     add = parser.add_argument_group("the network").add_argument
 
-    add(
-        "--arch",
-        type=some_text,
-        metavar="NAME",
-        help="A torchvision architecture, or net.py:build, your own function. "
-        "Default: recognised from the checkpoint.",
-    )
+    text = "A torchvision architecture, or your own function, as net.py:build. "
+    text += "Default: recognised from the checkpoint."
+    add("--arch", type=some_text, metavar="NAME", help=text)
 
-    add(
-        "--ckpt",
-        type=existing_file,
-        metavar="FILE",
-        help="Your checkpoint: .pth, .pt, .ckpt or .safetensors. "
-        "Default: torchvision's ImageNet weights are downloaded.",
-    )
+    text = "Your checkpoint: .pth, .pt, .ckpt or .safetensors. "
+    text += "Default: torchvision's ImageNet weights are downloaded."
+    add("--ckpt", type=existing_file, metavar="FILE", help=text)
 
-    text = "How many classes. Default: the checkpoint's."
-    add("--num-classes", type=whole_number(1, 10**6), metavar="N", help=text)
+    text = "Number of classes. Default: the checkpoint's."
+    add("--num-classes", type=number(int, 1, 10**6), metavar="N", help=text)
 
-    add(
-        "--class-names",
-        type=class_names,
-        metavar="NAMES",
-        help="Class names in the order of training: cat,dog or a file, one a line or JSON. "
-        "Default: the checkpoint's.",
-    )
+    text = "Class names in the order of training: cat,dog or a file, one a line or JSON. "
+    text += "Default: the checkpoint's."
+    add("--class-names", type=class_names, metavar="NAMES", help=text)
 
     text = "Each output is a sigmoid of its own: a photo may show several classes or none."
     add("--multi-label", action="store_true", help=text)
 
-    add(
-        "--device",
-        type=device_name,
-        metavar="NAME",
-        help="cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. "
-        "Default: the CUDA GPU if there is one, else the CPU.",
-    )
+    text = "cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. Default: the CUDA GPU, else the CPU."
+    add("--device", type=device_name, metavar="NAME", help=text)
 
-    text = "Photos at once. Default: GPU 32, CPU 2."
-    add("--batch-size", type=whole_number(1, 4096), metavar="N", help=text)
+    text = "Photos that go through the network at once. Default: 32 on a GPU, 2 on the CPU."
+    add("--batch-size", type=number(int, 1, 4096), metavar="N", help=text)
 
-
-def add_input_options(parser: Parser) -> None:
-    """Add the options of what the network sees."""
     add = parser.add_argument_group("what the network sees").add_argument
 
-    add(
-        "--input-size",
-        type=input_size,
-        metavar="PX",
-        help="Side of the network's square input, or HxW, its height and width. "
-        "Default: the checkpoint's entry, else torchvision's preset.",
-    )
+    text = "Side of the network's square input, or HxW, its height and width. "
+    text += "Default: the checkpoint's entry, else torchvision's preset."
+    add("--input-size", type=input_size, metavar="PX", help=text)
 
-    add(
-        "--resize",
-        type=resize_mode,
-        default="crop",
-        metavar="crop|squash|PX",
-        help="crop: the centre of the photo (default). PX: likewise, with the photo's short side "
-        "resized to that length before. squash: the whole photo, aspect ratio not kept.",
-    )
+    text = "crop (default): the centre of the photo. squash: the whole photo, aspect ratio not "
+    text += "kept. A number: the centre, after the short side was resized to that many pixels."
+    add("--resize", type=resize_mode, default="crop", metavar="MODE", help=text)
 
-    add(
-        "--mean",
-        type=three_numbers(0),
-        metavar="R,G,B",
-        help="Mean that is subtracted, R,G,B from 0 to 1 or to 255, or one number. "
-        "ToTensor() alone: --mean 0 --std 1.",
-    )
+    text = "Mean that is subtracted: R,G,B from 0 to 1 or to 255, or one number. "
+    text += "If you trained with ToTensor() alone: --mean 0 --std 1."
+    add("--mean", type=three_numbers(0), metavar="R,G,B", help=text)
 
-    text = "Standard deviation that is divided by, likewise."
+    text = "Standard deviation that is divided by, written likewise."
     add("--std", type=three_numbers(1e-6), metavar="R,G,B", help=text)
 
 
@@ -435,38 +346,21 @@ def add_explanation_options(parser: Parser) -> None:
     """Add the options of the explanation."""
     add = parser.add_argument_group("the explanation").add_argument
 
-    add(
-        "--method",
-        type=METHOD_LIST,
-        action="extend",
-        metavar="LIST",
-        dest="methods",
-        help=f"{', '.join(METHODS)} (default: gradcam); several with commas; all for these. "
-        f"Or {', '.join(MORE_METHODS)}.",
-    )
+    text = f"One or more of {', '.join(METHODS)}, with commas between them; all for these. "
+    text += f"Further methods: {', '.join(MORE_METHODS)}. Default: gradcam."
+    add("--method", type=METHOD_LIST, action="extend", metavar="LIST", dest="methods", help=text)
 
-    add(
-        "--target-layer",
-        type=some_text,
-        action="append",
-        metavar="NAME",
-        dest="target_layers",
-        help="Layer to explain, such as layer4; repeat it to average several. "
-        "Default: the last with a spatial map.",
-    )
+    text = "Layer to explain, as layer4; repeat the option to average several. "
+    text += "Default: the last layer with a spatial map."
+    action = {"type": some_text, "action": "append"}
+    add("--target-layer", metavar="NAME", dest="target_layers", help=text, **action)
 
-    add(
-        "--target-class",
-        type=some_text,
-        action="append",
-        metavar="CLASS",
-        dest="target_classes",
-        help="Class to explain: name, index, truth or predicted; repeat it for several. "
-        "Default: each photo's prediction.",
-    )
+    text = "Class to explain: name, index, truth or predicted; repeat the option for several. "
+    text += "Default: each photo's prediction."
+    add("--target-class", metavar="CLASS", dest="target_classes", help=text, **action)
 
     text = "Explain the N classes of highest probability."
-    add("--top-k", type=whole_number(1, 10**6), metavar="N", help=text)
+    add("--top-k", type=number(int, 1, 10**6), metavar="N", help=text)
 
     text = "Average over six variants of the photo: smoother, six times slower."
     add("--aug-smooth", action="store_true", help=text)
@@ -486,25 +380,26 @@ def add_picture_options(parser: Parser) -> None:
     add("--outputs", type=OUTPUT_LIST, action="extend", metavar="LIST", help=text)
 
     text = "Long side of the pictures. Default: the photo's own resolution, at most 1024."
-    add("--output-size", type=whole_number(16, 8192), metavar="PX", help=text)
+    add("--output-size", type=number(int, 16, 8192), metavar="PX", help=text)
 
     text = "Also write one picture with all methods and classes of a photo."
     add("--sheet", action="store_true", help=text)
 
-    text = "OpenCV's: jet (default), turbo, viridis ..."
+    text = "One of OpenCV's: jet (default), turbo, viridis ..."
     add("--colormap", type=some_text, default="jet", metavar="NAME", help=text)
 
-    text = "Opacity of the heatmap. Default: 0.5."
-    add("--alpha", type=decimal_number(0, 1), default=0.5, metavar="A", help=text)
+    text = "Opacity of the heatmap, from 0 to 1. Default: 0.5."
+    add("--alpha", type=number(float, 0, 1), default=0.5, metavar="A", help=text)
 
-    text = "The heat's opacity grows with the map: cold places show the photo as it is."
+    text = "Let the opacity grow with the map, so that cold places show the photo as it is."
     add("--fade", action="store_true", help=text)
 
     formats = ("jpg", "png", "webp")
-    add("--format", type=str.lower, choices=formats, default="jpg", help="Default: jpg.")
+    text = "jpg (default), png or webp."
+    add("--format", type=str.lower, choices=formats, default="jpg", metavar="NAME", help=text)
 
-    text = "Of jpg and webp. Default: 98."
-    add("--quality", type=whole_number(1, 100), default=98, metavar="Q", help=text)
+    text = "Quality of jpg and webp, from 1 to 100. Default: 98."
+    add("--quality", type=number(int, 1, 100), default=98, metavar="Q", help=text)
 
 
 def add_file_options(parser: Parser) -> None:
@@ -517,36 +412,31 @@ def add_file_options(parser: Parser) -> None:
     text = "Also write maps, gradients and logits as NumPy's .npz."
     add("--save-arrays", action="store_true", help=text)
 
-    text = "Skip what an earlier run with the same options has finished."
+    text = "Skip the photos that an earlier run with the same options has finished."
     add("--skip-existing", action="store_true", help=text)
 
-    text = "Pictures only where the prediction is not the class of the folder."
+    text = "Write pictures only where the prediction is not the class of the photo's folder."
     add("--only-wrong", action="store_true", help=text)
 
-    text = "No index.html, the page of all results."
+    text = "Do not write index.html, the page of all results."
     add("--no-gallery", action="store_false", dest="gallery", help=text)
 
-    text = "Print the layers with the size of their maps, and end."
+    text = "Print the layers and the sizes of their maps, and exit."
     add("--list-layers", action="store_true", help=text)
 
 
 def make_parser() -> Parser:
     """Return the parser of all options."""
-    parser = Parser(
-        "cnn_visualizations.py", description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False
-    )
+    parser = Parser(usage="cnn_visualizations.py [options] IMAGE ...", allow_abbrev=False)
+    parser.description = DESCRIPTION
+    parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
-    parser.add_argument(
-        "images",
-        nargs="*",
-        metavar="IMAGE",
-        help="Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders, patterns, "
-        "or - to read paths from standard input.",
-    )
+    text = "Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders, patterns, "
+    text += "or - to read paths from standard input."
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help=text)
 
     add_network_options(parser)
-    add_input_options(parser)
     add_explanation_options(parser)
     add_picture_options(parser)
     add_file_options(parser)
@@ -559,11 +449,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises SystemExit: status 0 after --help, 2 where an option is wrong.
     """
     parser = make_parser()
-    if argv is None:
-        argv = sys.argv[1:]
+    words = list(sys.argv[1:] if argv is None else argv)
 
     # Photos may stand on both sides of the options, and after "--".
-    words = list(argv)
     names = []
     if "--" in words:
         end = words.index("--")
@@ -573,26 +461,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check_options(parser, rest)
     check_lists(parser, words)
     args.images += rest + names
+    check_images(parser, args)
+
+    if args.top_k and args.target_classes:
+        parser.error("--top-k and --target-class exclude each other: pass one of the two")
 
     args.methods = list(dict.fromkeys(args.methods or ["gradcam"]))
     args.outputs = list(dict.fromkeys(args.outputs or OUTPUTS))
     args.output = Path(args.output)
-
-    if args.top_k and args.target_classes:
-        parser.error("--top-k and --target-class exclude each other: pass one of the two")
-    check_images(parser, args)
     return args
 
 
 def check_options(parser: Parser, words: Sequence[str]) -> None:
     """Report an unknown option among the words that the parser left over."""
-    known = [option for action in parser._actions for option in action.option_strings]
     for word in words:
         if word == "-" or not word.startswith("-"):
             continue
 
         option = word.split("=")[0]
-        advice = closest(option, known)
+        advice = closest(option, parser._option_string_actions)
         if option in SYNONYMS:
             advice = f"; pass {SYNONYMS[option]}"
         parser.error(f"unknown option {option}{advice} (see --help)")
@@ -601,20 +488,17 @@ def check_options(parser: Parser, words: Sequence[str]) -> None:
 def check_lists(parser: Parser, words: Sequence[str]) -> None:
     """Report a list with spaces between its items, which would be taken for photos."""
     for position, option in enumerate(words):
-        if option not in LIST_OPTIONS:
+        if option not in ("--method", "--outputs", "--class-names", "--mean", "--std"):
             continue
 
-        value = words[position + 1]
-        if "," in value.rstrip(",") or os.path.exists(value):
-            continue  # a whole list, or a file of class names
-
-        items = list_items(LIST_OPTIONS[option], words[position + 2 :])
-        if items:
-            listed = ",".join([value, *items]).replace(",,", ",")
+        parse = parser._option_string_actions[option].type
+        items = list_items(parse, words[position + 1 :])
+        if len(items) > 1:
+            listed = ",".join(items).replace(",,", ",")
             parser.error(f"{option} takes a list without spaces; pass {option} '{listed}'")
 
 
-def list_items(parse: Callable[[str], Any], words: Sequence[str]) -> list[str]:
+def list_items(parse: Callable[[str], Any], words: Iterable[str]) -> list[str]:
     """Return the words at the beginning that are items of a list rather than photos or options."""
     items = []
     for word in words:
