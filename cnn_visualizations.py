@@ -206,13 +206,6 @@ def some_text(text: str) -> str:
     return text
 
 
-def device_name(text: str) -> str:
-    """Option type: the name of a device; gpu stands for cuda."""
-    if text.lower() == "gpu":
-        return "cuda"
-    return some_text(text)
-
-
 def existing_file(text: str) -> Path:
     """Option type: the path of a file that exists and is not empty."""
     path = Path(some_text(text))
@@ -228,8 +221,9 @@ def existing_file(text: str) -> Path:
 def class_names(text: str) -> list[str]:
     """Option type: names with commas between them, or a file of names, one a line or JSON."""
     content = some_text(text).replace(",", "\n")
+    is_path = "," not in text and re.search(r"[\\/*?]|\.\w{2,5}$", text)
     try:
-        if looks_like_file(text):
+        if is_path or os.path.exists(text):
             content = existing_file(text).read_text(encoding="utf-8-sig")
         if content.lstrip().startswith(("[", "{")):
             return ordered_names(json.loads(content))
@@ -239,13 +233,6 @@ def class_names(text: str) -> list[str]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         message = f"{text}: not class names in UTF-8, one a line or as JSON: {first_line(error)}"
         raise CallError(message) from error
-
-
-def looks_like_file(text: str) -> bool:
-    """Return whether a text is an existing path, or has a folder, a suffix or a wildcard."""
-    if os.path.exists(text):
-        return True
-    return "," not in text and bool(re.search(r"[\\/*?]|\.\w{2,5}$", text))
 
 
 def ordered_names(classes: Any) -> list[str]:
@@ -319,7 +306,7 @@ def add_network_options(parser: Parser) -> None:
     add("--multi-label", action="store_true", help=text)
 
     text = "cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. Default: the CUDA GPU, else the CPU."
-    add("--device", type=device_name, metavar="NAME", help=text)
+    add("--device", type=some_text, metavar="NAME", help=text)
 
     text = "Photos that go through the network at once. Default: 32 on a GPU, 2 on the CPU."
     add("--batch-size", type=number(int, 1, 4096), metavar="N", help=text)
@@ -376,7 +363,7 @@ def add_picture_options(parser: Parser) -> None:
     """Add the options of the pictures."""
     add = parser.add_argument_group("the pictures").add_argument
 
-    text = "Which pictures: cam, gb, cam_gb. Default: all three. cam alone is the fastest."
+    text = "Which of cam, gb and cam_gb to draw. Default: all three. cam alone is the fastest."
     add("--outputs", type=OUTPUT_LIST, action="extend", metavar="LIST", help=text)
 
     text = "Long side of the pictures. Default: the photo's own resolution, at most 1024."
@@ -427,9 +414,8 @@ def add_file_options(parser: Parser) -> None:
 
 def make_parser() -> Parser:
     """Return the parser of all options."""
-    parser = Parser(usage="cnn_visualizations.py [options] IMAGE ...", allow_abbrev=False)
-    parser.description = DESCRIPTION
-    parser.epilog = EXAMPLES
+    usage = "cnn_visualizations.py [options] IMAGE ..."
+    parser = Parser(usage=usage, description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
     text = "Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders, patterns, "
@@ -469,6 +455,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.methods = list(dict.fromkeys(args.methods or ["gradcam"]))
     args.outputs = list(dict.fromkeys(args.outputs or OUTPUTS))
     args.output = Path(args.output)
+    if args.device == "gpu":
+        args.device = "cuda"
     return args
 
 
