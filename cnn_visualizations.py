@@ -132,7 +132,7 @@ def closest(name: str, known: Iterable[str]) -> str:
 # Option types: each turns the text of an option into its value. Raises CallError: it is wrong.
 
 
-def number(convert: type, low: float, high: float) -> Callable[[str], Any]:
+def number_in(convert: type, low: float, high: float) -> Callable[[str], Any]:
     """Return an option type: an int or a float, as `convert` says, from `low` to `high`."""
     kind = "whole number" if convert is int else "number"
 
@@ -150,7 +150,7 @@ def three_numbers(low: float) -> Callable[[str], list[float]]:
     """Return an option type: three numbers from `low` to 255, "R,G,B", or one for all three."""
 
     def parse(text: str) -> list[float]:
-        values = list(map(number(float, low, 255), text.split(",")))
+        values = list(map(number_in(float, low, 255), text.split(",")))
         if len(values) == 1:
             return values * 3
         if len(values) != 3:
@@ -162,7 +162,7 @@ def three_numbers(low: float) -> Callable[[str], list[float]]:
 
 def input_size(text: str) -> tuple[int, int]:
     """Option type: height and width, "256x128", or one number for both."""
-    sides = list(map(number(int, 8, 4096), text.lower().split("x")))
+    sides = list(map(number_in(int, 8, 4096), text.lower().split("x")))
     if len(sides) > 2:
         raise CallError(f"'{text}' is neither one number nor HEIGHTxWIDTH")
     return sides[0], sides[-1]
@@ -175,7 +175,7 @@ def resize_mode(text: str) -> str | int:
         return mode
     if not text.isdecimal():
         raise CallError(f"'{text}' is neither crop nor squash nor a whole number from 8 to 8192")
-    return number(int, 8, 8192)(text)
+    return number_in(int, 8, 8192)(text)
 
 
 def names_from(known: Sequence[str], kind: str, every: Sequence[str]) -> Callable[[str], list[str]]:
@@ -287,45 +287,39 @@ def add_network_options(parser: Parser) -> None:
     """Add the options of the network and of what it sees."""
     add = parser.add_argument_group("the network").add_argument
 
-    text = "A torchvision architecture, or your own function, as net.py:build. "
-    text += "Default: recognised from the checkpoint."
+    text = "A torchvision architecture, or net.py:build, your function. Default: recognised."
     add("--arch", type=some_text, metavar="NAME", help=text)
 
-    text = "Your checkpoint: .pth, .pt, .ckpt or .safetensors. "
-    text += "Default: torchvision's ImageNet weights are downloaded."
+    text = "Your .pth, .pt, .ckpt or .safetensors. Default: ImageNet weights, downloaded."
     add("--ckpt", type=existing_file, metavar="FILE", help=text)
 
     text = "Number of classes. Default: the checkpoint's."
-    add("--num-classes", type=number(int, 1, 10**6), metavar="N", help=text)
+    add("--num-classes", type=number_in(int, 1, 10**6), metavar="N", help=text)
 
-    text = "Class names in the order of training: cat,dog or a file, one a line or JSON. "
-    text += "Default: the checkpoint's."
+    text = "In the order of training: cat,dog or a file of names. Default: the checkpoint's."
     add("--class-names", type=class_names, metavar="NAMES", help=text)
 
-    text = "Each output is a sigmoid of its own: a photo may show several classes or none."
-    add("--multi-label", action="store_true", help=text)
+    add("--multi-label", action="store_true", help="Each output is a sigmoid of its own.")
 
     text = "cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. Default: the CUDA GPU, else the CPU."
     add("--device", type=some_text, metavar="NAME", help=text)
 
     text = "Photos that go through the network at once. Default: 32 on a GPU, 2 on the CPU."
-    add("--batch-size", type=number(int, 1, 4096), metavar="N", help=text)
+    add("--batch-size", type=number_in(int, 1, 4096), metavar="N", help=text)
 
     add = parser.add_argument_group("what the network sees").add_argument
 
-    text = "Side of the network's square input, or HxW, its height and width. "
-    text += "Default: the checkpoint's entry, else torchvision's preset."
+    text = "Side of the network's square input, or HEIGHTxWIDTH. Default: the checkpoint's."
     add("--input-size", type=input_size, metavar="PX", help=text)
 
     text = "crop (default): the centre of the photo. squash: the whole photo, aspect ratio not "
     text += "kept. A number: the centre, after the short side was resized to that many pixels."
     add("--resize", type=resize_mode, default="crop", metavar="MODE", help=text)
 
-    text = "Mean that is subtracted: R,G,B from 0 to 1 or to 255, or one number. "
-    text += "If you trained with ToTensor() alone: --mean 0 --std 1."
+    text = "Mean to subtract: R,G,B or one number. After ToTensor() alone: --mean 0 --std 1."
     add("--mean", type=three_numbers(0), metavar="R,G,B", help=text)
 
-    text = "Standard deviation that is divided by, written likewise."
+    text = "Standard deviation to divide by, written likewise."
     add("--std", type=three_numbers(1e-6), metavar="R,G,B", help=text)
 
 
@@ -337,20 +331,17 @@ def add_explanation_options(parser: Parser) -> None:
     text += f"Further methods: {', '.join(MORE_METHODS)}. Default: gradcam."
     add("--method", type=METHOD_LIST, action="extend", metavar="LIST", dest="methods", help=text)
 
-    text = "Layer to explain, as layer4; repeat the option to average several. "
-    text += "Default: the last layer with a spatial map."
-    action = {"type": some_text, "action": "append"}
-    add("--target-layer", metavar="NAME", dest="target_layers", help=text, **action)
+    repeated = {"type": some_text, "action": "append"}
+    text = "Layer to explain; repeat to average several. Default: the last with a map."
+    add("--target-layer", metavar="NAME", dest="target_layers", help=text, **repeated)
 
-    text = "Class to explain: name, index, truth or predicted; repeat the option for several. "
-    text += "Default: each photo's prediction."
-    add("--target-class", metavar="CLASS", dest="target_classes", help=text, **action)
+    text = "Name, index, truth or predicted; repeat for several. Default: the prediction."
+    add("--target-class", metavar="CLASS", dest="target_classes", help=text, **repeated)
 
     text = "Explain the N classes of highest probability."
-    add("--top-k", type=number(int, 1, 10**6), metavar="N", help=text)
+    add("--top-k", type=number_in(int, 1, 10**6), metavar="N", help=text)
 
-    text = "Average over six variants of the photo: smoother, six times slower."
-    add("--aug-smooth", action="store_true", help=text)
+    add("--aug-smooth", action="store_true", help="Average over six variants of the photo: slower.")
 
     text = "Take the first principal component over the channels: less noise."
     add("--eigen-smooth", action="store_true", help=text)
@@ -367,26 +358,24 @@ def add_picture_options(parser: Parser) -> None:
     add("--outputs", type=OUTPUT_LIST, action="extend", metavar="LIST", help=text)
 
     text = "Long side of the pictures. Default: the photo's own resolution, at most 1024."
-    add("--output-size", type=number(int, 16, 8192), metavar="PX", help=text)
+    add("--output-size", type=number_in(int, 16, 8192), metavar="PX", help=text)
 
-    text = "Also write one picture with all methods and classes of a photo."
-    add("--sheet", action="store_true", help=text)
+    add("--sheet", action="store_true", help="Also draw all methods and classes into one picture.")
 
     text = "One of OpenCV's: jet (default), turbo, viridis ..."
     add("--colormap", type=some_text, default="jet", metavar="NAME", help=text)
 
     text = "Opacity of the heatmap, from 0 to 1. Default: 0.5."
-    add("--alpha", type=number(float, 0, 1), default=0.5, metavar="A", help=text)
+    add("--alpha", type=number_in(float, 0, 1), default=0.5, metavar="A", help=text)
 
-    text = "Let the opacity grow with the map, so that cold places show the photo as it is."
-    add("--fade", action="store_true", help=text)
+    add("--fade", action="store_true", help="The colder a place, the more it shows the photo.")
 
     formats = ("jpg", "png", "webp")
     text = "jpg (default), png or webp."
     add("--format", type=str.lower, choices=formats, default="jpg", metavar="NAME", help=text)
 
     text = "Quality of jpg and webp, from 1 to 100. Default: 98."
-    add("--quality", type=number(int, 1, 100), default=98, metavar="Q", help=text)
+    add("--quality", type=number_in(int, 1, 100), default=98, metavar="Q", help=text)
 
 
 def add_file_options(parser: Parser) -> None:
@@ -396,8 +385,7 @@ def add_file_options(parser: Parser) -> None:
     text = "Where the files go. Default: out."
     add("--output", type=some_text, default="out", metavar="FOLDER", help=text)
 
-    text = "Also write maps, gradients and logits as NumPy's .npz."
-    add("--save-arrays", action="store_true", help=text)
+    add("--save-arrays", action="store_true", help="Also write maps, gradients and logits as .npz.")
 
     text = "Skip the photos that an earlier run with the same options has finished."
     add("--skip-existing", action="store_true", help=text)
@@ -408,8 +396,7 @@ def add_file_options(parser: Parser) -> None:
     text = "Do not write index.html, the page of all results."
     add("--no-gallery", action="store_false", dest="gallery", help=text)
 
-    text = "Print the layers and the sizes of their maps, and exit."
-    add("--list-layers", action="store_true", help=text)
+    add("--list-layers", action="store_true", help="Print the layers and their sizes, and exit.")
 
 
 def make_parser() -> Parser:
@@ -418,8 +405,7 @@ def make_parser() -> Parser:
     parser = Parser(usage=usage, description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
-    text = "Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders, patterns, "
-    text += "or - to read paths from standard input."
+    text = "Photos, folders, patterns, or - to read paths from standard input."
     parser.add_argument("images", nargs="*", metavar="IMAGE", help=text)
 
     add_network_options(parser)
