@@ -510,13 +510,10 @@ MAX_DEEP_PIXELS = 30_000_000  # of photos with 16 or 32 bits a value
 MAX_WEBP_PIXELS = 51_000_000  # its decoder takes 16 bytes a pixel
 MIN_SIDE = 8  # pixels
 LONGEST_STRIP = 100  # long side : short side; resizing enlarges both to the network's input
-STRIP_HEIGHT = 64  # rows that are converted at once
+STRIP_HEIGHT = 256  # rows that are converted at once
 LARGE_PHOTO = 14_000_000  # pixels; photos above are decoded and resized one at a time
-MAX_SCANS = 100  # of a JPEG; progressive ones of cameras and the web have about ten
-LARGEST_JPEG = 2**27  # bytes
-JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not what compressed data may contain
-START_OF_IMAGE = b"\xff\xd8"
-END_OF_IMAGE = b"\xff\xd9"
+MAX_SCANS = 100  # of a progressive JPEG; usual ones have about ten
+LARGEST_JPEG = 2**27  # bytes in which scans are counted
 START_OF_SCAN = b"\xff\xda"
 LOG_NAME = "results.jsonl"
 
@@ -543,18 +540,19 @@ class Request:
 
 
 def photo_fault(path: str | Path) -> str:
-    """Return why a path cannot be a photo, without opening the file, or ""."""
+    """Return a line that says why a path cannot be a photo, without opening the file, or ""."""
+    fault = "no such file"
     with contextlib.suppress(OSError, ValueError):
         if os.path.isfile(path):
-            return "" if os.path.getsize(path) else "the file is empty"
+            return "" if os.path.getsize(path) else f"{path}: the file is empty"
 
     if "://" in str(path):
-        return "this is a URL; download the photo and pass the file"
-    if glob.has_magic(str(path)):
-        return "no file matches this pattern"
-    if os.path.exists(path):
-        return "not a file"
-    return "no such file"
+        fault = "this is a URL; download the photo and pass the file"
+    elif glob.has_magic(str(path)):
+        fault = "no file matches this pattern"
+    elif os.path.exists(path):
+        fault = "not a file"
+    return f"{path}: {fault}"
 
 
 def find_photos(inputs: Sequence[str]) -> list[Photo]:
@@ -631,19 +629,15 @@ def walk(top: str, common: str) -> Iterator[Photo]:
         inner[:] = sorted(filter(is_visible, inner))
 
         # A log covers the folders below it. Its set of names is shared, since it may be large.
-        logs = own_pictures.get(os.path.dirname(folder), [])
-        names = logged_names(folder)
-        if names:
-            logs = [*logs, names]
-        own_pictures[folder] = logs
+        logs = own_pictures.get(os.path.dirname(folder), []) + [logged_names(folder)]
+        own_pictures[folder] = list(filter(None, logs))
 
         mirrored = mirrored_folder(folder, common)
         for name in sorted(filter(is_visible, files)):
             if name.lower().endswith(NOT_READ):
                 unread += 1
-            if not name.lower().endswith(SUFFIXES):
-                continue
-            if not any(name in names for names in logs):
+            is_own = any(name in names for names in own_pictures[folder])
+            if name.lower().endswith(SUFFIXES) and not is_own:
                 yield photo_at(os.path.join(folder, name), mirrored, top)
 
     if unread:
@@ -699,23 +693,15 @@ def parse_record(line: str | bytes) -> dict[str, Any]:
     """Return a line of the log as a dict, or {} where it is no record in this program's layout."""
     try:
         record = json.loads(line)
-        if is_record(record):
-            return record
+        texts = [record["image"], record["method"], *record_files(record)]
+        texts += [record.get(key, "") for key in ("source", "error", "options", "output_stem")]
+        texts += [explained["name"] for explained in record.get("classes", [])]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        pass
+        return {}
+
+    if all(isinstance(text, str) for text in texts):
+        return record
     return {}
-
-
-def is_record(record: Any) -> bool:
-    """Return whether the texts and the files of a record are where they belong.
-
-    Raises TypeError, LookupError or AttributeError: a part of it is of another kind.
-    """
-    texts = [record["image"], record["method"], *record_files(record)]
-    texts += [record.get(key, "") for key in ("source", "error", "options", "output_stem")]
-    for explained in record.get("classes", []):
-        texts.append(explained["name"])
-    return all(isinstance(text, str) for text in texts)
 
 
 def record_files(record: Mapping[str, Any]) -> list[str]:
@@ -727,10 +713,7 @@ def record_files(record: Mapping[str, Any]) -> list[str]:
 
 
 def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Print one line for an uncaught error that the user can mend, else the traceback.
-
-    Stands in for sys.excepthook.
-    """
+    """Print one line for an uncaught error that the user can mend, else the traceback."""
     is_scarcity = isinstance(error, (MemoryError, OSError, ImportError))
     if isinstance(error, ModuleNotFoundError):
         message = f"{first_line(error)}; run: pip install -r requirements.txt"
@@ -757,8 +740,8 @@ def start() -> Request:
         if args.list_layers:
             return Request(args, [], 0, **ranks)
         photos = find_photos(args.images)
-        faults = faults_of(photos)
-        if len(faults) == len(photos):
+        faults = [photo_fault(photo.path) for photo in photos]
+        if all(faults):
             stop(1, faults)
         check_output(args.output)
         # Now, because loading torch takes seconds.
@@ -818,16 +801,6 @@ def torchrun_ranks() -> dict[str, int]:
         message = f"RANK={rank} and WORLD_SIZE={world_size} in the environment"
         raise CallError(f"{message}: RANK must be less than WORLD_SIZE; unset both")
     return ranks
-
-
-def faults_of(photos: Iterable[Photo]) -> list[str]:
-    """Return a line for each photo that does not exist or cannot be one."""
-    lines = []
-    for photo in photos:
-        fault = photo_fault(photo.path)
-        if fault:
-            lines.append(f"{photo.path}: {fault}")
-    return lines
 
 
 def check_output(folder: Path) -> None:
@@ -913,16 +886,13 @@ def open_photo(path: str | Path, short_side: int = 0) -> Iterator[Picture]:
     """Yield what `read_photo` returns. Large photos wait for each other until their block ends.
 
     Preprocess the photo inside the block, so that the memory of large photos does not add up.
+    `short_side` is the length to which the block resizes its short side, 0 if it does not.
 
-    Args:
-        path: the photo.
-        short_side: the length to which the block resizes its short side, the aspect ratio kept.
-
-    Raises PhotoError: likewise, or the resized photo would be too large.
+    Raises PhotoError: as `read_photo`, or the resized photo would be too large.
     """
     fault = photo_fault(path)
     if fault:
-        raise PhotoError(f"{path}: {fault}")
+        raise PhotoError(fault)
 
     with contextlib.ExitStack() as locks:
         try:
@@ -952,22 +922,22 @@ def count_pixels(image: Image.Image, path: str | Path, short_side: int) -> int:
         limit = MAX_DEEP_PIXELS
     if image.format == "WEBP":
         limit = MAX_WEBP_PIXELS
-    millions = limit // 10**6
-    if short * long > limit:
-        raise PhotoError(f"{path}: {size}, at most {millions} million can be read")
 
-    tile = tile_pixels(image)
-    if tile > limit:
-        raise PhotoError(f"{path}: a tile of {tile} pixels, at most {millions} million")
+    pixels = short * long
+    if image.format == "TIFF":  # its tiles may be larger than the image
+        pixels = max(pixels, image.tag_v2.get(322, 0) * image.tag_v2.get(323, 0))
+    if pixels > limit:
+        millions = limit // 10**6
+        raise PhotoError(f"{path}: {pixels} pixels, at most {millions} million can be read")
 
     resized = short_side**2 * long // short
     if resized > MAX_PIXELS:
         raise PhotoError(f"{path}: {size}, too long for a short side of {short_side} pixels")
 
-    if image.format in ("JPEG", "MPO") and count_scans(path) > MAX_SCANS:
+    # Decoding goes over all pixels in each scan.
+    if image.info.get("progressive") and count_scans(path) > MAX_SCANS:
         raise PhotoError(f"{path}: more than {MAX_SCANS} scans; save the photo anew")
-
-    return max(short * long, tile, resized)
+    return max(pixels, resized)
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -975,32 +945,10 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode.startswith(("I", "F"))
 
 
-def tile_pixels(image: Image.Image) -> int:
-    """Return the size of a TIFF's tiles, which may be larger than the image; else 0."""
-    if image.format != "TIFF":
-        return 0
-    return image.tag_v2.get(322, 0) * image.tag_v2.get(323, 0)
-
-
 def count_scans(path: str | Path) -> int:
-    """Return how many scans a JPEG file has. Decoding goes over all pixels in each of them."""
+    """Return how often a JPEG file has the marker that starts a scan."""
     with open(path, "rb") as file:
-        data = file.read(LARGEST_JPEG)
-
-    scans = 0
-    position = 0
-    while scans <= MAX_SCANS:
-        marker = JPEG_MARKER.search(data, position)
-        if marker is None or marker[0] == END_OF_IMAGE:
-            break
-        if marker[0] == START_OF_SCAN:
-            scans += 1
-
-        # A marker is followed by the length of its segment.
-        position = marker.end()
-        if marker[0] != START_OF_IMAGE:
-            position += int.from_bytes(data[position : position + 2], "big")
-    return scans
+        return file.read(LARGEST_JPEG).count(START_OF_SCAN)
 
 
 def decode(path: str | Path, short_side: int, locks: contextlib.ExitStack) -> Picture:
