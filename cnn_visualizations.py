@@ -632,7 +632,9 @@ def walk(top: str, common: str) -> Iterator[Photo]:
         logs = own_pictures.get(os.path.dirname(folder), []) + [logged_names(folder)]
         own_pictures[folder] = list(filter(None, logs))
 
-        mirrored = mirrored_folder(folder, common)
+        mirrored = os.path.relpath(folder, common or top)
+        if mirrored == ".":
+            mirrored = ""
         for name in sorted(filter(is_visible, files)):
             if name.lower().endswith(NOT_READ):
                 unread += 1
@@ -653,16 +655,6 @@ def is_visible(name: str) -> bool:
 def warn_unlisted(error: OSError) -> None:
     """Warn of a folder that cannot be listed."""
     warn(f"{error.filename}: cannot be listed")
-
-
-def mirrored_folder(folder: str, common: str) -> str:
-    """Return a folder relative to `common`, or its path without the drive where there is none."""
-    absolute = os.path.abspath(folder)
-    if not common:
-        return os.path.splitdrive(absolute)[1].lstrip("\\/")
-
-    relative = os.path.relpath(absolute, common)
-    return "" if relative == "." else relative
 
 
 def is_own_picture(path: str) -> bool:
@@ -796,10 +788,8 @@ def torchrun_ranks() -> dict[str, int]:
         ranks[key] = int(text)
 
     if ranks["rank"] >= ranks["world_size"]:
-        rank = ranks["rank"]
-        world_size = ranks["world_size"]
-        message = f"RANK={rank} and WORLD_SIZE={world_size} in the environment"
-        raise CallError(f"{message}: RANK must be less than WORLD_SIZE; unset both")
+        given = "RANK={rank} and WORLD_SIZE={world_size}".format(**ranks)
+        raise CallError(f"{given} in the environment: RANK must be less; unset both")
     return ranks
 
 
