@@ -629,7 +629,7 @@ def walk(top: str, common: str) -> Iterator[Photo]:
         inner[:] = sorted(filter(is_visible, inner))
 
         # A log covers the folders below it. Its set of names is shared, since it may be large.
-        logs = own_pictures.get(os.path.dirname(folder), []) + [logged_names(folder)]
+        logs = [*own_pictures.get(os.path.dirname(folder), []), logged_names(folder)]
         own_pictures[folder] = list(filter(None, logs))
 
         mirrored = os.path.relpath(folder, common or top)
@@ -950,7 +950,8 @@ def decode(path: str | Path, short_side: int, locks: contextlib.ExitStack) -> Pi
         if count_pixels(image, path, short_side) > LARGE_PHOTO:
             locks.enter_context(DECODING)
 
-        has_16_bits = ";16" in str(image.tile)  # of a colour image, Pillow gives the upper eight
+        # Of a colour image with 16 bits, Pillow gives the upper eight.
+        has_16_bits = ";16" in str(image.tile) and not is_deep(image)
         image.load()
         image.getexif()
         image.info.pop("exif", None)  # exif_transpose would write it anew, where odd entries fail
@@ -985,9 +986,10 @@ def to_eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
     low = values.min()
     high = values.max()
 
-    # Sixteen bits have their own white. Of other values it is a guess, unless they go from 0 to 1.
+    # Sixteen bits have their own white, unless only twelve are used. Of other values it is a guess,
+    # unless they go from 0 to 1.
     white = 65535.0
-    is_guess = image.mode == "I" and image.format == "TIFF"
+    is_guess = high < 4096 or (image.mode == "I" and image.format == "TIFF")
     if image.mode == "F":
         white = 1.0 if high <= 1 else 255.0
         is_guess = low < 0 or high > 1

@@ -12,6 +12,7 @@ import tracemalloc
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from conftest import CKPT, DOG, PROGRAM, posix
@@ -327,7 +328,7 @@ def test_cmyk_is_not_read_as_its_negative(tmp_path, name, cmyk, rgb):
 @pytest.mark.parametrize(
     ("name", "values", "expected"),
     [
-        ("a.png", GREYS.astype(np.uint16) * 16, "no value above 4095; 65535 is shown as white"),
+        ("a.png", np.minimum(GREYS * 18.0, 4095).astype(np.uint16), "values from 0 to 4095; 65535"),
         ("a.tif", GREYS.astype(np.int32) * 5, "values from 0 to 1195; 65535 is shown as white"),
         ("a.tif", GREYS.astype(np.float32), "values from 0 to 239; 255 is shown as white"),
         ("a.tif", GREYS.astype(np.float32) - 239, "values from -239 to 0; 1 is shown as white"),
@@ -341,6 +342,13 @@ def test_a_deep_photo_whose_white_is_guessed_has_a_warning(
     error = capsys.readouterr().err
     assert error.startswith(f"warning: {path}: ")
     assert expected in error
+
+
+def test_a_colour_photo_that_uses_twelve_of_sixteen_bits_has_a_warning(tmp_path, capsys):
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), COLOURS.astype(np.uint16) * 16)
+    read_photo(path)
+    assert f"{path}: 16 bits, but no value above 4095" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
