@@ -51,12 +51,26 @@ from typing import Any, NoReturn
 # --------------------------------------------------------------------------------------------------
 
 METHODS = (
-    *("gradcam", "scorecam", "gradcam++", "ablationcam"),
-    *("xgradcam", "eigencam", "eigengradcam"),
+    "gradcam",
+    "scorecam",
+    "gradcam++",
+    "ablationcam",
+    "xgradcam",
+    "eigencam",
+    "eigengradcam",
 )
 MORE_METHODS = (
-    *("hirescam", "layercam", "gradcamelementwise", "fullgrad", "fem", "kpcacam"),
-    *("shapleycam", "finercam", "segeigencam", "randomcam", "refinecam"),
+    "hirescam",
+    "layercam",
+    "gradcamelementwise",
+    "fullgrad",
+    "fem",
+    "kpcacam",
+    "shapleycam",
+    "finercam",
+    "segeigencam",
+    "randomcam",
+    "refinecam",
 )
 OUTPUTS = ("cam", "gb", "cam_gb")
 
