@@ -85,10 +85,10 @@ SYNONYMS = {
     "--output-dir": "--output",
 }
 
-DESCRIPTION = (
-    "Show why a convolutional network answered as it did: "
-    "heatmap (CAM), guided backpropagation, and their product."
-)
+DESCRIPTION = """\
+Show why a convolutional network answered as it did:
+a heatmap (CAM), guided backpropagation (gb), and their product (cam_gb).
+"""
 EXAMPLES = """\
 examples:
   python cnn_visualizations.py --ckpt best.pth --class-names cat,dog 33.jpg
@@ -96,7 +96,7 @@ examples:
 """
 
 
-class CallError(Exception):
+class CallError(argparse.ArgumentTypeError):
     """The call cannot be carried out. The message is one line that says what to do. Status 2."""
 
 
@@ -124,9 +124,7 @@ def warn(message: str) -> None:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type."""
-    message = str(error).strip()
-    if not message:
-        return type(error).__name__
+    message = str(error).strip() or type(error).__name__
     return message.splitlines()[0]
 
 
@@ -148,38 +146,25 @@ def closest(name: str, known: Iterable[str]) -> str:
 # Option types: each turns the text of an option into its value. Raises CallError: it is wrong.
 
 
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Return an option type: a whole number from `low` to `high`."""
+def number_in(convert: type, low: float, high: float) -> Callable[[str], Any]:
+    """Return an option type: an int or a float, as `convert` says, from `low` to `high`."""
+    kind = "whole number" if convert is int else "number"
 
-    def parse(text: str) -> int:
-        if re.fullmatch(r"[0-9]{1,12}", text):
-            value = int(text)
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = convert(text)
             if low <= value <= high:
                 return value
-        raise CallError(f"'{text}' is not a whole number from {low} to {high}")
-
-    return parse
-
-
-def decimal_number(low: float, high: float) -> Callable[[str], float]:
-    """Return an option type: a number from `low` to `high`, without an exponent."""
-
-    def parse(text: str) -> float:
-        if re.fullmatch(r"[0-9]*\.?[0-9]+|[0-9]+\.", text):
-            value = float(text)
-            if low <= value <= high:
-                return value
-        raise CallError(f"'{text}' is not a number from {low} to {high}")
+        raise CallError(f"'{text}' is not a {kind} from {low} to {high}")
 
     return parse
 
 
 def three_numbers(low: float) -> Callable[[str], list[float]]:
     """Return an option type: three numbers from `low` to 255, "R,G,B", or one for all three."""
-    parse_number = decimal_number(low, 255)
 
     def parse(text: str) -> list[float]:
-        values = [parse_number(word.strip()) for word in text.split(",")]
+        values = list(map(number_in(float, low, 255), text.split(",")))
         if len(values) == 1:
             return values * 3
         if len(values) != 3:
@@ -191,14 +176,10 @@ def three_numbers(low: float) -> Callable[[str], list[float]]:
 
 def input_size(text: str) -> tuple[int, int]:
     """Option type: height and width, "256x128", or one number for both."""
-    sides = text.lower().split("x")
+    sides = list(map(number_in(int, 8, 4096), text.lower().split("x")))
     if len(sides) > 2:
         raise CallError(f"'{text}' is neither one number nor HEIGHTxWIDTH")
-
-    parse_side = whole_number(8, 4096)
-    height = parse_side(sides[0])
-    width = parse_side(sides[-1])
-    return height, width
+    return sides[0], sides[-1]
 
 
 def resize_mode(text: str) -> str | int:
@@ -206,9 +187,9 @@ def resize_mode(text: str) -> str | int:
     mode = text.lower()
     if mode in ("crop", "squash"):
         return mode
-    if not text.isdigit():
+    if not text.isdecimal():
         raise CallError(f"'{text}' is neither crop nor squash nor a whole number from 8 to 8192")
-    return whole_number(8, 8192)(text)
+    return number_in(int, 8, 8192)(text)
 
 
 def names_from(known: Sequence[str], kind: str, every: Sequence[str]) -> Callable[[str], list[str]]:
@@ -218,15 +199,18 @@ def names_from(known: Sequence[str], kind: str, every: Sequence[str]) -> Callabl
         if text.strip().lower() == "all":
             return list(every)
 
-        words = [word.strip().lower() for word in text.split(",")]
-        names = [word for word in words if word]
-        for name in names or [""]:
+        names = [word.strip().lower() for word in text.strip(", ").split(",")]
+        for name in names:
             if name not in known:
                 suggestion = closest(name, known)
                 raise CallError(f"unknown {kind} '{name}'{suggestion} (known: {', '.join(known)})")
         return names
 
     return parse
+
+
+METHOD_LIST = names_from(METHODS + MORE_METHODS, "method", METHODS)
+OUTPUT_LIST = names_from(OUTPUTS, "output", OUTPUTS)
 
 
 def some_text(text: str) -> str:
@@ -249,32 +233,20 @@ def existing_file(text: str) -> Path:
 
 
 def class_names(text: str) -> list[str]:
-    """Option type: names with commas between them, or a file of names (see `names_in`)."""
-    some_text(text)
+    """Option type: names with commas between them, or a file of names, one a line or JSON."""
+    content = some_text(text).replace(",", "\n")
+    is_path = "," not in text and re.search(r"[\\/*?]|\.\w{2,5}$", text)
     try:
-        if looks_like_file(text):
-            return names_in(existing_file(text).read_text(encoding="utf-8-sig"))
-        return names_in(text.replace(",", "\n"))
+        if is_path or os.path.exists(text):
+            content = existing_file(text).read_text(encoding="utf-8-sig")
+        if content.lstrip().startswith(("[", "{")):
+            return ordered_names(json.loads(content))
+
+        lines = map(str.strip, content.splitlines())
+        return ordered_names(list(filter(None, lines)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        reason = first_line(error)
-        message = f"{text}: not class names in UTF-8, one a line or as JSON: {reason}"
+        message = f"{text}: not class names in UTF-8, one a line or as JSON: {first_line(error)}"
         raise CallError(message) from error
-
-
-def looks_like_file(text: str) -> bool:
-    """Return whether a text is an existing path, or has a folder or a suffix as paths have."""
-    if os.path.exists(text):
-        return True
-    return "," not in text and bool(re.search(r"[\\/]|\.\w{2,5}$", text))
-
-
-def names_in(content: str) -> list[str]:
-    """Return the class names in a text: one a line, or JSON. Raises ValueError or TypeError."""
-    if content.lstrip().startswith(("[", "{")):
-        return ordered_names(json.loads(content))
-
-    lines = map(str.strip, content.splitlines())
-    return ordered_names(list(filter(None, lines)))
 
 
 def ordered_names(classes: Any) -> list[str]:
@@ -310,34 +282,13 @@ def sorted_by_index(classes: Mapping[Any, Any]) -> list[Any]:
         else:
             by_index[int(key)] = value
 
-    indices = sorted(by_index)
-    if indices != list(range(len(classes))):
+    if sorted(by_index) != list(range(len(classes))):
         raise ValueError("the indices are not 0, 1, 2 ...")
-    return [by_index[index] for index in indices]
-
-
-def device_name(text: str) -> str:
-    """Option type: the name of a device; gpu stands for cuda."""
-    if text.lower() == "gpu":
-        return "cuda"
-    return some_text(text)
-
-
-METHOD_LIST = names_from((*METHODS, *MORE_METHODS), "method", METHODS)
-OUTPUT_LIST = names_from(OUTPUTS, "output", OUTPUTS)
-
-# Options whose value is a list with commas, and their types.
-LIST_OPTIONS: dict[str, Callable[[str], Any]] = {
-    "--method": METHOD_LIST,
-    "--outputs": OUTPUT_LIST,
-    "--class-names": class_names,
-    "--mean": three_numbers(0),
-    "--std": three_numbers(1e-6),
-}
+    return [by_index[index] for index in sorted(by_index)]
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and whose option types raise CallError."""
+    """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with status 2."""
@@ -345,89 +296,44 @@ class Parser(argparse.ArgumentParser):
         print_line(f"error: {line}", sys.stderr)
         self.exit(2)
 
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        try:
-            return super()._get_value(action, arg_string)
-        except CallError as error:
-            raise argparse.ArgumentError(action, str(error)) from error
-
 
 def add_network_options(parser: Parser) -> None:
-    """Add the options of the network."""
+    """Add the options of the network and of what it sees."""
     add = parser.add_argument_group("the network").add_argument
 
-    add(
-        "--arch",
-        type=some_text,
-        metavar="NAME",
-        help="A torchvision architecture, or net.py:build, your own function. "
-        "Default: recognised from the checkpoint.",
-    )
+    text = "A torchvision architecture, or net.py:build, your function. Default: recognised."
+    add("--arch", type=some_text, metavar="NAME", help=text)
 
-    add(
-        "--ckpt",
-        type=existing_file,
-        metavar="FILE",
-        help="Your checkpoint: .pth, .pt, .ckpt or .safetensors. "
-        "Default: torchvision's ImageNet weights are downloaded.",
-    )
+    text = "Your .pth, .pt, .ckpt or .safetensors. Default: ImageNet weights, downloaded."
+    add("--ckpt", type=existing_file, metavar="FILE", help=text)
 
-    text = "How many classes. Default: the checkpoint's."
-    add("--num-classes", type=whole_number(1, 10**6), metavar="N", help=text)
+    text = "Number of classes. Default: the checkpoint's."
+    add("--num-classes", type=number_in(int, 1, 10**6), metavar="N", help=text)
 
-    add(
-        "--class-names",
-        type=class_names,
-        metavar="NAMES",
-        help="Class names in the order of training: cat,dog or a file, one a line or JSON. "
-        "Default: the checkpoint's.",
-    )
+    text = "In the order of training: cat,dog or a file of names. Default: the checkpoint's."
+    add("--class-names", type=class_names, metavar="NAMES", help=text)
 
-    text = "Each output is a sigmoid of its own: a photo may show several classes or none."
-    add("--multi-label", action="store_true", help=text)
+    add("--multi-label", action="store_true", help="Each output is a sigmoid of its own.")
 
-    add(
-        "--device",
-        type=device_name,
-        metavar="NAME",
-        help="cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. "
-        "Default: the CUDA GPU if there is one, else the CPU.",
-    )
+    text = "cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. Default: the CUDA GPU, else the CPU."
+    add("--device", type=some_text, metavar="NAME", help=text)
 
-    text = "Photos at once. Default: GPU 32, CPU 2."
-    add("--batch-size", type=whole_number(1, 4096), metavar="N", help=text)
+    text = "Photos that go through the network at once. Default: 32 on a GPU, 2 on the CPU."
+    add("--batch-size", type=number_in(int, 1, 4096), metavar="N", help=text)
 
-
-def add_input_options(parser: Parser) -> None:
-    """Add the options of what the network sees."""
     add = parser.add_argument_group("what the network sees").add_argument
 
-    add(
-        "--input-size",
-        type=input_size,
-        metavar="PX",
-        help="Side of the network's square input, or HxW, its height and width. "
-        "Default: the checkpoint's entry, else torchvision's preset.",
-    )
+    text = "Side of the network's square input, or HEIGHTxWIDTH. Default: the checkpoint's."
+    add("--input-size", type=input_size, metavar="PX", help=text)
 
-    add(
-        "--resize",
-        type=resize_mode,
-        default="crop",
-        metavar="crop|squash|PX",
-        help="crop: the centre of the photo (default). PX: likewise, with the photo's short side "
-        "resized to that length before. squash: the whole photo, aspect ratio not kept.",
-    )
+    text = "crop (default): the centre of the photo. squash: the whole photo, aspect ratio not "
+    text += "kept. A number: the centre, after the short side was resized to that many pixels."
+    add("--resize", type=resize_mode, default="crop", metavar="MODE", help=text)
 
-    add(
-        "--mean",
-        type=three_numbers(0),
-        metavar="R,G,B",
-        help="Mean that is subtracted, R,G,B from 0 to 1 or to 255, or one number. "
-        "ToTensor() alone: --mean 0 --std 1.",
-    )
+    text = "Mean to subtract: R,G,B or one number. After ToTensor() alone: --mean 0 --std 1."
+    add("--mean", type=three_numbers(0), metavar="R,G,B", help=text)
 
-    text = "Standard deviation that is divided by, likewise."
+    text = "Standard deviation to divide by, written likewise."
     add("--std", type=three_numbers(1e-6), metavar="R,G,B", help=text)
 
 
@@ -435,41 +341,21 @@ def add_explanation_options(parser: Parser) -> None:
     """Add the options of the explanation."""
     add = parser.add_argument_group("the explanation").add_argument
 
-    add(
-        "--method",
-        type=METHOD_LIST,
-        action="extend",
-        metavar="LIST",
-        dest="methods",
-        help=f"{', '.join(METHODS)} (default: gradcam); several with commas; all for these. "
-        f"Or {', '.join(MORE_METHODS)}.",
-    )
+    text = f"One or more of {', '.join(METHODS)}, with commas between them; all for these. "
+    text += f"Further methods: {', '.join(MORE_METHODS)}. Default: gradcam."
+    add("--method", type=METHOD_LIST, action="extend", metavar="LIST", dest="methods", help=text)
 
-    add(
-        "--target-layer",
-        type=some_text,
-        action="append",
-        metavar="NAME",
-        dest="target_layers",
-        help="Layer to explain, such as layer4; repeat it to average several. "
-        "Default: the last with a spatial map.",
-    )
+    repeated = {"type": some_text, "action": "append"}
+    text = "Layer to explain; repeat to average several. Default: the last with a map."
+    add("--target-layer", metavar="NAME", dest="target_layers", help=text, **repeated)
 
-    add(
-        "--target-class",
-        type=some_text,
-        action="append",
-        metavar="CLASS",
-        dest="target_classes",
-        help="Class to explain: name, index, truth or predicted; repeat it for several. "
-        "Default: each photo's prediction.",
-    )
+    text = "Name, index, truth or predicted; repeat for several. Default: the prediction."
+    add("--target-class", metavar="CLASS", dest="target_classes", help=text, **repeated)
 
     text = "Explain the N classes of highest probability."
-    add("--top-k", type=whole_number(1, 10**6), metavar="N", help=text)
+    add("--top-k", type=number_in(int, 1, 10**6), metavar="N", help=text)
 
-    text = "Average over six variants of the photo: smoother, six times slower."
-    add("--aug-smooth", action="store_true", help=text)
+    add("--aug-smooth", action="store_true", help="Average over six variants of the photo: slower.")
 
     text = "Take the first principal component over the channels: less noise."
     add("--eigen-smooth", action="store_true", help=text)
@@ -482,29 +368,28 @@ def add_picture_options(parser: Parser) -> None:
     """Add the options of the pictures."""
     add = parser.add_argument_group("the pictures").add_argument
 
-    text = "Which pictures: cam, gb, cam_gb. Default: all three. cam alone is the fastest."
+    text = "Which of cam, gb and cam_gb to draw. Default: all three. cam alone is the fastest."
     add("--outputs", type=OUTPUT_LIST, action="extend", metavar="LIST", help=text)
 
     text = "Long side of the pictures. Default: the photo's own resolution, at most 1024."
-    add("--output-size", type=whole_number(16, 8192), metavar="PX", help=text)
+    add("--output-size", type=number_in(int, 16, 8192), metavar="PX", help=text)
 
-    text = "Also write one picture with all methods and classes of a photo."
-    add("--sheet", action="store_true", help=text)
+    add("--sheet", action="store_true", help="Also draw all methods and classes into one picture.")
 
-    text = "OpenCV's: jet (default), turbo, viridis ..."
+    text = "One of OpenCV's: jet (default), turbo, viridis ..."
     add("--colormap", type=some_text, default="jet", metavar="NAME", help=text)
 
-    text = "Opacity of the heatmap. Default: 0.5."
-    add("--alpha", type=decimal_number(0, 1), default=0.5, metavar="A", help=text)
+    text = "Opacity of the heatmap, from 0 to 1. Default: 0.5."
+    add("--alpha", type=number_in(float, 0, 1), default=0.5, metavar="A", help=text)
 
-    text = "The heat's opacity grows with the map: cold places show the photo as it is."
-    add("--fade", action="store_true", help=text)
+    add("--fade", action="store_true", help="The colder a place, the more it shows the photo.")
 
     formats = ("jpg", "png", "webp")
-    add("--format", type=str.lower, choices=formats, default="jpg", help="Default: jpg.")
+    text = "jpg (default), png or webp."
+    add("--format", type=str.lower, choices=formats, default="jpg", metavar="NAME", help=text)
 
-    text = "Of jpg and webp. Default: 98."
-    add("--quality", type=whole_number(1, 100), default=98, metavar="Q", help=text)
+    text = "Quality of jpg and webp, from 1 to 100. Default: 98."
+    add("--quality", type=number_in(int, 1, 100), default=98, metavar="Q", help=text)
 
 
 def add_file_options(parser: Parser) -> None:
@@ -514,39 +399,30 @@ def add_file_options(parser: Parser) -> None:
     text = "Where the files go. Default: out."
     add("--output", type=some_text, default="out", metavar="FOLDER", help=text)
 
-    text = "Also write maps, gradients and logits as NumPy's .npz."
-    add("--save-arrays", action="store_true", help=text)
+    add("--save-arrays", action="store_true", help="Also write maps, gradients and logits as .npz.")
 
-    text = "Skip what an earlier run with the same options has finished."
+    text = "Skip the photos that an earlier run with the same options has finished."
     add("--skip-existing", action="store_true", help=text)
 
-    text = "Pictures only where the prediction is not the class of the folder."
+    text = "Write pictures only where the prediction is not the class of the photo's folder."
     add("--only-wrong", action="store_true", help=text)
 
-    text = "No index.html, the page of all results."
+    text = "Do not write index.html, the page of all results."
     add("--no-gallery", action="store_false", dest="gallery", help=text)
 
-    text = "Print the layers with the size of their maps, and end."
-    add("--list-layers", action="store_true", help=text)
+    add("--list-layers", action="store_true", help="Print the layers and their sizes, and exit.")
 
 
 def make_parser() -> Parser:
     """Return the parser of all options."""
-    parser = Parser(
-        "cnn_visualizations.py", description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False
-    )
+    usage = "cnn_visualizations.py [options] IMAGE ..."
+    parser = Parser(usage=usage, description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
-    parser.add_argument(
-        "images",
-        nargs="*",
-        metavar="IMAGE",
-        help="Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders, patterns, "
-        "or - to read paths from standard input.",
-    )
+    text = "Photos, folders, patterns, or - to read paths from standard input."
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help=text)
 
     add_network_options(parser)
-    add_input_options(parser)
     add_explanation_options(parser)
     add_picture_options(parser)
     add_file_options(parser)
@@ -559,11 +435,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises SystemExit: status 0 after --help, 2 where an option is wrong.
     """
     parser = make_parser()
-    if argv is None:
-        argv = sys.argv[1:]
+    words = list(sys.argv[1:] if argv is None else argv)
 
     # Photos may stand on both sides of the options, and after "--".
-    words = list(argv)
     names = []
     if "--" in words:
         end = words.index("--")
@@ -573,26 +447,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check_options(parser, rest)
     check_lists(parser, words)
     args.images += rest + names
+    check_images(parser, args)
+
+    if args.top_k and args.target_classes:
+        parser.error("--top-k and --target-class exclude each other: pass one of the two")
 
     args.methods = list(dict.fromkeys(args.methods or ["gradcam"]))
     args.outputs = list(dict.fromkeys(args.outputs or OUTPUTS))
     args.output = Path(args.output)
-
-    if args.top_k and args.target_classes:
-        parser.error("--top-k and --target-class exclude each other: pass one of the two")
-    check_images(parser, args)
+    if args.device == "gpu":
+        args.device = "cuda"
     return args
 
 
 def check_options(parser: Parser, words: Sequence[str]) -> None:
     """Report an unknown option among the words that the parser left over."""
-    known = [option for action in parser._actions for option in action.option_strings]
     for word in words:
         if word == "-" or not word.startswith("-"):
             continue
 
         option = word.split("=")[0]
-        advice = closest(option, known)
+        advice = closest(option, parser._option_string_actions)
         if option in SYNONYMS:
             advice = f"; pass {SYNONYMS[option]}"
         parser.error(f"unknown option {option}{advice} (see --help)")
@@ -601,20 +476,17 @@ def check_options(parser: Parser, words: Sequence[str]) -> None:
 def check_lists(parser: Parser, words: Sequence[str]) -> None:
     """Report a list with spaces between its items, which would be taken for photos."""
     for position, option in enumerate(words):
-        if option not in LIST_OPTIONS:
+        if option not in ("--method", "--outputs", "--class-names", "--mean", "--std"):
             continue
 
-        value = words[position + 1]
-        if "," in value.rstrip(",") or os.path.exists(value):
-            continue  # a whole list, or a file of class names
-
-        items = list_items(LIST_OPTIONS[option], words[position + 2 :])
-        if items:
-            listed = ",".join([value, *items]).replace(",,", ",")
+        parse = parser._option_string_actions[option].type
+        items = list_items(parse, words[position + 1 :])
+        if len(items) > 1:
+            listed = ",".join(items).replace(",,", ",")
             parser.error(f"{option} takes a list without spaces; pass {option} '{listed}'")
 
 
-def list_items(parse: Callable[[str], Any], words: Sequence[str]) -> list[str]:
+def list_items(parse: Callable[[str], Any], words: Iterable[str]) -> list[str]:
     """Return the words at the beginning that are items of a list rather than photos or options."""
     items = []
     for word in words:
@@ -652,13 +524,10 @@ MAX_DEEP_PIXELS = 30_000_000  # of photos with 16 or 32 bits a value
 MAX_WEBP_PIXELS = 51_000_000  # its decoder takes 16 bytes a pixel
 MIN_SIDE = 8  # pixels
 LONGEST_STRIP = 100  # long side : short side; resizing enlarges both to the network's input
-STRIP_HEIGHT = 64  # rows that are converted at once
+STRIP_HEIGHT = 256  # rows that are converted at once
 LARGE_PHOTO = 14_000_000  # pixels; photos above are decoded and resized one at a time
-MAX_SCANS = 100  # of a JPEG; progressive ones of cameras and the web have about ten
-LARGEST_JPEG = 2**27  # bytes
-JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not what compressed data may contain
-START_OF_IMAGE = b"\xff\xd8"
-END_OF_IMAGE = b"\xff\xd9"
+MAX_SCANS = 100  # of a progressive JPEG; usual ones have about ten
+LARGEST_JPEG = 2**27  # bytes in which scans are counted
 START_OF_SCAN = b"\xff\xda"
 LOG_NAME = "results.jsonl"
 
@@ -669,6 +538,7 @@ class Photo:
 
     path: str
     folder: str = ""  # where its files go, relative to --output
+    top: str = ""  # the folder on the command line that was walked; "": the photo itself was named
 
 
 @dataclass(frozen=True)
@@ -684,18 +554,19 @@ class Request:
 
 
 def photo_fault(path: str | Path) -> str:
-    """Return why a path cannot be a photo, without opening the file, or ""."""
+    """Return a line that says why a path cannot be a photo, without opening the file, or ""."""
+    fault = "no such file"
     with contextlib.suppress(OSError, ValueError):
         if os.path.isfile(path):
-            return "" if os.path.getsize(path) else "the file is empty"
+            return "" if os.path.getsize(path) else f"{path}: the file is empty"
 
     if "://" in str(path):
-        return "this is a URL; download the photo and pass the file"
-    if glob.has_magic(str(path)):
-        return "no file matches this pattern"
-    if os.path.exists(path):
-        return "not a file"
-    return "no such file"
+        fault = "this is a URL; download the photo and pass the file"
+    elif glob.has_magic(str(path)):
+        fault = "no file matches this pattern"
+    elif os.path.exists(path):
+        fault = "not a file"
+    return f"{path}: {fault}"
 
 
 def find_photos(inputs: Sequence[str]) -> list[Photo]:
@@ -746,11 +617,11 @@ def photos_of(name: str, common: str) -> list[Photo]:
     return [photo_at(name)]
 
 
-def photo_at(path: str, folder: str = "") -> Photo:
+def photo_at(path: str, folder: str = "", top: str = "") -> Photo:
     """Return the photo at a path, which is written without "./" and double slashes."""
-    if "://" in path:
-        return Photo(path, folder)
-    return Photo(str(Path(path)), folder)
+    if "://" not in path:
+        path = str(Path(path))
+    return Photo(path, folder, top)
 
 
 def walk(top: str, common: str) -> Iterator[Photo]:
@@ -772,20 +643,18 @@ def walk(top: str, common: str) -> Iterator[Photo]:
         inner[:] = sorted(filter(is_visible, inner))
 
         # A log covers the folders below it. Its set of names is shared, since it may be large.
-        logs = own_pictures.get(os.path.dirname(folder), [])
-        names = logged_names(folder)
-        if names:
-            logs = [*logs, names]
-        own_pictures[folder] = logs
+        logs = [*own_pictures.get(os.path.dirname(folder), []), logged_names(folder)]
+        own_pictures[folder] = list(filter(None, logs))
 
-        mirrored = mirrored_folder(folder, common)
+        mirrored = os.path.relpath(folder, common or top)
+        if mirrored == ".":
+            mirrored = ""
         for name in sorted(filter(is_visible, files)):
             if name.lower().endswith(NOT_READ):
                 unread += 1
-            if not name.lower().endswith(SUFFIXES):
-                continue
-            if not any(name in names for names in logs):
-                yield photo_at(os.path.join(folder, name), mirrored)
+            is_own = any(name in names for names in own_pictures[folder])
+            if name.lower().endswith(SUFFIXES) and not is_own:
+                yield photo_at(os.path.join(folder, name), mirrored, top)
 
     if unread:
         suffixes = " ".join(NOT_READ)
@@ -800,16 +669,6 @@ def is_visible(name: str) -> bool:
 def warn_unlisted(error: OSError) -> None:
     """Warn of a folder that cannot be listed."""
     warn(f"{error.filename}: cannot be listed")
-
-
-def mirrored_folder(folder: str, common: str) -> str:
-    """Return a folder relative to `common`, or its path without the drive where there is none."""
-    absolute = os.path.abspath(folder)
-    if not common:
-        return os.path.splitdrive(absolute)[1].lstrip("\\/")
-
-    relative = os.path.relpath(absolute, common)
-    return "" if relative == "." else relative
 
 
 def is_own_picture(path: str) -> bool:
@@ -840,23 +699,15 @@ def parse_record(line: str | bytes) -> dict[str, Any]:
     """Return a line of the log as a dict, or {} where it is no record in this program's layout."""
     try:
         record = json.loads(line)
-        if is_record(record):
-            return record
+        texts = [record["image"], record["method"], *record_files(record)]
+        texts += [record.get(key, "") for key in ("source", "error", "options", "output_stem")]
+        texts += [explained["name"] for explained in record.get("classes", [])]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        pass
+        return {}
+
+    if all(isinstance(text, str) for text in texts):
+        return record
     return {}
-
-
-def is_record(record: Any) -> bool:
-    """Return whether the texts and the files of a record are where they belong.
-
-    Raises TypeError, LookupError or AttributeError: a part of it is of another kind.
-    """
-    texts = [record["image"], record["method"], *record_files(record)]
-    texts += [record.get(key, "") for key in ("source", "error", "options", "output_stem")]
-    for explained in record.get("classes", []):
-        texts.append(explained["name"])
-    return all(isinstance(text, str) for text in texts)
 
 
 def record_files(record: Mapping[str, Any]) -> list[str]:
@@ -868,10 +719,7 @@ def record_files(record: Mapping[str, Any]) -> list[str]:
 
 
 def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Print one line for an uncaught error that the user can mend, else the traceback.
-
-    Stands in for sys.excepthook.
-    """
+    """Print one line for an uncaught error that the user can mend, else the traceback."""
     is_scarcity = isinstance(error, (MemoryError, OSError, ImportError))
     if isinstance(error, ModuleNotFoundError):
         message = f"{first_line(error)}; run: pip install -r requirements.txt"
@@ -898,8 +746,8 @@ def start() -> Request:
         if args.list_layers:
             return Request(args, [], 0, **ranks)
         photos = find_photos(args.images)
-        faults = faults_of(photos)
-        if len(faults) == len(photos):
+        faults = [photo_fault(photo.path) for photo in photos]
+        if all(faults):
             stop(1, faults)
         check_output(args.output)
         # Now, because loading torch takes seconds.
@@ -954,21 +802,9 @@ def torchrun_ranks() -> dict[str, int]:
         ranks[key] = int(text)
 
     if ranks["rank"] >= ranks["world_size"]:
-        rank = ranks["rank"]
-        world_size = ranks["world_size"]
-        message = f"RANK={rank} and WORLD_SIZE={world_size} in the environment"
-        raise CallError(f"{message}: RANK must be less than WORLD_SIZE; unset both")
+        given = "RANK={rank} and WORLD_SIZE={world_size}".format(**ranks)
+        raise CallError(f"{given} in the environment: RANK must be less; unset both")
     return ranks
-
-
-def faults_of(photos: Iterable[Photo]) -> list[str]:
-    """Return a line for each photo that does not exist or cannot be one."""
-    lines = []
-    for photo in photos:
-        fault = photo_fault(photo.path)
-        if fault:
-            lines.append(f"{photo.path}: {fault}")
-    return lines
 
 
 def check_output(folder: Path) -> None:
@@ -1054,16 +890,13 @@ def open_photo(path: str | Path, short_side: int = 0) -> Iterator[Picture]:
     """Yield what `read_photo` returns. Large photos wait for each other until their block ends.
 
     Preprocess the photo inside the block, so that the memory of large photos does not add up.
+    `short_side` is the length to which the block resizes its short side, 0 if it does not.
 
-    Args:
-        path: the photo.
-        short_side: the length to which the block resizes its short side, the aspect ratio kept.
-
-    Raises PhotoError: likewise, or the resized photo would be too large.
+    Raises PhotoError: as `read_photo`, or the resized photo would be too large.
     """
     fault = photo_fault(path)
     if fault:
-        raise PhotoError(f"{path}: {fault}")
+        raise PhotoError(fault)
 
     with contextlib.ExitStack() as locks:
         try:
@@ -1093,22 +926,22 @@ def count_pixels(image: Image.Image, path: str | Path, short_side: int) -> int:
         limit = MAX_DEEP_PIXELS
     if image.format == "WEBP":
         limit = MAX_WEBP_PIXELS
-    millions = limit // 10**6
-    if short * long > limit:
-        raise PhotoError(f"{path}: {size}, at most {millions} million can be read")
 
-    tile = tile_pixels(image)
-    if tile > limit:
-        raise PhotoError(f"{path}: a tile of {tile} pixels, at most {millions} million")
+    pixels = short * long
+    if image.format == "TIFF":  # its tiles may be larger than the image
+        pixels = max(pixels, image.tag_v2.get(322, 0) * image.tag_v2.get(323, 0))
+    if pixels > limit:
+        millions = limit // 10**6
+        raise PhotoError(f"{path}: {pixels} pixels, at most {millions} million can be read")
 
     resized = short_side**2 * long // short
     if resized > MAX_PIXELS:
         raise PhotoError(f"{path}: {size}, too long for a short side of {short_side} pixels")
 
-    if image.format in ("JPEG", "MPO") and count_scans(path) > MAX_SCANS:
+    # Decoding goes over all pixels in each scan.
+    if image.info.get("progressive") and count_scans(path) > MAX_SCANS:
         raise PhotoError(f"{path}: more than {MAX_SCANS} scans; save the photo anew")
-
-    return max(short * long, tile, resized)
+    return max(pixels, resized)
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -1116,32 +949,10 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode.startswith(("I", "F"))
 
 
-def tile_pixels(image: Image.Image) -> int:
-    """Return the size of a TIFF's tiles, which may be larger than the image; else 0."""
-    if image.format != "TIFF":
-        return 0
-    return image.tag_v2.get(322, 0) * image.tag_v2.get(323, 0)
-
-
 def count_scans(path: str | Path) -> int:
-    """Return how many scans a JPEG file has. Decoding goes over all pixels in each of them."""
+    """Return how often a JPEG file has the marker that starts a scan."""
     with open(path, "rb") as file:
-        data = file.read(LARGEST_JPEG)
-
-    scans = 0
-    position = 0
-    while scans <= MAX_SCANS:
-        marker = JPEG_MARKER.search(data, position)
-        if marker is None or marker[0] == END_OF_IMAGE:
-            break
-        if marker[0] == START_OF_SCAN:
-            scans += 1
-
-        # A marker is followed by the length of its segment.
-        position = marker.end()
-        if marker[0] != START_OF_IMAGE:
-            position += int.from_bytes(data[position : position + 2], "big")
-    return scans
+        return file.read(LARGEST_JPEG).count(START_OF_SCAN)
 
 
 def decode(path: str | Path, short_side: int, locks: contextlib.ExitStack) -> Picture:
@@ -1153,7 +964,8 @@ def decode(path: str | Path, short_side: int, locks: contextlib.ExitStack) -> Pi
         if count_pixels(image, path, short_side) > LARGE_PHOTO:
             locks.enter_context(DECODING)
 
-        has_16_bits = ";16" in str(image.tile)  # of a colour image, Pillow gives the upper eight
+        # Of a colour image with 16 bits, Pillow gives the upper eight.
+        has_16_bits = ";16" in str(image.tile) and not is_deep(image)
         image.load()
         image.getexif()
         image.info.pop("exif", None)  # exif_transpose would write it anew, where odd entries fail
@@ -1188,9 +1000,10 @@ def to_eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
     low = values.min()
     high = values.max()
 
-    # Sixteen bits have their own white. Of other values it is a guess, unless they go from 0 to 1.
+    # Sixteen bits have their own white, unless only twelve are used. Of other values it is a guess,
+    # unless they go from 0 to 1.
     white = 65535.0
-    is_guess = image.mode == "I" and image.format == "TIFF"
+    is_guess = high < 4096 or (image.mode == "I" and image.format == "TIFF")
     if image.mode == "F":
         white = 1.0 if high <= 1 else 255.0
         is_guess = low < 0 or high > 1
