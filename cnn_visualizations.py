@@ -1021,7 +1021,9 @@ def to_eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
 # --------------------------------------------------------------------------------------------------
 
 MAX_PICKLE_BYTES = 64 * 2**20  # of the structure of a checkpoint, without its tensors
-MAX_PICKLE_STEPS = 3_000_000  # of the pickle machine; 2,000 tensors take 60,000
+MAX_PICKLE_STEPS = 1_000_000  # of the pickle machine; 2,000 tensors take 60,000
+MAX_CLASSES = 1000  # that a pickle names; a whole network names some 60
+MAX_TENSORS = 20_000
 MAX_KEY_LENGTH = 300  # characters of a tensor's full name
 
 # Where training scripts put their options, and under which names.
@@ -1048,13 +1050,14 @@ ENTRY_NAMES = {
     "multi_label": ("multi_label",),
 }
 
-# Tensors that training leaves in a file and that no forward pass reads: optimizers, moving
-# averages, losses with their centres, metrics.
+# Tensors that training leaves in a file and that no forward pass reads: optimizers, losses with
+# their centres, the state of callbacks; and, if they are no matrices, metrics.
 TRAINING_ONLY = re.compile(
-    r"(^|[._])(optim\w*|\w*loss\w*|criterion\w*|centers?|metrics?|acc\w*|n_averaged)([._]|$)",
+    r"(^|[._])(optim\w*|\w*loss\w*|criterion\w*|callbacks|\w*scheduler|scaler|n_averaged)([._]|$)",
     re.IGNORECASE,
 )
-AVERAGE = re.compile(r"(^|[._])(ema|swa|averag\w*)([._]|$)", re.IGNORECASE)
+METRIC = re.compile(r"(^|[._])(metrics?|acc|accuracy|best\w*|epoch|lr)([._]|$)", re.IGNORECASE)
+AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged)([._]|$)", re.IGNORECASE)
 
 State = dict[str, Tensor]
 
@@ -1072,7 +1075,8 @@ class Entry:
 class PickledModule:
     """What a pickled network tells of one of its modules."""
 
-    kind: str  # the name of its class
+    kind: str  # the name of its class, without the modules of Python that it is in
+    is_usual: bool  # whether the class is torch's or torchvision's
     attributes: Mapping[str, Any]  # such as `stride` and `eps`
 
 
@@ -1084,6 +1088,7 @@ class Checkpoint:
     tensors: State = field(default_factory=dict)  # by full name, as "state_dict.module.fc.weight"
     entries: Mapping[str, Sequence[Entry]] = field(default_factory=dict)  # by a key of ENTRY_NAMES
     modules: Mapping[str, PickledModule] = field(default_factory=dict)  # of pickled networks
+    in_order: bool = True  # whether the tensors stand in the order of the network's layers
 
     @property
     def file(self) -> str:
@@ -1112,49 +1117,55 @@ class StandIn:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Return the tensors, the entries and the modules of a checkpoint. Raises CallError."""
+    """Return the tensors, the entries and the modules of a checkpoint.
+
+    Raises CallError: the file is damaged, is a TorchScript archive, or would cost too much.
+    """
     existing_file(str(path))
-    if path.suffix == ".safetensors":
-        content = load_safetensors(path)
-    else:
-        content = load_pickle(path)
-    return read_content(content, str(path))
-
-
-def load_safetensors(path: Path) -> State:
-    """Return the tensors of a .safetensors file. Raises CallError."""
     try:
-        from safetensors.torch import load_file
-
-        return load_file(path)
+        if path.suffix == ".safetensors":
+            return replace(read_content(load_safetensors(path), str(path)), in_order=False)
+        return read_content(load_pickle(path), str(path))
+    except CallError:
+        raise
     except ImportError as error:
         message = f"{path}: needs the safetensors package; run: pip install safetensors"
         raise CallError(message) from error
-    except Exception as error:
-        raise CallError(f"{path}: not a whole .safetensors file; copy it again") from error
+    except Exception as error:  # a damaged file raises nearly anything
+        raise CallError(f"{path}: {why_not_loaded(error)}") from error
+
+
+def load_safetensors(path: Path) -> State:
+    """Return the tensors of a .safetensors file. Raises CallError: its header is too large."""
+    from safetensors.torch import load_file
+
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+    if header_size > 200 * MAX_TENSORS:
+        raise CallError(f"{path}: not a checkpoint: its header has {header_size} bytes")
+    return load_file(path)
 
 
 def load_pickle(path: Path) -> Any:
     """Return what a file of torch.save holds, with stand-ins for what would be code.
 
     Files of torch before 1.6 are no archives; of these only those without pickled objects are read.
-    Raises CallError: the file is damaged, is a TorchScript archive, or would cost too much.
+    Raises CallError: reading the file would cost too much.
     """
-    try:
-        stand_ins = []
-        with path.open("rb") as file:
-            is_archive = file.read(4) == b"PK\x03\x04"
+    stand_ins = []
+    with path.open("rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"
         if is_archive:
             check_archive(path)
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             stand_ins = [(make_stand_in(name), name) for name in names]
-        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except CallError:
-        raise
-    except Exception as error:  # a damaged file raises nearly anything
-        raise CallError(f"{path}: {why_not_loaded(error)}") from error
+        else:
+            file.seek(0)
+            for _ in range(4):  # a mark, a version, the system, and the content
+                check_pickle(path, file)
+    with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def check_archive(path: Path) -> None:
@@ -1174,18 +1185,22 @@ def check_archive(path: Path) -> None:
             raise CallError(f"{path}: damaged: its records add up to more than the file")
 
         for file in files:
-            if file.filename.endswith("data.pkl"):
-                check_pickle(path, archive, file)
+            if not file.filename.lower().endswith("data.pkl"):
+                continue
+            if file.file_size > MAX_PICKLE_BYTES:
+                size = file.file_size // 2**20
+                raise CallError(f"{path}: {size} MB beside the tensors, at most 64 can be read")
+            check_pickle(path, io.BytesIO(archive.read(file)))
 
 
-def check_pickle(path: Path, archive: zipfile.ZipFile, file: zipfile.ZipInfo) -> None:
-    """Raise CallError where the structure of a checkpoint is larger than any real one."""
-    if file.file_size > MAX_PICKLE_BYTES:
-        size = file.file_size // 2**20
-        raise CallError(f"{path}: {size} MB of values beside the tensors, at most 64 can be read")
-    steps = pickletools.genops(archive.read(file))
-    if sum(1 for _ in itertools.islice(steps, MAX_PICKLE_STEPS)) == MAX_PICKLE_STEPS:
-        raise CallError(f"{path}: too many values beside the tensors; save the weights alone")
+def check_pickle(path: Path, file: Any) -> None:
+    """Raise CallError where a pickle has more steps than that of any real checkpoint."""
+    classes = 0
+    for step, (operation, argument, _) in enumerate(pickletools.genops(file)):
+        if operation.name == "GLOBAL":
+            classes += 1 if len(argument) < MAX_KEY_LENGTH else MAX_CLASSES
+        if step == MAX_PICKLE_STEPS or classes >= MAX_CLASSES:
+            raise CallError(f"{path}: too many values beside the tensors; save the weights alone")
 
 
 def make_stand_in(name: str) -> type:
@@ -1214,14 +1229,15 @@ def read_content(content: Any, name: str) -> Checkpoint:
     modules: dict[str, PickledModule] = {}
     for prefix, holder in holders_in(content):
         if is_pickled_module(holder):
-            kind = type(holder).__name__.rpartition(".")[2]
-            modules[prefix.removesuffix(".")] = PickledModule(kind, holder.state)
+            modules[prefix.removesuffix(".")] = read_module(holder)
         for key, value in children_of(holder).items():
             if isinstance(value, Tensor):
                 full_name = prefix + modern_name(str(key))
                 check_tensor(value, full_name, name)
                 tensors[full_name] = value.detach()
 
+    if len(tensors) > MAX_TENSORS:
+        raise CallError(f"{name}: not a checkpoint of one network: {len(tensors)} tensors")
     if not any(tensor.ndim > 1 for tensor in tensors.values()):
         raise CallError(f"{name}: no weights in it (found: {outline(content)})")
     if isinstance(content, Mapping) and not is_state(content):
@@ -1231,18 +1247,28 @@ def read_content(content: Any, name: str) -> Checkpoint:
 
 
 def holders_in(content: Any) -> Iterator[tuple[str, Any]]:
-    """Yield each dict and pickled module in a file once, with the prefix of its tensors' names."""
-    waiting = deque([("", content)])
+    """Yield each dict and pickled module in a file once, with the prefix of its tensors' names.
+
+    Those inside another follow it at once, as in a state dict.
+    """
+    waiting = [("", content)]
     visited = set()  # a file may nest dicts in themselves
     while waiting:
-        prefix, holder = waiting.popleft()
+        prefix, holder = waiting.pop()
         if id(holder) in visited or len(prefix) > MAX_KEY_LENGTH:
             continue
         visited.add(id(holder))
         yield prefix, holder
-        for key, value in children_of(holder).items():
+        for key, value in reversed(children_of(holder).items()):
             if not isinstance(value, Tensor) and "optim" not in str(key):
                 waiting.append((f"{prefix}{modern_name(str(key))}.", value))
+
+
+def read_module(module: StandIn) -> PickledModule:
+    """Return what a pickled network tells of one of its modules."""
+    name = type(module).__name__
+    is_usual = name.startswith(("torch.nn.", "torchvision."))
+    return PickledModule(name.rpartition(".")[2], is_usual, module.state)
 
 
 def is_state(content: Mapping[Any, Any]) -> bool:
@@ -1287,8 +1313,8 @@ def modern_name(key: str) -> str:
 
 def check_tensor(tensor: Tensor, key: str, name: str) -> None:
     """Raise CallError where a tensor has no values of its own, or no usable name."""
-    if len(key) > MAX_KEY_LENGTH:
-        raise CallError(f"{name}: not a checkpoint: the name of a tensor has {len(key)} characters")
+    if len(key) > MAX_KEY_LENGTH or not key.isprintable():
+        raise CallError(f"{name}: not a checkpoint: it has a tensor of the name {key[:40]!a}")
     is_plain = tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested)
     if not is_plain:
         if key in ("mean", "std", "input_size"):
@@ -1301,7 +1327,7 @@ def check_tensor(tensor: Tensor, key: str, name: str) -> None:
 def outline(content: Any) -> str:
     """Return the first keys of a dict, or the type of anything else, for a message."""
     if isinstance(content, Mapping):
-        return ", ".join(str(key)[:40] for key in list(content)[:8])
+        return ascii([str(key)[:40] for key in list(content)[:8]])[1:-1].replace("'", "")
     return type(content).__name__
 
 
@@ -2003,9 +2029,9 @@ def choose_place(wanted: State, checkpoint: Checkpoint) -> tuple[Place, State]:
 
 def is_of_network(key: str, tensor: Tensor) -> bool:
     """Return whether a forward pass may read a tensor, which is not for training only."""
-    if TRAINING_ONLY.search(key) or AVERAGE.search(key) or key.endswith("num_batches_tracked"):
+    if TRAINING_ONLY.search(key) or AVERAGE.search(key) or not tensor.is_floating_point():
         return False
-    return tensor.ndim > 0 and tensor.is_floating_point()
+    return tensor.ndim > 1 or not METRIC.search(key)
 
 
 # A torchvision network
@@ -2093,25 +2119,27 @@ SETTINGS = (
 
 def check_modules(model: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
     """Raise CallError where a pickled network has another layer than `model` at the same place."""
-    root = find_head(model)[0].partition(".")[0]
+    root, last = find_head(model)
     for name, module in model.named_modules():
-        pickled = checkpoint.modules.get(prefix + name)
-        is_layer = not any(True for _ in module.children())
-        if pickled is None or not is_layer or name.partition(".")[0] == root:
+        path = f"{prefix}{name}".removesuffix(".")
+        pickled = checkpoint.modules.get(path)
+        in_head = name.partition(".")[0] == root.partition(".")[0]
+        if pickled is None or (in_head and isinstance(last, nn.Linear)):
             continue
         kind = type(module).__name__
-        if pickled.kind != kind:
+        is_layer = not any(True for _ in module.children())
+        if not pickled.is_usual or (is_layer and pickled.kind != kind):
             raise CallError(
-                f"{checkpoint.name}: {prefix}{name} is a {pickled.kind}, where torchvision's has a "
-                f"{kind}; {OWN_NETWORK}"
+                f"{checkpoint.name}: {path or 'the network'} is a {pickled.kind}, where "
+                f"torchvision's is a {kind}; {OWN_NETWORK}"
             )
         for setting in SETTINGS:
             ours = getattr(module, setting, None)
             theirs = pickled.attributes.get(setting, ours)
             if as_pair(ours) != as_pair(theirs):
                 raise CallError(
-                    f"{checkpoint.name}: {prefix}{name} has {setting} {theirs}, where "
-                    f"torchvision's has {ours}; {OWN_NETWORK}"
+                    f"{checkpoint.name}: {path} has {setting} {theirs}, where torchvision's has "
+                    f"{ours}; {OWN_NETWORK}"
                 )
 
 
@@ -2216,7 +2244,7 @@ def fit_named_head(
 
     # only the last layer was replaced, perhaps by several
     kept = {key: theirs[key] for key in ours}
-    changed = {key: in_head[prefix + key] for key in theirs if key not in ours}
+    changed = {key: in_head[key] for key in in_head if key.removeprefix(prefix) not in ours}
     layers = read_layers(changed, checkpoint, last.in_features)
     head = replace_head(arch, model, name, layers, last.in_features, checkpoint)
     return replace(head, state=head.state | kept, inputs=first_inputs(model))
@@ -2273,23 +2301,38 @@ def read_layers(tensors: State, checkpoint: Checkpoint, features: int) -> list[L
 
 
 def in_order(by_layer: Mapping[str, State], checkpoint: Checkpoint) -> list[str]:
-    """Return the names of the layers of a head; of a pickled one, with those without tensors."""
-    parents = {name.rpartition(".")[0] for name in by_layer}
-    heads = {parent for parent in parents if is_sequential(parent, checkpoint)}
+    """Return the names of the layers of a head; of a pickled one, with those without tensors.
+
+    Raises CallError: the file does not say in which order they are.
+    """
+    sequences = {outermost_sequence(name, checkpoint) for name in by_layer} - {""}
+    if not sequences:
+        names = list(by_layer)
+        if not checkpoint.in_order and len(names) > 1:
+            names.sort(key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
+            if not all(name.rpartition(".")[2].isdigit() for name in names):
+                raise CallError(
+                    f"{checkpoint.name}: the order of the layers {' and '.join(names[:3])} is not "
+                    f"in the file; {OWN_NETWORK}"
+                )
+        return names
+
     names = []
     for name, module in checkpoint.modules.items():
-        if name.rpartition(".")[0] in heads and module.kind not in NO_EFFECT:
+        is_inside = any(name.startswith(f"{sequence}.") for sequence in sequences)
+        if name in by_layer or (is_inside and module.kind not in NO_EFFECT):
             names.append(name)
-    names += [name for name in by_layer if name not in names]
-    if not heads:
-        return names
-    order = {name: index for index, name in enumerate(checkpoint.modules)}
-    return sorted(names, key=lambda name: order.get(name, len(order)))
+    return names
 
 
-def is_sequential(name: str, checkpoint: Checkpoint) -> bool:
-    """Return whether a pickled module is a Sequential, whose layers follow each other."""
-    return name in checkpoint.modules and checkpoint.modules[name].kind == "Sequential"
+def outermost_sequence(name: str, checkpoint: Checkpoint) -> str:
+    """Return the outermost pickled Sequential around a layer, whose layers follow each other."""
+    sequence = ""
+    parent = name.rpartition(".")[0]
+    while parent in checkpoint.modules and checkpoint.modules[parent].kind == "Sequential":
+        sequence = parent
+        parent = parent.rpartition(".")[0]
+    return sequence
 
 
 def read_layer(state: State, pickled: PickledModule | None) -> nn.Module | None:
@@ -2340,6 +2383,9 @@ def replace_head(
     if not layers:
         return Head({})  # load_state tells that it is missing
     check_sizes(arch, layers, features, checkpoint)
+    for layer in layers[:-1]:
+        if type(layer.module).__name__ in READ_AS_SCORES:
+            raise CallError(f"{checkpoint.name}: {layer.name} is not at the end; {OWN_NETWORK}")
     ends_in_sigmoid = isinstance(layers[-1].module, nn.Sigmoid)
     layers = [layer for layer in layers if type(layer.module).__name__ not in READ_AS_SCORES]
     layers, assumed = with_activations(layers, checkpoint)
@@ -2382,8 +2428,8 @@ def with_activations(layers: Sequence[Layer], checkpoint: Checkpoint) -> tuple[l
     is_linear = False  # whether nothing has bent the values since the last Linear layer
     for layer in layers:
         kind = type(layer.module).__name__
-        is_known = is_sequential(layer.name.rpartition(".")[0], checkpoint)
-        if kind == "Linear" and is_linear and not is_known:
+        is_complete = outermost_sequence(layer.name, checkpoint) != ""
+        if kind == "Linear" and is_linear and not is_complete:
             complete.append(Layer("", nn.ReLU(), {}))
             assumed = True
         if kind in ACTIVATIONS:
@@ -2650,7 +2696,12 @@ def count_outputs(network: Network, size: Sequence[int], num_classes: int | None
     end = final_function(logits)
     if end:
         raise CallError(f"the network ends in a {end}; let it return the logits, without that")
-    run_once(network, (1, network.channels, height, width), num_classes)
+    alone = run_once(network, (1, network.channels, height, width), num_classes)
+    if not torch.allclose(logits, alone.expand_as(logits), 1e-3, 1e-3, equal_nan=True):
+        raise CallError(
+            "the network gives different answers for the same input; does it use dropout, or batch "
+            "statistics, in eval mode?"
+        )
     return logits.shape[1]
 
 
@@ -2659,7 +2710,7 @@ def run_once(network: Network, shape: Sequence[int], num_classes: int | None) ->
     try:
         with torch.enable_grad():
             answer = network.model(torch.zeros(*shape, requires_grad=True))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         size = " x ".join(map(str, shape[1:]))
         hint = ""
         if isinstance(error, RuntimeError):
@@ -2672,18 +2723,21 @@ def run_once(network: Network, shape: Sequence[int], num_classes: int | None) ->
 # The autograd nodes of operations that only arrange, bound or convert values.
 ARRANGING = re.compile(
     r"(Unsafe)?(View|Reshape\w*|Squeeze|Unsqueeze|Slice|Select|Clamp\w*|Alias|Clone|ToCopy|"
-    r"Transpose|T|Permute|Expand|Cat|Stack|Index|Unbind|Split\w*)Backward\w*"
+    r"Transpose|T|Permute|Expand|Cat|Stack|Index|Unbind|Split\w*|Mean|Where)Backward\w*"
 )
 
 
 def final_function(logits: Tensor) -> str:
     """Return "sigmoid" or "softmax" where a network ends in one, or ""."""
+    sums = logits.sum(1)
+    if logits.shape[1] > 1 and (logits >= 0).all() and torch.allclose(sums, torch.ones_like(sums)):
+        return "softmax"
     waiting = [logits.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None:
             continue
-        last = re.match("(Softmax|Sigmoid)Backward", node.name())
+        last = re.match("(Softmax|Sigmoid|Hardsigmoid)Backward", node.name())
         if last:
             return last.group(1).lower()
         if ARRANGING.fullmatch(node.name()):
