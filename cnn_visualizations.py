@@ -35,6 +35,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import gc
 import glob
 import json
 import os
@@ -993,6 +994,7 @@ def size_of_log(folder: Path) -> int:
 
 if __name__ == "__main__":
     REQUEST = start()
+    gc.disable()  # until all is imported: it would take a tenth of that time
     # Threads that spin while they wait slow the others down.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.excepthook = report_crash
@@ -6642,4 +6644,6 @@ def interrupt(*_: Any) -> NoReturn:
 
 if __name__ == "__main__":
     on_interrupt(interrupt)
+    gc.freeze()  # what is imported stays
+    gc.enable()
     sys.exit(main(REQUEST))
