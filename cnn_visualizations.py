@@ -3722,6 +3722,14 @@ def find_target_layer(calls: Sequence[Call], logits: Tensor, size: Sequence[int]
     return spatial[0].name
 
 
+def count_readers(logits: Tensor) -> Counter[Any]:
+    """Return how many nodes of the autograd graph read the output of each node."""
+    readers: Counter[Any] = Counter()
+    for node in graph_nodes(logits.grad_fn):
+        readers.update(parent for parent, _ in node.next_functions)
+    return readers
+
+
 def fold_batch_norms(
     network: nn.Module, calls: Sequence[Call], logits: Tensor, keep: Sequence[str]
 ) -> None:
@@ -3730,10 +3738,7 @@ def fold_batch_norms(
     `keep` names the layers whose own output is wanted. The graph of the recorded pass tells which
     output goes where.
     """
-    readers: Counter[Any] = Counter()  # of each node's output
-    for node in graph_nodes(logits.grad_fn):
-        readers.update(parent for parent, _ in node.next_functions)
-
+    readers = count_readers(logits)
     kept = [call.node for call in calls if call.name in keep]
     convolutions: dict[Any, Call] = {}  # by the node of their output
     for call in calls:
