@@ -35,6 +35,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import gc
 import glob
 import json
 import os
@@ -829,6 +830,7 @@ def size_of_log(folder: Path) -> int:
 
 if __name__ == "__main__":
     REQUEST = start()
+    gc.disable()  # until all is imported: it would take a tenth of that time
     # Threads that spin while they wait slow the others down.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.excepthook = report_crash
@@ -3101,59 +3103,43 @@ def find_class(wanted: str, class_names: Sequence[str]) -> int:
 ACTIVATION_NODES = re.compile(
     r"\w*(relu|elu|silu|swish|mish|hardtanh|threshold|softplus)\w*Backward\d*", re.IGNORECASE
 )
-NO_CLASS = -3  # in `minus`: no logit is subtracted from that of the target
 Targets = Sequence[int] | Tensor | int | None
+Layers = str | nn.Module | Sequence[str | nn.Module] | None
 
 
 @dataclass(frozen=True)
 class Explanation:
     """The explanation of N inputs of H x W.
 
-    Where K classes were asked for each input, all but `logits` have K as their second axis: (N, K,
-    ...).
-
-    Attributes:
-        cams: for each method the maps, float32 (N, H, W) in [0, 1]: highest where the evidence for
-            the class is strongest in this photo. A map that is 0 everywhere means that the layer
-            holds no positive evidence.
-        guided: guided-backpropagation gradients, float32 (N, 3, H, W), in logit per normalised
-            input value; None if they were not asked for. In a network without activations they are
-            the plain gradients.
-        logits: float32 (N, classes).
-        targets: int64 (N,), the class that was explained.
-        minus: int64 (N,), the class whose logit was subtracted, or NO_CLASS; None if no difference
-            was asked for.
+    A map is highest where the evidence for the class is strongest in this photo, and 0 everywhere
+    where the layer holds no positive evidence. Where K classes were asked for each input, all but
+    `logits` have K as their second axis.
     """
 
-    cams: dict[str, Floats]
+    cams: dict[str, Floats]  # for each method the maps, float32 (N, H, W) in [0, 1]
+    # guided backpropagation, float32 (N, 3, H, W), in logit per normalised input value; None if it
+    # was not asked for
     guided: Floats | None
-    logits: Floats
-    targets: NDArray[np.int64]
-    minus: NDArray[np.int64] | None = None
+    logits: Floats  # float32 (N, classes)
+    targets: NDArray[np.int64]  # the class that was explained, (N,)
+    minus: NDArray[np.int64]  # that whose logit was subtracted; the target itself where none was
 
     def __repr__(self) -> str:
         shapes = {method: maps.shape for method, maps in self.cams.items()}
         return f"Explanation(cams={shapes}, targets={self.targets.tolist()})"
 
     def only(self, index: int) -> Explanation:
-        """Return the explanation of one input, as a batch of one.
-
-        A class that was asked for twice is there once.
-        """
+        """Return the explanation of one input, as a batch of one, with each question once."""
         rows: Any = slice(index, index + 1)
         if self.targets.ndim == 2:
-            asked = self.targets[index].tolist()
-            if self.minus is not None:
-                asked = list(zip(asked, self.minus[index].tolist(), strict=True))
-            first_places = [asked.index(question) for question in dict.fromkeys(asked)]
-            rows = np.ix_([index], first_places)
-
-        def pick(values: Any) -> Any:
-            return None if values is None else values[rows]
+            questions = np.stack([self.targets[index], self.minus[index]])
+            first_places = np.unique(questions, axis=1, return_index=True)[1]
+            rows = np.ix_([index], np.sort(first_places))
 
         cams = {method: maps[rows] for method, maps in self.cams.items()}
+        guided = None if self.guided is None else self.guided[rows]
         logits = self.logits[index : index + 1]
-        return Explanation(cams, pick(self.guided), logits, pick(self.targets), pick(self.minus))
+        return Explanation(cams, guided, logits, self.targets[rows], self.minus[rows])
 
 
 def gradcam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -3184,7 +3170,6 @@ def randomcam(activations: Tensor, gradients: Tensor | None) -> Tensor:
 
 
 def channel_sum(contributions: Tensor) -> Tensor:
-    """Return the sum over the channels."""
     return contributions.sum(-3)
 
 
@@ -3204,17 +3189,16 @@ def principal_component(contributions: Tensor, of_class: bool = True) -> Tensor:
 
     # The eigenvectors of the smaller Gram matrix give the projection, (..., h * w).
     positions, channels = centred.shape[-2:]
-    transposed = centred.transpose(-2, -1)
     if positions <= channels:
-        variances, vectors = torch.linalg.eigh(centred @ transposed)
+        variances, vectors = torch.linalg.eigh(centred @ centred.mT)
         maps = vectors[..., -1] * variances[..., -1:].clamp(min=0).sqrt()
     else:
-        component = torch.linalg.eigh(transposed @ centred).eigenvectors[..., -1:]
-        maps = (centred @ component)[..., 0]
+        vectors = torch.linalg.eigh(centred.mT @ centred).eigenvectors
+        maps = (centred @ vectors[..., -1:])[..., 0]
 
-    total = centred.sum(-1)
     direction = (columns.abs().sum(-1) * maps).sum(-1)
     if of_class:
+        total = centred.sum(-1)
         covariance = (total * maps).sum(-1)
         correlates = covariance.abs() > 0.3 * total.norm(dim=-1) * maps.norm(dim=-1)
         direction = torch.where(correlates, covariance, direction)
@@ -3224,9 +3208,9 @@ def principal_component(contributions: Tensor, of_class: bool = True) -> Tensor:
 
 @dataclass(frozen=True)
 class CamMethod:
-    """A method that needs one forward and at most one backward pass.
+    """How a method makes its map from what the channels of a layer contribute to it.
 
-    `contributions` takes the activations of a layer and the gradients of the class score with
+    `contributions` takes the activations of the layer and the gradients of the class score with
     respect to them, both (..., C, h, w), and returns what each channel adds to the map.
     """
 
@@ -3237,6 +3221,9 @@ class CamMethod:
     product: bool = False  # whether the maps of several layers are multiplied instead of averaged
 
 
+MANY_PASSES = ("scorecam", "ablationcam")
+# They find a weight for each channel, (..., C, 1, 1), which takes the gradients' place.
+BY_WEIGHTS = CamMethod(lambda a, weights: a * weights, gradients=False)
 CAM_METHODS = {
     # Selvaraju et al., ICCV 2017, arXiv:1610.02391
     "gradcam": CamMethod(lambda a, g: a * g.mean((-2, -1), keepdim=True)),
@@ -3253,17 +3240,15 @@ CAM_METHODS = {
     # arXiv:2605.14641
     "refinecam": CamMethod(gradcam_plus_plus, product=True),
     "randomcam": CamMethod(randomcam, gradients=False),
-}
-# These methods find a weight for each channel, (..., C, 1, 1), which takes the gradients' place.
-MANY_PASSES = ("scorecam", "ablationcam")
-BY_CHANNEL_WEIGHTS = CamMethod(lambda a, weights: a * weights, gradients=False)
-LAYER_BY_LAYER = ("shapleycam",)  # of grad-cam's: it frees the graph after its first layer
+    "scorecam": BY_WEIGHTS,
+    "ablationcam": BY_WEIGHTS,
+}  # the other methods are classes of the grad-cam package
 
 
-def normalise(maps: Tensor, epsilon: float = 1e-7) -> Tensor:
+def normalise(maps: Tensor) -> Tensor:
     """Stretch each map of (..., h, w) to [0, 1], as grad-cam; a constant one becomes 0."""
     maps = maps - maps.amin((-2, -1), keepdim=True)
-    return maps / (epsilon + maps.amax((-2, -1), keepdim=True))
+    return maps / (1e-7 + maps.amax((-2, -1), keepdim=True))
 
 
 def same_aspect(rows: int, columns: int, size: Sequence[int]) -> bool:
@@ -3282,9 +3267,9 @@ def as_map(output: Tensor, size: Sequence[int]) -> Tensor | None:
     """
     if output.ndim == 4:
         first, second, third = output.shape[1:]
-        channels_last = same_aspect(first, second, size) and not same_aspect(second, third, size)
-        spatial = output.movedim(3, 1) if channels_last else output
-        return spatial if spatial[0, 0].numel() > 1 else None
+        if same_aspect(first, second, size) and not same_aspect(second, third, size):
+            output = output.movedim(3, 1)
+        return output if output[0, 0].numel() > 1 else None
     if output.ndim != 3:
         return None
 
@@ -3298,6 +3283,93 @@ def as_map(output: Tensor, size: Sequence[int]) -> Tensor | None:
             patches = output[:, special_tokens:].transpose(1, 2)
             return patches.unflatten(2, (rows, positions // rows))
     return None
+
+
+def dotted_name(model: nn.Module, text: str) -> str:
+    """Return "layer4.1" for "layer4[-1]" or, as in grad-cam's examples, "model.layer4[-1]"."""
+    modules = dict(model.named_modules())
+    first, _, rest = text.partition(".")
+    if first in ("model", "module") and first not in modules:
+        text = rest
+
+    with contextlib.suppress(KeyError, IndexError):  # then the name is reported as unknown
+        for index in re.findall(r"\[(-?\d+)\]", text):
+            parent, _, rest = text.partition(f"[{index}]")
+            children = list(modules[parent].named_children())
+            child, _ = children[int(index)]
+            text = f"{parent}.{child}{rest}"
+    return text
+
+
+def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
+    """Return the dotted name of a layer, given by name or as the module. Raises CallError."""
+    names = {module: name for name, module in model.named_modules()}
+    if isinstance(layer, str):
+        name = dotted_name(model, layer)
+    else:
+        name = names.get(layer, type(layer).__name__)
+    if name and name in names.values():
+        return name
+    hint = "; repeat the option for each layer" if "," in name else closest(name, names.values())
+    raise CallError(f"the network has no layer '{name}'{hint}; --list-layers shows them all")
+
+
+def logits_for(network: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the network's logits (N, classes). Raises CallError: not one row for each input."""
+    return as_logits(network(inputs), count=len(inputs))
+
+
+@contextlib.contextmanager
+def capture_outputs(
+    network: nn.Module, layers: Sequence[str], size: Sequence[int], differentiable: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of layers by name while the network runs; of several calls, the last.
+
+    Raises CallError: a layer returns no map for inputs of `size` (H, W), or is not called.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def collect(name: str, module: nn.Module, args: Any, output: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            returned = f"returns a {type(output).__name__}, not a tensor"
+            raise CallError(f"layer '{name}' {returned}; choose a layer inside it")
+        if as_map(output, size) is None:
+            values = f"no spatial map but {shape_of(output)} values"
+            raise CallError(f"layer '{name}' has {values}; choose another one")
+        if differentiable and not output.requires_grad:
+            output = output.detach().requires_grad_()  # nothing before this layer needs a gradient
+        outputs[name] = output
+        return output.clone()  # later layers may change it in place
+
+    with contextlib.ExitStack() as hooks:
+        for name in layers:
+            module = network.get_submodule(name)
+            hooks.enter_context(module.register_forward_hook(partial(collect, name)))
+        yield outputs
+
+    for name in layers:
+        if name not in outputs:
+            fault = "is not called when the network runs; choose another one"
+            raise CallError(f"layer '{name}' {fault}")
+
+
+def layer_gradients(
+    scores: Sequence[Tensor], outputs: Mapping[str, Tensor], size: Sequence[int], keep_graph: bool
+) -> dict[str, Tensor]:
+    """Return the gradients of K scores with respect to layers, (N, K, C, h, w) each.
+
+    Raises CallError: a score does not depend on a layer.
+    """
+    maps: dict[str, list[Tensor]] = {name: [] for name in outputs}
+    for score in scores:
+        keep = keep_graph or score is not scores[-1]
+        of_layers = torch.autograd.grad(score, [*outputs.values()], None, keep, allow_unused=True)
+        for name, gradient in zip(outputs, of_layers, strict=True):
+            if gradient is None:
+                fault = f"does not depend on layer '{name}'"
+                raise CallError(f"the class score {fault}; choose another one")
+            maps[name].append(as_map(gradient, size))
+    return {name: torch.stack(of_scores, 1) for name, of_scores in maps.items()}
 
 
 def graph_nodes(*roots: Any) -> set[Any]:
@@ -3316,17 +3388,14 @@ def graph_nodes(*roots: Any) -> set[Any]:
 def is_activation(node: Any) -> bool:
     """Return whether an autograd node is an activation, or a ReLU written as clamp or maximum."""
     name = node.name()
+    bounds = []
     if ACTIVATION_NODES.fullmatch(name):
         return True
-
     if name.startswith(("ClampBackward", "ClampMinBackward")):
         bounds = [node._saved_min]
     elif name.startswith("MaximumBackward"):
         bounds = [node._saved_self, node._saved_other]
-    else:
-        return False
-    bounds = [torch.as_tensor(bound) for bound in bounds if bound is not None]
-    return any(not bound.any() for bound in bounds)
+    return any(bound is not None and not torch.as_tensor(bound).any() for bound in bounds)
 
 
 def clamp_gradients(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -3340,64 +3409,23 @@ def guided_gradients(scores: Sequence[Tensor], inputs: Tensor) -> Tensor:
     Returns the gradients of K scores, (N, K, 3, H, W). Each activation function, module or not,
     lets only positive gradients in. Uses up the graph.
     """
-    roots = [score.grad_fn for score in scores]
-    for node in graph_nodes(*roots):
+    for node in graph_nodes(*[score.grad_fn for score in scores]):
         if is_activation(node):
             node.register_prehook(clamp_gradients)
 
     maps = []
     for score in scores:
-        is_last = score is scores[-1]
-        maps += torch.autograd.grad(score, inputs, retain_graph=not is_last)
+        maps += torch.autograd.grad(score, inputs, retain_graph=score is not scores[-1])
     return torch.stack(maps, 1)
 
 
-def dotted_name(model: nn.Module, text: str) -> str:
-    """Return "layer4.1" for "layer4[-1]" or, as in grad-cam's examples, "model.layer4[-1]"."""
-    names = dict(model.named_modules())
-    prefix = text.partition(".")[0]
-    if prefix in ("model", "module") and prefix not in names:
-        text = text.partition(".")[2]
-
-    name = ""
-    for step in text.replace("[", ".[").split("."):
-        index = re.fullmatch(r"\[(-?\d+)\]", step)
-        if index and name in names:
-            children = [child for child, _ in names[name].named_children()]
-            with contextlib.suppress(IndexError):
-                step = children[int(index[1])]
-        name = f"{name}.{step}" if name else step
-    return name
-
-
-def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
-    """Return the dotted name of a layer, given by name or as the module. Raises CallError."""
-    names = {module: name for name, module in model.named_modules() if name}
-    if isinstance(layer, nn.Module):
-        name = names.get(layer, type(layer).__name__)
-    else:
-        name = dotted_name(model, layer)
-    if name in names.values():
-        return name
-
-    hint = closest(name, names.values())
-    if "," in name:
-        hint = "; repeat the option for each layer"
-    raise CallError(f"the network has no layer '{name}'{hint}; --list-layers shows them all")
-
-
-def fit_classes(classes: Any, logits: Tensor, allowed: Sequence[int]) -> Tensor:
-    """Return classes as indices, int64 (N,) or (N, K), PREDICTED replaced. Raises CallError.
-
-    `allowed` are the negative numbers that may stand among them.
-    """
+def fit_classes(classes: Any, logits: Tensor) -> Tensor:
+    """Return classes as indices, int64 (N,) or (N, K), PREDICTED replaced. Raises CallError."""
     count, outputs = logits.shape
     chosen = torch.as_tensor(classes)
     is_integer = not (chosen.is_floating_point() or chosen.dtype == torch.bool)
     rows_fit = chosen.ndim <= 2 and chosen.shape[:1] in ((), (1,), (count,))
-    in_range = (chosen >= 0) & (chosen < outputs)
-    for special in allowed:
-        in_range = in_range | (chosen == special)
+    in_range = (chosen >= PREDICTED) & (chosen < outputs)
     if not (is_integer and rows_fit and in_range.all()):
         fault = f"do not fit {count} inputs and {outputs} classes; give one each"
         raise CallError(f"targets {chosen.tolist()} {fault}")
@@ -3409,65 +3437,31 @@ def fit_classes(classes: Any, logits: Tensor, allowed: Sequence[int]) -> Tensor:
     return torch.where(chosen == PREDICTED, predicted, chosen)
 
 
-def choose_targets(logits: Tensor, targets: Targets, top: int | None = None) -> Tensor:
-    """Return the class to explain for each input, int64 (N,), or K classes, (N, K).
-
-    Raises CallError: the targets do not fit.
-    """
+def choose_classes(
+    logits: Tensor, targets: Targets, top: int | None, minus: Targets
+) -> tuple[Tensor, Tensor]:
+    """Return the classes to explain and to subtract, (N,) or (N, K) both. Raises CallError."""
     if targets is not None:
-        return fit_classes(targets, logits, allowed=[PREDICTED])
-    if top is None:
-        return logits.detach().argmax(1)
-    return logits.detach().topk(min(top, logits.shape[1])).indices
-
-
-def score_weights(targets: Tensor, minus: Tensor | None, outputs: int) -> Tensor:
-    """Return the weights of the logits in each explained score, float32 (N, K, outputs).
-
-    1 for the target, -1 for the class that is subtracted from it, else 0. `targets` and `minus` are
-    (N,) or (N, K).
-    """
-    columns = torch.arange(outputs, device=targets.device)
-    weights = (targets.view(len(targets), -1, 1) == columns).float()
+        chosen = fit_classes(targets, logits)
+    elif top is None:
+        chosen = logits.detach().argmax(1)
+    else:
+        chosen = logits.detach().topk(min(top, logits.shape[1])).indices
     if minus is None:
-        return weights
-    return weights - (minus.view(len(minus), -1, 1) == columns).float()
+        return chosen, chosen  # a class minus itself: nothing is subtracted
+
+    subtracted = fit_classes(minus, logits)
+    if subtracted.shape != chosen.shape:
+        fault = f"{shape_of(subtracted)} classes from {shape_of(chosen)} targets"
+        raise CallError(f"cannot subtract {fault}; give one for each target")
+    return chosen, subtracted
 
 
-def logits_for(network: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the network's logits (N, classes). Raises CallError: not one row for each input."""
-    return as_logits(network(inputs), count=len(inputs))
-
-
-@contextlib.contextmanager
-def capture_outputs(
-    network: nn.Module, layers: Sequence[str], differentiable: bool = False
-) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of layers by name while the network runs; of several calls, the last.
-
-    Raises CallError: a layer returns no tensor, or is not called.
-    """
-    outputs: dict[str, Tensor] = {}
-
-    def collect(name: str, module: nn.Module, args: Any, output: Any) -> Tensor:
-        if not isinstance(output, Tensor):
-            returned = f"returns a {type(output).__name__}, not a tensor"
-            raise CallError(f"layer '{name}' {returned}; choose a layer inside it")
-        if differentiable and not output.requires_grad:
-            output = output.detach().requires_grad_()  # nothing before this layer needs a gradient
-        outputs[name] = output
-        return output.clone()  # later layers may change it in place
-
-    with contextlib.ExitStack() as hooks:
-        for name in layers:
-            module = network.get_submodule(name)
-            hooks.enter_context(module.register_forward_hook(partial(collect, name)))
-        yield outputs
-
-    for name in layers:
-        if name not in outputs:
-            fault = "is not called when the network runs; choose another one"
-            raise CallError(f"layer '{name}' {fault}")
+def score_weights(targets: Tensor, minus: Tensor, outputs: int) -> Tensor:
+    """Return the weights 1, -1 and 0 of the logits in each score, float32 (N, K, outputs)."""
+    plus = nn.functional.one_hot(targets, outputs)
+    others = nn.functional.one_hot(minus, outputs) * (minus != targets)[..., None]
+    return (plus - others).float().view(len(targets), -1, outputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -3510,8 +3504,7 @@ def spatial_calls(calls: Sequence[Call], size: Sequence[int]) -> list[tuple[Call
         if spatial_map is None or not call.name:
             continue
         spatial.append((call, spatial_map))
-        rows, columns = spatial_map.shape[2:]
-        if same_aspect(rows, columns, size):
+        if same_aspect(*spatial_map.shape[2:], size):
             like_input.append((call, spatial_map))
     return like_input or spatial
 
@@ -3525,10 +3518,8 @@ def find_target_layer(calls: Sequence[Call], logits: Tensor, size: Sequence[int]
     """
     spatial = [call for call, _ in reversed(spatial_calls(calls, size))]
     if not spatial:
-        sides = f"{size[0]} x {size[1]}"
-        raise CallError(
-            f"no layer has a spatial map for inputs of {sides}; pass one as target layer"
-        )
+        fault = f"no layer has a spatial map for inputs of {size[0]} x {size[1]}"
+        raise CallError(f"{fault}; pass one as target layer")
 
     # Take the input of the head, not the score: the weights of a new head may all be zero.
     features = logits
@@ -3568,7 +3559,7 @@ def fold_batch_norms(
     output goes where.
     """
     readers = count_readers(logits)
-    kept = {call.node for call in calls if call.name in keep}
+    kept = [call.node for call in calls if call.name in keep]
     convolutions: dict[Any, Call] = {}  # by the node of their output
     for call in calls:
         kind = type(call.module)
@@ -3609,7 +3600,8 @@ class BatchSize:
 @contextlib.contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """Compute in float32 without autocast; on CUDA without TF32 (ten bits), and repeatably."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
     settings = [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
     if hasattr(matmul, "fp32_precision"):  # since torch 2.9, which refuses to mix the two ways
         settings += [(cudnn.conv, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
@@ -3625,76 +3617,22 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
         yield
 
 
-def copy_network(model: nn.Module) -> nn.Module:
-    """Return a copy of a network.
-
-    Tensors that belong to a graph cannot be copied, such as what a module keeps of its last run
-    (weight_norm's weight). They are detached.
-    """
+def copy_network(model: nn.Module, share: bool = False) -> nn.Module:
+    """Return a copy of a network with weights of its own, or with the same ones."""
     replacements = {}
+    if share:
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            replacements[id(tensor)] = tensor
     for module in model.modules():
         for value in vars(module).values():
+            # a part of a graph cannot be copied, such as the weight that weight_norm computes
             if isinstance(value, Tensor) and not value.is_leaf:
                 replacements[id(value)] = value.detach()
     return deepcopy(model, replacements)
 
 
-@dataclass(frozen=True)
-class LayerValues:
-    """What one pass over N inputs gives for a target layer."""
-
-    activations: Tensor  # (N, C, h, w)
-    gradients: Tensor | None  # of the K scores, (N, K, C, h, w); None if no method reads them
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What the methods read for N inputs and K scores."""
-
-    inputs: Tensor  # (N, 3, H, W)
-    weights: Tensor  # (N, K, classes), of the logits in the scores
-    layers: dict[str, LayerValues]  # by the name of the target layer
-
-
-def layer_values(
-    outputs: Mapping[str, Tensor], scores: Sequence[Tensor], keep_graph: bool, size: Sequence[int]
-) -> dict[str, LayerValues]:
-    """Return the values of the layers with these outputs; without `scores`, without gradients.
-
-    Raises CallError: a layer has no spatial map, or a score does not depend on it.
-    """
-    gradients = []
-    for score in scores:
-        keep = keep_graph or score is not scores[-1]
-        of_score = torch.autograd.grad(score, [*outputs.values()], None, keep, allow_unused=True)
-        gradients.append(dict(zip(outputs, of_score, strict=True)))
-
-    layers = {}
-    for layer, output in outputs.items():
-        activations = as_map(output.detach(), size)
-        if activations is None:
-            values = f"no spatial map but {shape_of(output)} values"
-            raise CallError(f"layer '{layer}' has {values}; choose another one")
-        maps = []
-        for of_score in gradients:
-            if of_score[layer] is None:
-                fault = f"does not depend on layer '{layer}'"
-                raise CallError(f"the class score {fault}; choose another one")
-            maps.append(as_map(of_score[layer], size))
-        layers[layer] = LayerValues(activations, torch.stack(maps, 1) if maps else None)
-    return layers
-
-
 class PartialPass:
-    """The network from the last call of a layer on, to run for other outputs of that layer.
-
-    Args:
-        inputs: (1, 3, H, W).
-
-    Attributes:
-        output: what the layer returns in its last call for `inputs`.
-        logits: (1, classes), for `inputs`.
-    """
+    """The network from the last call of a layer on, to run for other outputs of that layer."""
 
     def __init__(self, network: nn.Module, layer: str, inputs: Tensor) -> None:
         self.network = network
@@ -3705,20 +3643,15 @@ class PartialPass:
             outputs.append(output.clone())
 
         with self.module.register_forward_hook(keep):
-            self.logits = as_logits(network(inputs))
+            self.logits = as_logits(network(inputs))  # (1, classes)
         self.calls = len(outputs)
-        self.output = outputs[-1]
-        self.find_stand_in(inputs)
+        self.output = outputs[-1]  # (1, ...)
 
-    def find_stand_in(self, inputs: Tensor) -> None:
-        """Find what the layers before run on; their output is replaced anyway.
-
-        A small dummy input is the fastest. Networks that refuse it get the real input, and those
-        that compare the sizes of two branches get one for each copy.
-        """
+        # The layers before run on a small dummy input, since their output is replaced anyway.
+        # Networks that refuse it get the real input, and those that compare the sizes of two
+        # branches get one for each copy.
         small = torch.zeros_like(inputs[..., :64, :64])
-        choices = ((small, False), (inputs, False), (inputs, True))
-        for self.stand_in, self.one_for_each in choices:
+        for self.stand_in, self.one_for_each in ((small, False), (inputs, False), (inputs, True)):
             with contextlib.suppress(RuntimeError, AssertionError, ValueError, CallError):
                 twice = self.run(torch.cat([self.output, self.output]))
                 if len(twice) == 2 and torch.allclose(twice, self.logits, 1e-3, 1e-3):
@@ -3729,9 +3662,7 @@ class PartialPass:
         calls = itertools.count(1)
 
         def replace_last(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            if next(calls) == self.calls:
-                return copies
-            return None
+            return copies if next(calls) == self.calls else None
 
         inputs = self.stand_in
         if self.one_for_each:
@@ -3744,19 +3675,14 @@ class PartialPass:
 def grad_cam_method(
     method: str, network: nn.Module, layers: Sequence[str], reshape: Callable[[Tensor], Tensor]
 ) -> Iterator[Any]:
-    """Yield an object of the grad-cam package's class for a method; take its hooks off afterwards.
-
-    The class is the one whose name is the method's, but for capitals and underscores.
-    """
+    """Yield an object of the grad-cam package for a method; take its hooks off afterwards."""
     import pytorch_grad_cam
 
-    classes = {}
-    for name, value in vars(pytorch_grad_cam).items():
-        if isinstance(value, type):
-            classes[name.lower().replace("_", "")] = value
-    modules = [network.get_submodule(name) for name in layers]
+    # the class whose name is the method's, but for capitals and underscores
+    classes = {name.lower().replace("_", ""): name for name in vars(pytorch_grad_cam)}
+    make = getattr(pytorch_grad_cam, classes[method])
     with contextlib.redirect_stdout(io.StringIO()):  # FullGrad prints a warning
-        cam = classes[method](network, modules, reshape)
+        cam = make(network, [network.get_submodule(layer) for layer in layers], reshape)
 
     network.requires_grad_(True)  # Shapley-CAM needs second derivatives, which frozen weights lack
     try:
@@ -3771,16 +3697,22 @@ def grad_cam_method(
 
 
 def grad_cam_target(cam: Any, weights: Tensor) -> dict[str, Any]:
-    """Return the arguments that tell a class of the grad-cam package what to explain.
-
-    `weights`, (classes,), are those of the logits in the score. Raises CallError: the class cannot
-    explain it.
-    """
+    """Return what tells a class of the grad-cam package the score to explain. Raises CallError."""
     if "target_idx" not in inspect.signature(cam.forward).parameters:
         return {"targets": [lambda logits: logits.flatten() @ weights]}
     if (weights < 0).any():
         raise CallError("it compares classes by itself, so it takes no difference of two")
     return {"targets": None, "target_idx": int(weights.argmax())}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the methods read for N inputs and K scores."""
+
+    inputs: Tensor  # (N, 3, H, W)
+    weights: Tensor  # of the logits in the scores, (N, K, classes)
+    activations: dict[str, Tensor]  # by the layer, (N, C, h, w)
+    gradients: dict[str, Tensor]  # by the layer, (N, K, C, h, w); empty if no method reads them
 
 
 class Explainer:
@@ -3791,24 +3723,19 @@ class Explainer:
 
     Args:
         model: takes (N, 3, H, W), returns logits (N, classes); or (N, 1) or (N,) for a single
-            sigmoid output, of which the positive side is explained. `DataParallel` around it and
-            half precision are fine.
+            sigmoid output, of which the positive side is explained.
         methods: names from METHODS and MORE_METHODS, or one of them.
         target_layers: names of layers, or the modules, whose maps are averaged, or one of them;
             None: the last layer with a spatial map on which the score depends. "layer4[-1]" is the
             last child of layer4.
         guided: whether guided backpropagation is wanted too.
-        aug_smooth: average the maps over six variants of the input, mirrored and multiplied by 0.9
-            to 1.1, as grad-cam.
-        eigen_smooth: take the first principal component of the contributions of the channels
-            instead of their sum.
+        aug_smooth: average the maps over six variants of the input, as grad-cam.
+        eigen_smooth: take the first principal component over the channels instead of their sum.
         batch_size: how many inputs Score-CAM and `logits` run at once, at most; None: 2 on the CPU,
             else 32.
         progress: wraps the passes of Score-CAM and Ablation-CAM, such as tqdm.
-        copy: False: take over the model itself, which is then changed (frozen, eval mode, batch
-            norms folded).
-        fold: whether batch norms are folded into the convolutions: faster from a handful of inputs
-            on.
+        copy: False: take over the model itself, which is then changed.
+        fold: fold batch norms into convolutions: faster from a handful of inputs on.
         multi_label: whether each logit is a sigmoid of its own; `faithfulness` reads it.
 
     Raises:
@@ -3819,7 +3746,7 @@ class Explainer:
         self,
         model: nn.Module,
         methods: str | Sequence[str] = ("gradcam",),
-        target_layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
+        target_layers: Layers = None,
         *,
         guided: bool = True,
         aug_smooth: bool = False,
@@ -3832,7 +3759,7 @@ class Explainer:
     ) -> None:
         if not isinstance(methods, str):
             methods = ",".join(methods)
-        self.methods = tuple(names_from((*METHODS, *MORE_METHODS), "method", METHODS)(methods))
+        self.methods = tuple(METHOD_LIST(methods))
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         if target_layers is None:
@@ -3840,19 +3767,18 @@ class Explainer:
         elif isinstance(target_layers, (str, nn.Module)):
             target_layers = [target_layers]
         self.target_layers = tuple(layer_name(model, layer) for layer in target_layers)
+        # after `prepare` the layers with a map: by name, the type and the map's shape (C, h, w)
+        self.layers: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.guided = guided
         self.aug_smooth = aug_smooth
         self.eigen_smooth = eigen_smooth
         self.progress = progress
+        # grad-cam's FullGrad counts the biases of batch norms, and its FEM has a sharp threshold
+        self.fold = fold and all(method in CAM_METHODS for method in self.methods)
         self.multi_label = multi_label
-        # The grad-cam package's FullGrad counts the biases of convolutions and of batch norms.
-        ours = all(method in CAM_METHODS or method in MANY_PASSES for method in self.methods)
-        self.fold = fold and ours
         self._set_network(model, copy)
-        if batch_size is None:
-            batch_size = 2 if self.device.type == "cpu" else 32
-        self.batch_size = BatchSize(batch_size)
-        self.layers: dict[str, tuple[str, tuple[int, ...]]] = {}
+        default = 2 if self.device.type == "cpu" else 32
+        self.batch_size = BatchSize(batch_size or default)
 
     def _set_network(self, model: nn.Module, copy: bool) -> None:
         """Make the frozen network."""
@@ -3862,17 +3788,12 @@ class Explainer:
             self.device = next(tensors, torch.empty(0)).device
 
             # channels-last where oneDNN computes; on a GPU it pays only in half precision
-            memory_format = torch.contiguous_format
             if self.device.type == "cpu" and torch.backends.mkldnn.is_available():
-                memory_format = torch.channels_last
-            network.to(memory_format=memory_format)
+                network.to(memory_format=torch.channels_last)
             self.network = network.eval().requires_grad_(False).float()
 
     def prepare(self, inputs: Tensor) -> None:
-        """Run one input (1, 3, H, W): find the default target layer, and fold the batch norms.
-
-        `layers` is then a dict of the layers with a map: their name, type, and its shape (C, h, w).
-        """
+        """Run one input (1, 3, H, W): find the default target layer, and fold the batch norms."""
         size = inputs.shape[2:]
         with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
             calls, logits = record_calls(self.network, self._own(inputs).requires_grad_())
@@ -3884,7 +3805,7 @@ class Explainer:
             self.layers[call.name] = (type(call.module).__name__, tuple(spatial_map.shape[1:]))
 
     def _fold(self, calls: Sequence[Call], logits: Tensor, inputs: Tensor) -> None:
-        """Fold the batch norms, if the logits of `inputs` stay the same."""
+        """Fold the batch norms; undo it if the logits of `inputs` have changed."""
         fold_batch_norms(self.network, calls, logits, keep=self.target_layers)
         folded = logits_for(self.network, self._own(inputs))
         if not torch.allclose(folded, logits, 1e-3, 1e-3):  # a weight is read elsewhere as well
@@ -3905,8 +3826,8 @@ class Explainer:
             targets: one class for all inputs, or (N,) for each; or K classes, (1, K) or (N, K). -1
                 stands for the class with the highest logit, which is explained by default.
             top: without `targets`, explain that many classes with the highest logits.
-            minus: explain the difference: the logits of these classes are subtracted from those of
-                the targets. In the form of `targets`; NO_CLASS where nothing is subtracted.
+            minus: the classes whose logits are subtracted from those of the targets, in the form of
+                `targets`. The target itself stands for none.
 
         Raises:
             CallError: the inputs, the classes or the layers cannot be explained.
@@ -3921,11 +3842,12 @@ class Explainer:
         if not self.layers:
             self.prepare(inputs[:1])
 
+        choose = partial(choose_classes, targets=targets, top=top, minus=minus)
         # Whatever mode the caller is in, this needs a graph; the caller's settings stay.
         with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
             if not self.aug_smooth:
-                return self._explain(inputs, targets, top, minus, self.methods, self.guided)
-            explanation = self._explain(inputs, targets, top, minus, (), self.guided)
+                return self._explain(inputs, choose, self.methods, self.guided)
+            explanation = self._explain(inputs, choose, (), self.guided)
             return replace(explanation, cams=self._augmented_cams(inputs, explanation))
 
     def logits(self, inputs: Tensor) -> Tensor:
@@ -3946,8 +3868,9 @@ class Explainer:
     ) -> Tensor:
         """Return `function` of the network and all items, a few at once; on a CPU by threads."""
         cores = torch.get_num_threads()
-        networks = self._networks_for_threads(min(4, cores))
-        workers = len(networks)
+        workers = min(4, cores) if self.device.type == "cpu" else 1
+        networks = [self.network]  # one for each thread
+        networks += [copy_network(self.network, share=True) for _ in range(1, workers)]
 
         @torch.inference_mode()
         def run(network: nn.Module, part: Tensor) -> Tensor:
@@ -3960,28 +3883,16 @@ class Explainer:
         torch.set_num_threads(cores)  # new threads inherit the last value
         return torch.cat(results)
 
-    def _networks_for_threads(self, count: int) -> list[nn.Module]:
-        """Return a network for each thread, with modules of its own and the same weights."""
-        networks = [self.network]
-        if self.device.type != "cpu":
-            return networks
-
-        with contextlib.suppress(RuntimeError):  # a module keeps tensors that cannot be copied
-            while len(networks) < count:
-                tensors = itertools.chain(self.network.parameters(), self.network.buffers())
-                networks.append(deepcopy(self.network, {id(tensor): tensor for tensor in tensors}))
-        return networks
-
     def _augmented_cams(self, inputs: Tensor, explanation: Explanation) -> dict[str, Floats]:
         """Return the means of the maps over six variants of the inputs, as in grad-cam."""
         import ttach
 
+        asked = {"targets": explanation.targets, "top": None, "minus": explanation.minus}
         variants = ttach.Compose([ttach.HorizontalFlip(), ttach.Multiply([0.9, 1, 1.1])])
         cams: dict[str, list[Floats]] = {method: [] for method in self.methods}
         for variant in variants:
             varied = variant.augment_image(inputs.detach().float())
-            asked = explanation.targets, None, explanation.minus
-            explained = self._explain(varied, *asked, self.methods, False)
+            explained = self._explain(varied, partial(choose_classes, **asked), self.methods, False)
             for method, maps in explained.cams.items():
                 batch = torch.from_numpy(maps).view(-1, 1, *inputs.shape[2:])
                 cams[method].append(variant.deaugment_mask(batch).view(maps.shape).numpy())
@@ -3990,29 +3901,24 @@ class Explainer:
     def _explain(
         self,
         inputs: Tensor,
-        targets: Targets,
-        top: int | None,
-        minus: Targets,
+        choose: Callable[[Tensor], tuple[Tensor, Tensor]],
         methods: Sequence[str],
         guided: bool,
     ) -> Explanation:
-        """Explain inputs, in the mode and the arithmetic that `__call__` has set."""
+        """Explain inputs; `choose` returns targets and minus for the logits, see choose_classes."""
         inputs = self._own(inputs).requires_grad_(guided)
-        kinds = [CAM_METHODS.get(method, BY_CHANNEL_WEIGHTS) for method in methods]
+        size = inputs.shape[2:]
+        kinds = [CAM_METHODS[method] for method in methods if method in CAM_METHODS]
         with_gradients = any(kind.gradients for kind in kinds)
-        with capture_outputs(self.network, self.target_layers, with_gradients) as outputs:
+        with capture_outputs(self.network, self.target_layers, size, with_gradients) as outputs:
             logits = logits_for(self.network, inputs)
-        targets = choose_targets(logits, targets, top)
-        if minus is not None:
-            minus = fit_classes(minus, logits, allowed=[PREDICTED, NO_CLASS])
-            if minus.shape != targets.shape:
-                fault = f"{shape_of(minus)} classes from {shape_of(targets)} targets"
-                raise CallError(f"cannot subtract {fault}; give one for each target")
 
+        targets, minus = choose(logits)
         weights = score_weights(targets, minus, logits.shape[1])
         scores = (logits[:, None] * weights).sum((0, 2)).unbind()  # over all inputs, for K classes
-        read = scores if with_gradients else ()
-        layers = layer_values(outputs, read, guided, inputs.shape[2:])
+        gradients = {}
+        if with_gradients:
+            gradients = layer_gradients(scores, outputs, size, keep_graph=guided)
         guided_maps = guided_gradients(scores, inputs) if guided else None
 
         # The first result that is waited for: a GPU has been given all of the work above by now.
@@ -4022,52 +3928,53 @@ class Explainer:
         def array(values: Tensor | None) -> Any:  # (N, K, ...) -> (N, ...) or (N, K, ...)
             if values is None:
                 return None
-            return values.reshape(*targets.shape, *values.shape[2:]).cpu().contiguous().numpy()
+            values = values.reshape(*targets.shape, *values.shape[2:])
+            return values.cpu().contiguous().numpy()
 
-        batch = Batch(inputs.detach(), weights, layers)
+        activations = {name: as_map(output.detach(), size) for name, output in outputs.items()}
+        batch = Batch(inputs.detach(), weights, activations, gradients)
         cams = {method: array(self._cam(method, batch)) for method in methods}
         logits = logits.detach().cpu().numpy()
         return Explanation(cams, array(guided_maps), logits, array(targets), array(minus))
 
     def _cam(self, method: str, batch: Batch) -> Tensor:
         """Return the maps (N, K, H, W) of one method, in [0, 1], of all layers together."""
-        if method not in CAM_METHODS and method not in MANY_PASSES:
+        if method not in CAM_METHODS:
             return self._by_grad_cam(method, batch)
 
         size = batch.inputs.shape[2:]
         maps = []
-        for name in batch.layers:
-            small = normalise(self._small_maps(method, name, batch))
+        for layer in batch.activations:
+            small = normalise(self._layer_cam(method, layer, batch))
             maps.append(nn.functional.interpolate(small, size, mode="bilinear"))
         of_layers = torch.stack(maps)
-        if method in CAM_METHODS and CAM_METHODS[method].product:
+        if CAM_METHODS[method].product:
             return normalise(normalise(of_layers).prod(0))
         return normalise(of_layers.mean(0))
 
-    def _small_maps(self, method: str, name: str, batch: Batch) -> Tensor:
+    def _layer_cam(self, method: str, layer: str, batch: Batch) -> Tensor:
         """Return the maps (N, K, h, w) of one method at one layer."""
-        kind = CAM_METHODS.get(method, BY_CHANNEL_WEIGHTS)
-        layer = batch.layers[name]
-        gradients = layer.gradients
+        kind = CAM_METHODS[method]
+        activations = batch.activations[layer]
+        gradients = batch.gradients.get(layer)
         if method in MANY_PASSES:
             weigh = self._score_weights if method == "scorecam" else self._ablation_weights
-            photos = zip(layer.activations, batch.inputs.split(1), batch.weights, strict=True)
-            of_channels = [weigh(name, *photo) for photo in photos]
-            gradients = torch.stack(of_channels)[..., None, None]
+            photos = zip(activations, batch.inputs.split(1), batch.weights, strict=True)
+            gradients = torch.stack(list(itertools.starmap(partial(weigh, layer), photos)))
+            gradients = gradients[..., None, None]
 
-        contributions = kind.contributions(layer.activations[:, None], gradients)
+        contributions = kind.contributions(activations[:, None], gradients)
         reduce = kind.reduce
         if self.eigen_smooth and reduce is channel_sum:
             reduce = principal_component
         small = reduce(contributions)
         if kind.relu:
             small = small.clamp(min=0)
-        inputs, scores = batch.weights.shape[:2]
-        return small.expand(inputs, scores, -1, -1)
+        return small.expand(*batch.weights.shape[:2], -1, -1)
 
     @torch.inference_mode()
     def _ablation_weights(
-        self, name: str, activations: Tensor, inputs: Tensor, weights: Tensor
+        self, layer: str, activations: Tensor, inputs: Tensor, weights: Tensor
     ) -> Tensor:
         """Ablation-CAM (Desai and Ramaswamy, WACV 2020): the score that is lost without a channel.
 
@@ -4075,7 +3982,7 @@ class Explainer:
         which may be negative. Only what follows the layer runs again, for many ablated copies of
         its output at once.
         """
-        later = PartialPass(self.network, name, inputs)
+        later = PartialPass(self.network, layer, inputs)
         output = later.output
         # the axis of the channels, see as_map
         axis = 1 if output.shape[1:] == activations.shape else output.ndim - 1
@@ -4086,7 +3993,7 @@ class Explainer:
         alive = output.movedim(axis, 1)[0].flatten(1).any(1).nonzero()[:, 0]
         at_once = max(1, min(256, 2**25 // (output.numel() * 4)))  # 32 MB together
         for channels in self.progress(alive.split(at_once)):
-            copies = output.repeat(len(channels), *[1] * (output.ndim - 1))
+            copies = output.repeat_interleave(len(channels), 0)
             rows = torch.arange(len(channels), device=channels.device)
             copies.movedim(axis, 1)[rows, channels] = 0
             ablated[channels] = later.run(copies) @ weights.T
@@ -4094,7 +4001,7 @@ class Explainer:
 
     @torch.inference_mode()
     def _score_weights(
-        self, name: str, activations: Tensor, inputs: Tensor, weights: Tensor
+        self, layer: str, activations: Tensor, inputs: Tensor, weights: Tensor
     ) -> Tensor:
         """Score-CAM (Wang et al., CVPR workshops 2020, arXiv:1910.01279).
 
@@ -4111,7 +4018,7 @@ class Explainer:
             small = activations[channels][:, None]
             size = inputs.shape[2:]
             masks = nn.functional.interpolate(small, size, mode="bilinear", align_corners=True)
-            return logits_for(network, inputs * normalise(masks, 1e-8)) @ weights.T
+            return logits_for(network, inputs * normalise(masks)) @ weights.T
 
         if len(varied):
             scores[varied] = self._in_batches(masked_scores, varied, self.progress)
@@ -4119,33 +4026,31 @@ class Explainer:
 
     def _by_grad_cam(self, method: str, batch: Batch) -> Tensor:
         """Return the maps (N, K, H, W) of a method of the grad-cam package. Raises CallError."""
-        groups = [list(batch.layers)]
-        if method in LAYER_BY_LAYER:
-            groups = [[name] for name in batch.layers]
+        groups = [list(batch.activations)]
+        if method == "shapleycam":  # it frees the graph after its first layer
+            groups = [[layer] for layer in batch.activations]
 
-        of_groups = []
-        for names in groups:
-            maps = []
+        maps = []
+        for layers in groups:
             for image, rows in zip(batch.inputs.split(1), batch.weights, strict=True):
-                of_scores = [self._grad_cam_map(method, names, image, row) for row in rows]
-                maps.append(torch.stack(of_scores))
-            of_groups.append(torch.stack(maps))
-        return normalise(torch.stack(of_groups).mean(0))
+                maps += [self._grad_cam_map(method, layers, image, row) for row in rows]
+        of_groups = torch.stack(maps).unflatten(0, (len(groups), *batch.weights.shape[:2]))
+        return normalise(of_groups.mean(0))
 
     def _grad_cam_map(
-        self, method: str, names: Sequence[str], inputs: Tensor, weights: Tensor
+        self, method: str, layers: Sequence[str], inputs: Tensor, weights: Tensor
     ) -> Tensor:
-        """Return the map (H, W) of one input (1, 3, H, W) and one score. Raises CallError."""
+        """Return the map (H, W) of one input and one score. Raises CallError."""
 
         def reshape(output: Tensor) -> Tensor:
             spatial_map = as_map(output, inputs.shape[2:])
             return output if spatial_map is None else spatial_map
 
         try:
-            with grad_cam_method(method, self.network, names, reshape) as cam:
+            with grad_cam_method(method, self.network, layers, reshape) as cam:
                 target = grad_cam_target(cam, weights)
                 # This hook comes after grad-cam's: later layers cannot change what grad-cam keeps.
-                with capture_outputs(self.network, names):
+                with capture_outputs(self.network, layers, inputs.shape[2:]):
                     image = inputs.clone().requires_grad_()
                     maps = cam(image, eigen_smooth=self.eigen_smooth, **target)
             return torch.from_numpy(np.float32(maps[0])).to(inputs)
@@ -4153,7 +4058,7 @@ class Explainer:
             if is_out_of_memory(error):
                 raise
             # as Shapley-CAM with tokens, Finer-CAM with a single output
-            fault = f"does not work on layer '{', '.join(names)}': {first_line(error)}"
+            fault = f"does not work on layer '{', '.join(layers)}': {first_line(error)}"
             raise CallError(f"{method} {fault}") from error
 
 
@@ -4167,52 +4072,50 @@ METRICS = ("average_drop", "increase", "deletion", "insertion", "road")
 def faithfulness(
     explainer: Explainer, inputs: Tensor, cam: Floats, target: int
 ) -> dict[str, float]:
-    """Measure a map by how the probability p of a class changes with the input.
+    """Measure a map (H, W) in [0, 1] by how the probability p of a class changes with the input.
 
-    The map is (H, W) in [0, 1], the inputs are (1, 3, H, W). Returns five numbers:
+    The inputs are (1, 3, H, W). Returns five numbers:
 
-    - average_drop, in [0, 1], lower is better: the share of p that is lost when the input is
+    - average_drop, 0 to 1, lower is better: the share of p that is lost when the input is
       multiplied by the map.
     - increase, 0 or 1, higher is better: whether p grows by that (both Chattopadhyay et al., WACV
       2018, arXiv:1710.11063, as means over many photos).
-    - deletion, in [0, 1], lower is better: the mean p while the hottest pixels are set to zero (the
-      mean colour) first.
-    - insertion, in [0, 1], higher is better: the mean p while they come back first (both Petsiuk et
-      al., RISE, BMVC 2018, arXiv:1806.07421, in 20 steps; there the insertion starts from a blurred
-      photo).
-    - road, in [-0.5, 0.5], higher is better: half of how much more p drops when the hottest 20, 40,
-      60 and 80 percent are imputed from their neighbours than when the coldest are (Rong et al.,
-      ICML 2022, arXiv:2202.00449, as grad-cam's ROADCombined).
+    - deletion, 0 to 1, lower is better: the mean p while the hottest pixels are set to zero first.
+    - insertion, 0 to 1, higher is better: the mean p while they come back first (both Petsiuk et
+      al., RISE, BMVC 2018, arXiv:1806.07421; there the insertion starts from a blurred photo).
+    - road, -0.5 to 0.5, higher is better: half of how much more p drops when the hottest 20, 40, 60
+      and 80 percent are imputed from their neighbours than when the coldest are (Rong et al., ICML
+      2022, arXiv:2202.00449, as grad-cam's ROADCombined).
     """
     photo = inputs[0].cpu().numpy()
     cam = np.reshape(cam, photo.shape[1:])  # (1, H, W) is taken too
     counts, hottest = hottest_first(cam)
-    changed = {
-        "photo": photo[None],
-        "masked": photo[None] * cam,
-        "deletion": photo * ~hottest[:, None],
-        "insertion": photo * hottest[:, None],
-        "hottest imputed": impute_shares(photo, cam),
-        "coldest imputed": impute_shares(photo, 1 - cam),
-    }
-    p = class_probabilities(explainer, changed, target)
+    changed = [
+        photo[None],
+        photo[None] * cam,
+        photo * ~hottest[:, None],
+        photo * hottest[:, None],
+        impute_shares(photo, cam),
+        impute_shares(photo, 1 - cam),
+    ]
+    before, masked, deletion, insertion, without_hottest, without_coldest = class_probabilities(
+        explainer, changed, target
+    )
 
-    before, after = p["photo"][0], p["masked"][0]
-    road = (p["coldest imputed"] - p["hottest imputed"]).mean() / 2
     values = {
-        "average_drop": max(0.0, before - after) / (before + 1e-7),
-        "increase": after > before,
-        "deletion": area_under(p["deletion"], counts),
-        "insertion": area_under(p["insertion"], counts),
-        "road": road,
+        "average_drop": max(0.0, before[0] - masked[0]) / (before[0] + 1e-7),
+        "increase": masked[0] > before[0],
+        "deletion": area_under(deletion, counts),
+        "insertion": area_under(insertion, counts),
+        "road": (without_coldest - without_hottest).mean() / 2,
     }
-    return {name: round(float(values[name]), 6) for name in METRICS}
+    return {name: round(float(value), 6) for name, value in values.items()}
 
 
 def hottest_first(cam: Floats) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Return growing numbers of pixels, in 20 steps, and masks (S, H, W) of the hottest so many."""
     step = math.ceil(cam.size / 20)
-    counts = np.array([*range(0, cam.size, step), cam.size])
+    counts = np.append(np.arange(0, cam.size, step), cam.size)
     order = np.argsort(-cam.flatten(), kind="stable")
     ranks = np.argsort(order).reshape(cam.shape)
     return counts, ranks < counts[:, None, None]
@@ -4225,21 +4128,17 @@ def area_under(curve: NDArray[np.float64], counts: NDArray[np.int64]) -> float:
 
 
 def class_probabilities(
-    explainer: Explainer, changed: Mapping[str, Floats], target: int
-) -> dict[str, NDArray[np.float64]]:
-    """Return the probabilities of a class for groups of inputs (B, 3, H, W) by the group's name."""
-    inputs = torch.from_numpy(np.concatenate(list(changed.values())).astype(np.float32))
+    explainer: Explainer, groups: Sequence[Floats], target: int
+) -> list[NDArray[np.float64]]:
+    """Return the probabilities (B,) of a class for each group of inputs (B, 3, H, W)."""
+    inputs = torch.from_numpy(np.concatenate(groups).astype(np.float32))
     p = probabilities(explainer.logits(inputs), explainer.multi_label)[:, target]
-    ends = np.cumsum([len(group) for group in changed.values()])
-    groups = np.split(p.double().cpu().numpy(), ends[:-1])
-    return dict(zip(changed, groups, strict=True))
+    ends = np.cumsum([len(group) for group in groups])
+    return np.split(p.double().cpu().numpy(), ends[:-1])
 
 
 def probabilities(logits: Tensor, multi_label: bool = False) -> Tensor:
-    """Return the probability of each class from logits (N, classes).
-
-    Softmax, or the sigmoid of each where they are independent labels or there is a single one.
-    """
+    """Return the probabilities (N, classes): a softmax, or sigmoids of labels or a single class."""
     if multi_label or logits.shape[1] == 1:
         return logits.sigmoid()
     return logits.softmax(1)
@@ -4247,11 +4146,8 @@ def probabilities(logits: Tensor, multi_label: bool = False) -> Tensor:
 
 def impute_shares(photo: Floats, cam: Floats) -> Floats:
     """Return a photo (3, H, W) with its hottest 80, 60, 40 and 20 percent imputed, (4, 3, H, W)."""
-    images = []
-    for share in (0.2, 0.4, 0.6, 0.8):
-        kept = cam < np.quantile(cam, share)
-        images.append(impute(photo, kept))
-    return np.stack(images)
+    thresholds = np.quantile(cam, [0.2, 0.4, 0.6, 0.8])
+    return np.stack([impute(photo, cam < threshold) for threshold in thresholds])
 
 
 def impute(photo: Floats, kept: NDArray[np.bool_]) -> Floats:
@@ -6011,7 +5907,8 @@ def predict(items: Sequence[Item], job: Job) -> list[Item]:
 
     wrong = []
     for item, row in zip(items, logits[:, None], strict=True):
-        item.explanation = Explanation({}, None, row, row.argmax(1, keepdims=True))
+        best = row.argmax(1, keepdims=True)
+        item.explanation = Explanation({}, None, row, best, best)
         describe_item(item, job)
         if item.record.get("right") is False:
             wrong.append(item)
@@ -6462,4 +6359,6 @@ def interrupt(*_: Any) -> NoReturn:
 
 if __name__ == "__main__":
     on_interrupt(interrupt)
+    gc.freeze()  # what is imported stays
+    gc.enable()
     sys.exit(main(REQUEST))
