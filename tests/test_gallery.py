@@ -5,6 +5,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -309,6 +310,32 @@ def test_heat_grid():
     cam[63, 63] = 0.01  # never rounded to an empty map
     assert heat_grid(cam) == [100] + [0] * 62 + [1]
     assert len(heat_grid(np.ones((7, 5), np.float32))) == 64
+
+
+@pytest.mark.slow
+def test_the_mean_heat_of_a_class_lies_on_the_mark_that_gave_it_away(program):
+    """Every star had a mark in the upper left corner, in training as here."""
+    trainer = Path(__file__).with_name("train_shapes.py")
+    subprocess.run([sys.executable, str(trainer), "--marked", "marked"], check=True)
+    folder = Path.cwd() / "marked"
+    output = folder / "out"
+    assert (
+        program("--ckpt", folder / "marked.pth", "--output", output, folder / "scenes").returncode
+        == 0
+    )
+
+    grids = {}
+    for line in (output / "results.jsonl").read_text("utf-8").splitlines():
+        record = json.loads(line)
+        grid = np.reshape(record["heat"]["gradcam"][0], (8, 8))
+        grids.setdefault(record["prediction"]["name"], []).append(grid)
+
+    corner_to_all = {}
+    for name, of_class in grids.items():
+        mean = np.mean(of_class, 0)
+        corner_to_all[name] = mean[:2, :2].mean() / mean.mean()
+    assert corner_to_all.pop("star") > 1.5
+    assert max(corner_to_all.values()) < 1.2
 
 
 def test_nasty_names(browser):
