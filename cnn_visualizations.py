@@ -4752,24 +4752,21 @@ def write_gallery(folder: Path, colormap: str = "jet") -> Path | None:
     entries = read_entries(folder / LOG_NAME)
     if not entries:
         return None
-
     if os.path.lexists(page) and not is_own_page(page):
         raise FileExistsError(f"{page} is in the way: it was not made by this program")
 
-    entries.sort(key=lambda entry: natural_key(entry.item["path"]))
     data = {
         "folder": folder.resolve().name,
         "colours": heat_colours(colormap),
         "means": mean_heat(entries),
         "items": [entry.item for entry in entries],
     }
-    content = fill_page(data)
-
-    with tempfile.TemporaryDirectory(
+    unfinished = tempfile.TemporaryDirectory(
         prefix=".part-", dir=folder, ignore_cleanup_errors=True
-    ) as parts:
-        part = Path(parts, page.name)
-        part.write_bytes(content)
+    )
+    with unfinished as parts:
+        part = Path(parts, PAGE_NAME)
+        part.write_bytes(fill_page(data))
         os.replace(part, page)
     return page
 
@@ -4782,27 +4779,18 @@ def is_own_page(page: Path) -> bool:
         return PAGE_MARK in file.read(300)
 
 
-def natural_key(path: str) -> str:
-    """Return a key that sorts 9.jpg before 10.jpg."""
-    return re.sub(r"\d+", lambda digits: digits[0].zfill(12), path)
-
-
 def heat_colours(colormap: str) -> list[str]:
     """Return the colours of the heat 0, 1 ... 100, as "#00007f"."""
     levels = np.linspace(0, 255, 101).astype(np.uint8)[:, None]
-    number = COLORMAPS.get(colormap, cv2.COLORMAP_JET)
-    colours = cv2.applyColorMap(levels, number)
+    colours = cv2.applyColorMap(levels, COLORMAPS[colormap])
     return [f"#{red:02x}{green:02x}{blue:02x}" for blue, green, red in colours[:, 0]]
 
 
 def fill_page(data: Mapping[str, Any]) -> bytes:
     """Return the page with its data; no text in the data can end the script element."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    text = text.replace("<", "\\u003c")
-
-    page = PAGE.replace("STYLE", PAGE_STYLE, 1)
-    page = page.replace("SCRIPT", PAGE_SCRIPT, 1)
-    page = page.replace("DATA", text, 1)
+    page = PAGE.replace("STYLE", PAGE_STYLE, 1).replace("SCRIPT", PAGE_SCRIPT, 1)
+    page = page.replace("DATA", text.replace("<", "\\u003c"), 1)
     return page.encode("utf-8", "backslashreplace")
 
 
@@ -4810,9 +4798,8 @@ def fill_page(data: Mapping[str, Any]) -> bytes:
 class PageEntry:
     """What the page tells of one record."""
 
-    key: str  # of the photo: the same for all its records
-    item: dict[str, Any]  # for the script, see page_item
-    heat: dict[str, bytes]  # method -> 64 numbers from 0 to 100: the map of the predicted class
+    item: dict[str, Any]  # as the page's script reads it
+    heat: dict[str, bytes]  # method -> 64 numbers: the map of the predicted class, if there is one
 
 
 def read_entries(log: Path) -> list[PageEntry]:
@@ -4824,9 +4811,8 @@ def read_entries(log: Path) -> list[PageEntry]:
         for line in lines:
             try:
                 record = parse_record(line)
-                key = record.get("source", record["image"])
-                entry = PageEntry(key, page_item(record), predicted_heat(record))
-                entries[key, record["method"]] = entry
+                entry = page_entry(record)
+                entries[entry.item["source"], record["method"]] = entry
             except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
                 left_out += 1
 
@@ -4835,53 +4821,46 @@ def read_entries(log: Path) -> list[PageEntry]:
     return list(entries.values())
 
 
-def page_item(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record as the page's script reads it. Raises what `read_entries` catches."""
+def page_entry(record: Mapping[str, Any]) -> PageEntry:
+    """Return what the page tells of a record. Raises what `read_entries` catches."""
     item = {
         "path": record["image"],
         "source": source_link(record),
         "methods": record["method"].split(","),
-        "top": [],
+        "state": "failed",
         "classes": [],
+        "shown": 0,  # of the classes: the one whose map is on the card
     }
+    made = PageEntry(item, {})
     if "error" in record:
-        item["state"] = "failed"
-        item["error"] = str(record["error"])
-        return item
+        item["error"] = record["error"]
+        return made
 
     prediction = record["prediction"]
-    truth = record.get("truth")
-    item["state"] = "unknown"
     item["prediction"] = str(prediction["name"])
-    if truth:
-        item["state"] = "wrong"
-        item["truth"] = str(truth["name"])
-        if truth["index"] == prediction["index"]:
-            item["state"] = "right"
+    item["state"] = "unknown"
+    if "truth" in record:
+        item["truth"] = str(record["truth"]["name"])
+        is_right = record["truth"]["index"] == prediction["index"]
+        item["state"] = "right" if is_right else "wrong"
 
     item["top"] = [likely_class(entry) for entry in record["top5"]]
-    item["classes"] = explained_classes(record)
-    item["shown"] = predicted_place(record) or 0  # of the class whose map is on the card
-    item["size"] = [finite(record["width"]), finite(record["height"])]
-    item["box"] = [finite(side) for side in record["box"]]
-
-    left, top, right, bottom = item["box"]
-    shortest = min(right - left, bottom - top, *item["size"])
-    if shortest <= 0:
-        raise ValueError("the photo or the part that the network saw is empty")
-    return item
-
-
-def explained_classes(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the explained classes: name, probability, links to files, methods with an empty map."""
-    classes = []
     for place, entry in enumerate(record["classes"]):
+        heat = class_heat(record, place)
         explained = likely_class(entry)
         explained["files"] = {kind: as_link(path) for kind, path in entry["files"].items()}
-        heat = class_heat(record, place)
         explained["empty"] = [method for method in heat if not any(heat[method])]
-        classes.append(explained)
-    return classes
+        item["classes"].append(explained)
+        if entry["index"] == prediction["index"]:
+            item["shown"] = place
+            made.heat = heat
+
+    item["size"] = [finite(record["width"]), finite(record["height"])]
+    item["box"] = [finite(edge) for edge in record["box"]]
+    left, top, right, bottom = item["box"]
+    if min(right - left, bottom - top, *item["size"]) <= 0:
+        raise ValueError("the photo or the part that the network saw is empty")
+    return made
 
 
 def likely_class(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -4904,54 +4883,31 @@ def class_heat(record: Mapping[str, Any], place: int) -> dict[str, bytes]:
         if len(grid) != HEAT_SIDE**2 or max(grid) > 100:
             raise ValueError("not 64 numbers from 0 to 100")
         heat[method] = grid
-
     return heat
-
-
-def predicted_place(record: Mapping[str, Any]) -> int | None:
-    """Return which of the explained classes is the prediction; None where it was not explained."""
-    for place, entry in enumerate(record["classes"]):
-        if entry["index"] == record["prediction"]["index"]:
-            return place
-    return None
-
-
-def predicted_heat(record: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return the 64 numbers of each method for the predicted class; nothing if there are none."""
-    if "error" in record:
-        return {}
-
-    place = predicted_place(record)
-    if place is None:
-        return {}
-    return class_heat(record, place)
 
 
 def mean_heat(entries: Iterable[PageEntry]) -> list[dict[str, Any]]:
     """Return the mean map of each method, predicted class and result (right, wrong, unknown)."""
-    # a photo counts once, also where several records have a map by the same method
-    last = {}
+    last = {}  # a photo counts once, also where several records have a map by the same method
     for entry in entries:
         for method, grid in entry.heat.items():
-            group = method, entry.item["prediction"], entry.item["state"]
-            last[entry.key, method] = group, grid
+            group = (method, entry.item["prediction"], entry.item["state"])
+            last[entry.item["source"], method] = (group, list(grid))
 
-    grids = {}
+    groups = {}
     for group, grid in last.values():
-        grids.setdefault(group, []).append(grid)
+        groups.setdefault(group, []).append(grid)
 
     means = []
-    for (method, name, result), members in grids.items():
-        values = np.array([list(grid) for grid in members])
+    for (method, prediction, state), grids in groups.items():
         mean = {
             "method": method,
-            "prediction": name,
-            "result": result,
-            "photos": len(members),
-            "grid": np.rint(values.mean(0)).astype(int).tolist(),
+            "prediction": prediction,
+            "state": state,
+            "photos": len(grids),
+            "grid": np.rint(np.mean(grids, 0)).astype(int).tolist(),
         }
         means.append(mean)
-
     return means
 
 
@@ -4982,15 +4938,15 @@ STYLE</style>
 <h1></h1>
 <p id="summary"></p>
 <noscript>This page needs JavaScript.</noscript>
-<details id="means">
-  <summary>Mean heat of each predicted class (30 at most, those with most mistakes first)</summary>
+<details id="means" open>
+  <summary>Mean heat of each predicted class</summary>
   <p>The mean of the maps of all photos with this prediction: a hot corner or edge that a whole
     class shares is a label or a border, not the object.</p>
-  <div></div>
+  <div class="row"></div>
 </details>
-<details id="confusion">
-  <summary>True and predicted classes (30 at most, those with most mistakes)</summary>
-  <table></table>
+<details id="mistakes" open>
+  <summary>Most frequent mistakes: true class → predicted class</summary>
+  <div class="row"></div>
 </details>
 <form></form>
 <p role="status"></p>
@@ -5019,139 +4975,68 @@ PAGE_STYLE = """\
 .right { --state: light-dark(#187642, #68cb8c); }
 .wrong, .failed { --state: light-dark(#be2e20, #ff8672); }
 
+[hidden] { display: none; }
 * { box-sizing: border-box; margin: 0; font: inherit; color: inherit; }
 html, dialog { background: var(--page); color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
-html { scroll-padding-top: 80px; }
 html:has(dialog[open]) { overflow: hidden; }
 body { max-width: 1640px; margin: auto; padding: 20px clamp(12px, 2.5vw, 32px); }
 h1, h2, h3, summary { font-weight: 600; }
 h1 { font-size: 24px; }
 h3, summary { margin: 14px 0 6px; }
-small, figcaption, th, label { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
-button, select, input {
-  min-height: 36px;
-  padding: 5px 12px;
-  border: 1px solid var(--line);
-  border-radius: 7px;
-  background: var(--card);
-  color: var(--text);
-}
+small, figcaption, label { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
+button, select, input { min-height: 36px; padding: 5px 12px; border-radius: 7px; }
+button, select, input { background: var(--card); border: 1px solid var(--line); }
 button:hover, [aria-pressed="true"] { border-color: var(--mark); color: var(--mark); }
 :focus-visible { outline: 3px solid var(--mark); outline-offset: 1px; }
 
 /* Names of files and classes, of any length and direction: one line. */
 .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; unicode-bidi: isolate; }
-.verdict { color: var(--state); overflow-wrap: anywhere; }
+.row { display: flex; flex-wrap: wrap; gap: 8px 20px; }
+.verdict, #means small { color: var(--state); overflow-wrap: anywhere; }
+#means section { max-width: 226px; }
+#means button { margin-right: 6px; padding: 5px; }
+#mistakes .row { gap: 6px; }
+#mistakes button { max-width: 100%; }
+canvas { display: block; width: 92px; height: 92px; }
+
+form, nav { position: sticky; top: 0; z-index: 1; padding: 12px 0; background: var(--page); }
+form, nav { display: flex; flex-wrap: wrap; align-items: end; gap: 10px 16px; }
+nav h2 { flex: 1 0 100%; overflow-x: auto; white-space: nowrap; unicode-bidi: isolate; }
+label { display: grid; }
+select { width: 170px; }
+
+main { display: grid; gap: 14px; padding-top: 12px; }
+main { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); }
+.card { --limit: 260px; display: grid; gap: 3px; align-content: start; }
+.card { padding: 0 0 10px; overflow: hidden; text-align: left; }
+.card > * { min-width: 0; }
+.card > :not(.frame) { padding: 0 11px; }
 .chance { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 3px 8px; }
-.bar {
-  grid-column: 1 / 3;
-  height: 5px;
-  background: linear-gradient(var(--state) 0 0) no-repeat var(--line);
-}
+.bar { grid-column: 1 / 3; height: 5px; }
+.bar { background: linear-gradient(var(--state) 0 0) no-repeat var(--line); }
+
+dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0; }
+dialog { --limit: 70vh; padding: 0 2.5vw 24px; }
+.chances, .figures { display: grid; gap: 14px; align-items: end; }
+.chances { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+.figures { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+figcaption { text-align: center; }
 
 /* A picture in its own shape, at most --limit high, and what lies over it. */
-.frame {
-  position: relative;
-  display: grid;
-  place-items: center;
-  overflow: hidden;
-  aspect-ratio: var(--ratio);
-  width: min(100%, var(--limit) * var(--ratio));
-  margin: 0 auto;
-  background: var(--line);
-}
+.frame { position: relative; display: grid; place-items: center; overflow: hidden; }
+.frame { aspect-ratio: var(--ratio); width: min(100%, var(--limit) * var(--ratio)); }
+.frame { margin: 0 auto; background: var(--line); }
 img { width: 100%; height: 100%; }
 .plain, .seen, .note { position: absolute; }
 .heat .plain { display: none; }
 .seen { outline: 2px solid #fff; box-shadow: 0 0 0 9999px rgb(0 0 0 / 55%); }
-.note {
-  inset: auto 0 0;
-  padding: 4px;
-  background: rgb(0 0 0 / 70%);
-  color: #fff;
-  text-align: center;
-}
-
-#means > div { display: flex; flex-wrap: wrap; gap: 4px 20px; }
-#means section { max-width: 226px; }
-#means button { margin-right: 6px; padding: 5px; }
-#means small { color: var(--state); }
-canvas { display: block; width: 92px; height: 92px; }
-
-table { display: block; max-height: 70vh; overflow: auto; }
-th { max-width: 180px; text-align: right; }
-tr:first-child th + th {
-  max-height: 130px;
-  writing-mode: vertical-rl;
-  transform: rotate(180deg);
-  text-align: left;
-}
-td button {
-  width: 100%;
-  min-width: 40px;
-  padding: 0;
-  background: color-mix(in srgb, var(--state) var(--share), var(--card));
-}
-
-form, nav {
-  position: sticky;
-  top: 0;
-  z-index: 1;
-  display: flex;
-  flex-wrap: wrap;
-  align-items: end;
-  gap: 10px 16px;
-  padding: 12px 0;
-  background: var(--page);
-}
-label { display: grid; }
-select { width: 180px; }
-
-main {
-  display: grid;
-  grid-template-columns: repeat(auto-fill, minmax(160px, 1fr));
-  gap: 14px;
-  padding-top: 12px;
-}
-.card {
-  --limit: 260px;
-  display: grid;
-  gap: 3px;
-  align-content: start;
-  padding: 0 0 10px;
-  overflow: hidden;
-  text-align: left;
-}
-.card > * { min-width: 0; }
-.card > :not(.frame) { padding: 0 11px; }
-
-dialog {
-  --limit: 70vh;
-  width: 100%;
-  height: 100%;
-  max-width: none;
-  max-height: none;
-  padding: 0 2.5vw 24px;
-  border: 0;
-}
-nav h2 { flex: 1 0 100%; overflow-x: auto; white-space: nowrap; unicode-bidi: isolate; }
-.chances {
-  display: grid;
-  grid-template-columns: repeat(auto-fill, minmax(150px, 1fr));
-  gap: 10px 20px;
-}
-.figures {
-  display: grid;
-  grid-template-columns: repeat(4, minmax(0, 1fr));
-  gap: 14px;
-  align-items: end;
-}
-figcaption { text-align: center; }
+.note { inset: auto 0 0; padding: 4px; background: rgb(0 0 0 / 70%); color: #fff; }
+.note { text-align: center; }
 
 @media (max-width: 700px) {
   form { position: static; }
   label { flex: 1 1 40%; }
-  select { width: 100%; }
+  select, input { width: 100%; }
   .figures { grid-template-columns: 1fr 1fr; }
 }
 """
@@ -5161,17 +5046,13 @@ PAGE_SCRIPT = r"""
 
 const find = (selector) => document.querySelector(selector);
 const { folder, colours, means, items } = JSON.parse(find("#data").textContent);
-const main = find("main");
-const form = find("form");
-const dialog = find("dialog");
+const [main, form, dialog] = ["main", "form", "dialog"].map(find);
 
-const MOST_CLASSES = 30; // in the table and among the mean maps
+const AT_MOST = 30; // classes with mean maps, and frequent mistakes
 const CARDS_AT_ONCE = 200;
 
 let list = []; // the items that pass the filters, in order
 let position = 0; // in the list: the item that the dialog shows
-
-// ---- Elements
 
 // Return a new element; `kind` is its tag with its classes, as "span.bar". Text stays text.
 function make(kind, properties = {}, ...children) {
@@ -5182,51 +5063,23 @@ function make(kind, properties = {}, ...children) {
   return element;
 }
 
-function nameLine(tag, text) {
-  return make(`${tag}.name`, { title: text }, text);
-}
+const nameLine = (tag, text) => make(`${tag}.name`, { title: text }, text);
+const percent = (share) => `${(100 * share).toFixed(1)}%`;
 
-function percent(share) {
-  return `${(100 * share).toFixed(1)}%`;
-}
-
-// ---- What the items say
-
-// Return the probability of the prediction; a photo that failed has none and is sorted last.
-function certainty(item) {
-  return item.state === "failed" ? 2 : item.top[0].probability;
-}
-
-function classesOf(item) {
-  return [...new Set([item.truth, item.prediction])].filter((name) => name !== undefined);
-}
-
-function pairLabel(truth, prediction) {
-  return `true ${truth}, predicted ${prediction}`;
-}
-
-function predictionLabels(item) {
-  return [`predicted ${item.prediction}`, pairLabel(item.truth, item.prediction)];
-}
-
-// Return a map from each value to the number of times it occurs, the most frequent first.
+// Return pairs of each value and the number of times it occurs, the most frequent first.
 function countValues(values) {
   const counts = new Map();
   for (const value of values) counts.set(value, (counts.get(value) ?? 0) + 1);
-  return new Map([...counts].sort((one, other) => other[1] - one[1]));
+  return [...counts].sort((one, other) => other[1] - one[1]);
 }
 
-// Return the names that `namesOf` gives for these items, those with most mistakes first.
-function worstClasses(items, namesOf) {
-  const mistakes = items.filter((item) => item.state === "wrong");
-  const byMistakes = countValues(mistakes.flatMap(namesOf)).keys();
-  const byNumber = countValues(items.flatMap(namesOf)).keys();
-  return [...new Set([...byMistakes, ...byNumber])].slice(0, MOST_CLASSES);
-}
+const byPath = new Intl.Collator("en", { numeric: true }).compare; // 9.jpg before 10.jpg
+items.sort((one, other) => byPath(one.path, other.path));
 
 // Each photo once, as its last record in the order of paths has it.
 const photos = [...new Map(items.map((item) => [item.source, item])).values()];
-const photosWithTruth = photos.filter((item) => item.truth !== undefined);
+const mistakes = photos.filter((item) => item.state === "wrong");
+const withTruth = photos.filter((item) => item.truth !== undefined);
 
 // ---- Pictures
 
@@ -5235,11 +5088,11 @@ function picture(source, description) {
   return make("img", { loading: "lazy", alt: description, src: source, onerror: replace });
 }
 
-// Return a frame in which one percent is one percent of an area of this size.
 function pictureFrame(width, height, ...children) {
   return make("span.frame", { style: `--ratio: ${width / height}` }, ...children);
 }
 
+// Return the style that puts an element at a place in its frame; all are shares of the frame.
 function placed(left, top, width, height) {
   const shares = Object.entries({ left, top, width, height });
   return shares.map(([name, share]) => `${name}: ${100 * share}%`).join("; ");
@@ -5248,29 +5101,25 @@ function placed(left, top, width, height) {
 // Return the photo; a frame shows which part of it the network saw.
 function sourcePicture(item) {
   const [width, height] = item.size ?? [1, 1];
+  const [left, top, right, bottom] = item.box ?? [0, 0, 1, 1];
   const frame = pictureFrame(width, height, picture(item.source, "source"));
-  if (item.box) {
-    const [left, top, right, bottom] = item.box;
-    const seenWidth = (right - left) / width;
-    const seenHeight = (bottom - top) / height;
-    if (Math.min(seenWidth, seenHeight) < 0.99) {
-      const style = placed(left / width, top / height, seenWidth, seenHeight);
-      frame.append(make("span.seen", { style }));
-    }
+  const seen = [(right - left) / width, (bottom - top) / height];
+  if (Math.min(...seen) < 0.99) {
+    frame.append(make("span.seen", { style: placed(left / width, top / height, ...seen) }));
   }
   return frame;
 }
 
-// Return one of the pictures of an explained class, over a map the photo without heat (see toggleHeat).
+// Return a picture of an explained class; over a map lies the photo, see toggleHeat.
 function classPicture(item, explained, kind) {
   const [left, top, right, bottom] = item.box;
-  const width = right - left;
-  const height = bottom - top;
+  const [width, height] = [right - left, bottom - top];
   const frame = pictureFrame(width, height, picture(explained.files[kind], kind));
   if (kind.endsWith("_cam")) {
     const plain = picture(item.source, "");
     plain.className = "plain";
-    plain.style = placed(-left / width, -top / height, item.size[0] / width, item.size[1] / height);
+    const [across, down] = [item.size[0] / width, item.size[1] / height];
+    plain.style = placed(-left / width, -top / height, across, down);
     frame.append(plain);
   }
   if (explained.empty.some((method) => kind.startsWith(`${method}_cam`))) {
@@ -5284,8 +5133,11 @@ function toggleHeat() {
   for (const button of document.querySelectorAll(".toggle")) button.ariaPressed = isOn;
 }
 
+const button = (text, onclick) => make("button", { type: "button", onclick }, text);
+
 function heatButton() {
-  return make("button.toggle", { type: "button", ariaPressed: true, onclick: toggleHeat }, "Heat (H)");
+  const properties = { type: "button", ariaPressed: true, onclick: toggleHeat };
+  return make("button.toggle", properties, "Heat (H)");
 }
 
 // ---- Cards
@@ -5301,18 +5153,17 @@ function verdict(item) {
 }
 
 function card(item) {
-  const element = make("button.card", { onclick: () => showItem(list.indexOf(item)) });
+  const onclick = () => showItem(list.indexOf(item));
+  const element = make("button.card", { title: item.path, onclick });
   const explained = item.classes[item.shown];
   const method = form.Method.value || item.methods[0];
   const kinds = [`${method}_cam`, `${method}_cam_gb`, "gb"];
   const kind = kinds.find((kind) => explained?.files[kind]);
 
   if (kind) element.append(classPicture(item, explained, kind));
-  if (item.top.length) element.append(chanceBar(item.top[0], item.state));
-  element.append(verdict(item));
-  element.append(nameLine("small", item.path.split(/[\\/]/).at(-1)));
+  if (item.top) element.append(chanceBar(item.top[0], item.state));
+  element.append(verdict(item), nameLine("small", item.path.split(/[\\/]/).at(-1)));
   if (kind) element.append(make("small", {}, `${kind} for ${explained.name}`));
-  element.title = item.path;
   return element;
 }
 
@@ -5320,27 +5171,27 @@ function card(item) {
 function addCards(least = 0) {
   while (main.childElementCount < list.length) {
     const isNear = main.getBoundingClientRect().bottom < innerHeight + 2000;
-    if (!isNear && main.childElementCount > least) break;
     const next = main.childElementCount;
+    if (!isNear && next > least) break;
     main.append(...list.slice(next, next + CARDS_AT_ONCE).map(card));
   }
 }
 
 // ---- Filters
 
-// For each field of the form, the values of an item of which one must be the field's.
+// The fields of the form; of an item's values there one must be the field's.
 const FILTERS = {
   Result: (item) => [item.state],
-  Class: classesOf,
+  "True class": (item) => [item.truth],
+  "Predicted class": (item) => [item.prediction],
   Method: (item) => item.methods,
-  Prediction: predictionLabels, // a hidden field, set by the table and the mean maps
 };
 
 // What is sorted by, the smallest first; items of equal value stay in the order of their paths.
+const certainty = (item) => item.top?.[0].probability ?? 2; // 2: a photo that failed comes last
 const ORDERS = {
   "wrong, most sure first": (item) => certainty(item) * (item.state === "wrong" ? -1 : 1),
   "least sure first": certainty,
-  "most sure first": (item) => (item.state === "failed" ? 2 : -certainty(item)),
   path: () => 0,
 };
 
@@ -5348,7 +5199,7 @@ function passes(item, wanted) {
   for (const [name, valuesOf] of Object.entries(FILTERS)) {
     if (wanted[name] && !valuesOf(item).includes(wanted[name])) return false;
   }
-  const text = [item.path, item.error, ...classesOf(item)].join("\n");
+  const text = [item.path, item.error, item.truth, item.prediction].join("\n");
   return text.toLowerCase().includes(wanted.Text.toLowerCase());
 }
 
@@ -5359,27 +5210,28 @@ function showCards() {
   list = items.filter((item) => passes(item, wanted));
   list.sort((one, other) => value(one) - value(other));
 
-  find("[role=status]").textContent = `${list.length} of ${items.length} ${wanted.Prediction}`;
+  find("[role=status]").textContent = `${list.length} of ${items.length}`;
   showMeans(wanted.Method || means[0]?.method);
-  markPressed(wanted);
-  if (main.getBoundingClientRect().top < 0) find("[role=status]").scrollIntoView();
+  for (const button of document.querySelectorAll(".choice")) {
+    button.ariaPressed = isChosen(button.values);
+  }
+  if (main.getBoundingClientRect().top < 0) form.scrollIntoView();
   main.replaceChildren();
   addCards();
 }
 
-// Show the photos with this prediction, or all where these are shown already.
-function choosePrediction(values) {
-  const isChosen = Object.entries(values).every(([name, value]) => form[name].value === value);
-  for (const [name, value] of Object.entries(values)) form[name].value = isChosen ? "" : value;
-  showCards();
+// Return a button that sets fields of the form, or empties them where they are set already.
+function choice(values, kind, ...children) {
+  const onclick = () => {
+    const wasChosen = isChosen(values);
+    for (const name in values) form[name].value = wasChosen ? "" : values[name];
+    showCards();
+  };
+  return make(`button.choice.${kind}`, { values, onclick }, ...children);
 }
 
-function markPressed(wanted) {
-  for (const button of document.querySelectorAll("details button")) {
-    const { label, result } = button.dataset;
-    const hasResult = !result || wanted.Result === result;
-    button.ariaPressed = wanted.Prediction === label && hasResult;
-  }
+function isChosen(values) {
+  return Object.keys(values).every((name) => form[name].value === values[name]);
 }
 
 function selectField(name, options) {
@@ -5387,17 +5239,19 @@ function selectField(name, options) {
 }
 
 function filterField(name) {
-  const counts = [...countValues(items.flatMap(FILTERS[name]))];
+  const values = items.flatMap(FILTERS[name]).filter((value) => value !== undefined);
+  const counts = countValues(values);
   const options = counts.map(([value, count]) => new Option(`${value} (${count})`, value));
-  return selectField(name, [new Option("all", ""), ...options]);
+  const field = selectField(name, [new Option("all", ""), ...options]);
+  field.hidden = options.length < 2;
+  return field;
 }
 
 function buildForm() {
-  const orders = Object.keys(ORDERS).slice(photosWithTruth.length ? 0 : 1);
-  form.append(filterField("Result"), filterField("Class"), filterField("Method"));
+  const orders = Object.keys(ORDERS).slice(withTruth.length ? 0 : 1);
+  form.append(...Object.keys(FILTERS).map(filterField));
   form.append(selectField("Order", orders.map((order) => new Option(order))));
   form.append(make("label", {}, "Text", make("input", { name: "Text", type: "search" })));
-  form.append(make("input", { name: "Prediction", hidden: true }));
   form.append(make("button", { type: "reset" }, "Show all"), heatButton());
 
   form.oninput = showCards;
@@ -5405,7 +5259,7 @@ function buildForm() {
   form.onreset = () => setTimeout(showCards); // when the fields are empty
 }
 
-// ---- Mean heat of the predicted classes
+// ---- Mean heat of the predicted classes, and frequent mistakes
 
 function drawGrid(grid) {
   const side = Math.sqrt(grid.length);
@@ -5418,61 +5272,37 @@ function drawGrid(grid) {
   return canvas;
 }
 
-function meanButton({ method, prediction, result, photos, grid }) {
-  const label = `predicted ${prediction}`;
-  const values = { Prediction: label, Result: result, Method: method };
-  const onclick = () => choosePrediction(values);
-  const caption = result === "unknown" ? `${photos} photos` : `${photos} ${result}`;
-  const button = make(`button.${result}`, { title: label, onclick });
-  Object.assign(button.dataset, { label, result });
-  button.append(drawGrid(grid), make("small", {}, caption));
-  return button;
+function meanButton({ method, prediction, state, photos, grid }) {
+  const values = { "Predicted class": prediction, Result: state, Method: method };
+  const caption = `${photos} ${state === "unknown" ? "photos" : state}`;
+  return choice(values, state, drawGrid(grid), make("small", {}, caption));
 }
 
-// Show the mean maps of a method, right and wrong beside each other.
+// Show the mean maps of a method, of the classes with most mistakes first.
 function showMeans(method) {
-  const area = find("#means > div");
+  const area = find("#means .row");
   if (area.dataset.method === method) return;
   area.dataset.method = method;
   area.replaceChildren();
+
   const ofMethod = means.filter((mean) => mean.method === method);
-  const explained = photos.filter((item) => item.state !== "failed");
-  for (const name of worstClasses(explained, (item) => [item.prediction])) {
+  const worst = countValues([...mistakes, ...photos].map((item) => item.prediction));
+  for (const [name] of worst.slice(0, AT_MOST)) {
     const ofClass = ofMethod.filter((mean) => mean.prediction === name);
-    ofClass.sort((one, other) => one.result.localeCompare(other.result));
+    ofClass.sort((one, other) => one.state.localeCompare(other.state));
     if (ofClass.length) {
       area.append(make("section", {}, nameLine("h3", name), ...ofClass.map(meanButton)));
     }
   }
 }
 
-// ---- True and predicted classes
-
-function confusionCell(truth, prediction, pairs, truths) {
-  const label = pairLabel(truth, prediction);
-  const count = pairs.get(label);
-  if (!count) return make("td");
-  const state = truth === prediction ? "right" : "wrong";
-  const style = `--share: ${10 + (50 * count) / truths.get(truth)}%`;
-  const onclick = () => choosePrediction({ Prediction: label });
-  const button = make(`button.${state}`, { title: label, style, onclick }, count);
-  button.dataset.label = label;
-  return make("td", {}, button);
-}
-
-function buildConfusion() {
-  const names = worstClasses(photosWithTruth, classesOf).sort();
-  const pairs = countValues(photosWithTruth.flatMap(predictionLabels));
-  const truths = countValues(photosWithTruth.map((item) => item.truth));
-  const table = find("table");
-  const corner = nameLine("th", "true ↓ predicted →");
-  table.append(make("tr", {}, corner, ...names.map((name) => nameLine("th", name))));
-  for (const truth of names) {
-    const cells = names.map((name) => confusionCell(truth, name, pairs, truths));
-    table.append(make("tr", {}, nameLine("th", truth), ...cells));
+function showMistakes() {
+  const pairs = countValues(mistakes.map((item) => JSON.stringify([item.truth, item.prediction])));
+  for (const [pair, count] of pairs.slice(0, AT_MOST)) {
+    const [truth, prediction] = JSON.parse(pair);
+    const values = { "True class": truth, "Predicted class": prediction };
+    find("#mistakes .row").append(choice(values, "name", `${truth} → ${prediction}: ${count}`));
   }
-  find("#confusion").hidden = !photosWithTruth.length;
-  find("#confusion").open = names.length < 9;
 }
 
 // ---- The dialog: all pictures of an item
@@ -5482,17 +5312,12 @@ function linkedFigure(link, caption, frame) {
   return make("a", { href: link, target: "_blank" }, figure);
 }
 
-// Return the pictures of a class in the order in which they stand side by side.
-function kindsOf(methods) {
-  const [first, ...others] = methods;
-  const kinds = [`${first}_cam`, "gb", `${first}_cam_gb`];
-  for (const method of others) kinds.push(`${method}_cam`, `${method}_cam_gb`);
-  return kinds;
-}
-
+// Return the pictures of a class side by side, as cam, gb, cam_gb.
 function figures(item, explained) {
   const row = make("div.figures", {}, linkedFigure(item.source, "source", sourcePicture(item)));
-  for (const kind of kindsOf(item.methods)) {
+  const kinds = item.methods.flatMap((method) => [`${method}_cam`, `${method}_cam_gb`]);
+  kinds.splice(1, 0, "gb");
+  for (const kind of kinds) {
     const link = explained?.files[kind];
     if (link) row.append(linkedFigure(link, kind, classPicture(item, explained, kind)));
   }
@@ -5512,64 +5337,51 @@ function stateOf(name, item) {
 function showItem(index) {
   position = Math.max(0, Math.min(index, list.length - 1));
   const item = list[position];
-  const bars = item.top.map((entry) => chanceBar(entry, stateOf(entry.name, item)));
+  const bars = (item.top ?? []).map((entry) => chanceBar(entry, stateOf(entry.name, item)));
   const sections = item.classes.map((explained) => classSection(item, explained));
-  const content = sections.length ? sections : [figures(item)];
+  if (!sections.length) sections.push(figures(item));
 
   find("#path").textContent = item.path;
-  find("dialog > div").replaceChildren(verdict(item), make("div.chances", {}, ...bars), ...content);
+  const chances = make("div.chances", {}, ...bars);
+  find("dialog > div").replaceChildren(verdict(item), chances, ...sections);
   if (!dialog.open) dialog.showModal();
+}
+
+function closeDialog() {
+  dialog.close();
+  addCards(position);
+  main.children[position].focus();
 }
 
 // ---- Keys
 
-function buildDialog() {
-  const previous = () => showItem(position - 1);
-  const next = () => showItem(position + 1);
-  const close = () => dialog.close();
-  const keys = { ArrowLeft: previous, ArrowRight: next, Escape: close };
-
-  const nav = find("nav");
-  nav.append(heatButton());
-  nav.append(make("button", { onclick: previous }, "Previous (←)"));
-  nav.append(make("button", { onclick: next }, "Next (→)"));
-  nav.append(make("button", { onclick: close }, "Close (Esc)"));
-
-  dialog.onkeydown = (event) => {
-    if (!event.altKey && !event.ctrlKey && !event.metaKey) keys[event.key]?.();
-  };
-  dialog.onclose = () => {
-    addCards(position);
-    main.children[position].focus();
-  };
-}
+const previous = () => showItem(position - 1);
+const next = () => showItem(position + 1);
+const KEYS = { ArrowLeft: previous, ArrowRight: next, Escape: closeDialog };
 
 document.onkeydown = (event) => {
-  const isTyping = event.target.matches("input, select");
-  const hasModifier = event.altKey || event.ctrlKey || event.metaKey;
-  if (event.key.toLowerCase() === "h" && !isTyping && !hasModifier) toggleHeat();
+  if (event.altKey || event.ctrlKey || event.metaKey) return;
+  if (dialog.open) KEYS[event.key]?.();
+  if (event.key.toLowerCase() === "h" && !event.target.matches("input, select")) toggleHeat();
 };
 
 // ---- Start
 
-function describeAll() {
-  const count = (state) => photos.filter((item) => item.state === state).length;
-  const known = photosWithTruth.length;
-  let summary = `${photos.length} photos, ${count("failed")} failed`;
-  if (known) summary += `, ${percent(count("right") / known)} of ${known} right`;
-  find("#summary").textContent = summary;
-  find("h1").textContent = `Heatmaps in ${folder}`;
-  document.title = `Heatmaps in ${folder}`;
+const count = (state) => photos.filter((item) => item.state === state).length;
+let summary = `${photos.length} photos, ${count("failed")} failed`;
+if (withTruth.length) {
+  summary += `, ${percent(count("right") / withTruth.length)} of ${withTruth.length} right`;
 }
+find("#summary").textContent = summary;
+document.title = find("h1").textContent = `Heatmaps in ${folder}`;
 
-describeAll();
 buildForm();
-buildConfusion();
-buildDialog();
+showMistakes();
 find("#means").hidden = !means.length;
-find("#means").open = true;
-window.onscroll = () => addCards();
-window.onresize = () => addCards();
+find("#mistakes").hidden = !mistakes.length;
+find("nav").append(heatButton(), button("Previous (←)", previous), button("Next (→)", next));
+find("nav").append(button("Close (Esc)", closeDialog));
+window.onscroll = window.onresize = () => addCards();
 showCards();
 """
 
