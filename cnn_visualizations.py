@@ -669,6 +669,7 @@ class Photo:
 
     path: str
     folder: str = ""  # where its files go, relative to --output
+    top: str = ""  # the folder on the command line that was walked; "": the photo itself was named
 
 
 @dataclass(frozen=True)
@@ -746,11 +747,11 @@ def photos_of(name: str, common: str) -> list[Photo]:
     return [photo_at(name)]
 
 
-def photo_at(path: str, folder: str = "") -> Photo:
+def photo_at(path: str, folder: str = "", top: str = "") -> Photo:
     """Return the photo at a path, which is written without "./" and double slashes."""
-    if "://" in path:
-        return Photo(path, folder)
-    return Photo(str(Path(path)), folder)
+    if "://" not in path:
+        path = str(Path(path))
+    return Photo(path, folder, top)
 
 
 def walk(top: str, common: str) -> Iterator[Photo]:
@@ -785,7 +786,7 @@ def walk(top: str, common: str) -> Iterator[Photo]:
             if not name.lower().endswith(SUFFIXES):
                 continue
             if not any(name in names for names in logs):
-                yield photo_at(os.path.join(folder, name), mirrored)
+                yield photo_at(os.path.join(folder, name), mirrored, top)
 
     if unread:
         suffixes = " ".join(NOT_READ)

@@ -115,6 +115,15 @@ def test_the_tree_below_the_folders_is_mirrored(album):
     assert folders("album/x/", "./album/x", "album/a.jpg") == [""] * 4
 
 
+def test_a_photo_knows_the_folder_that_was_given(album, monkeypatch):
+    def tops(*inputs):
+        return [photo.top.replace(os.sep, "/") for photo in find_photos(inputs)]
+
+    assert tops("album/y/", "album/x") == ["album/y"] * 3 + ["album/x"] * 3
+    monkeypatch.setattr(sys, "stdin", io.StringIO("album/a.jpg"))
+    assert tops("album/b.JPG", "album/*.jpeg", "-") == ["", "", ""]
+
+
 def test_a_pattern_that_the_shell_left_alone(album):
     write(album / "[ab].jpg")
     assert found("album/*.jpg") == ["album/[ab].jpg", "album/a.jpg"]
