@@ -1646,6 +1646,7 @@ GREY_MEAN = [0.449]  # the averages of ImageNet's
 GREY_STD = [0.226]
 
 PREDICTED, TRUTH = -1, -2  # classes to explain that differ from photo to photo
+NO_CLASS = -3  # in `minus`: no logit is subtracted from that of the target
 LONGEST_NAME = 200  # characters of a class name
 
 
@@ -3218,6 +3219,20 @@ def find_class(wanted: str, class_names: Sequence[str]) -> int:
     raise CallError(f"--target-class: no class '{wanted}'{hint} (classes 0 to {last}: {known})")
 
 
+def find_difference(wanted: str, class_names: Sequence[str]) -> tuple[int, int]:
+    """Return a class as `find_class`, and the class that is subtracted in cat-dog, or NO_CLASS.
+
+    A class that is really called cat-dog wins. Raises CallError: there is no such class.
+    """
+    if class_index(wanted, class_names) is None:
+        for hyphen in re.finditer("-", wanted):
+            index = class_index(wanted[: hyphen.start()], class_names)
+            minus = class_index(wanted[hyphen.end() :], class_names)
+            if index is not None and minus not in (None, index):
+                return index, minus
+    return find_class(wanted, class_names), NO_CLASS
+
+
 # --------------------------------------------------------------------------------------------------
 # 5  Explanation. One forward pass gives logits and activations, two backward passes the rest.
 # --------------------------------------------------------------------------------------------------
@@ -3228,7 +3243,6 @@ def find_class(wanted: str, class_names: Sequence[str]) -> int:
 ACTIVATION_NODES = re.compile(
     r"\w*(relu|elu|silu|swish|mish|hardtanh|threshold|softplus)\w*Backward\d*", re.IGNORECASE
 )
-NO_CLASS = -3  # in `minus`: no logit is subtracted from that of the target
 Targets = Sequence[int] | Tensor | int | None
 
 
