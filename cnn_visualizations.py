@@ -5863,7 +5863,8 @@ class Job:
     args: argparse.Namespace
     classifier: Classifier
     explainer: Explainer
-    targets: list[int]  # indices, PREDICTED or TRUTH; empty: the `top_k` likeliest classes
+    targets: list[int]  # indices, PREDICTED or TRUTH; empty: the likeliest classes
+    minus: list[int]  # for each target the class that is subtracted, or NO_CLASS
     labels: Sequence[str] | None  # of all classes, for file names; None: no class stands in them
     font: Any  # for the sheet
     glyphs: set[str]  # characters that the font has
@@ -5878,6 +5879,7 @@ class Tally:
     skipped: int = 0
     failed: int = 0
     empty_maps: int = 0
+    classes: int = 0  # of the network; 0: it was not loaded, or its outputs are labels
 
 
 def prefetch(
@@ -5966,9 +5968,11 @@ def load_job(request: Request, count: int) -> Job:
         resize=args.resize,
         mean=args.mean,
         std=args.std,
+        multi_label=args.multi_label or None,
+        folders=class_folders(request.photos),
     )
     names = classifier.class_names
-    targets = find_targets(request, names)
+    targets, minus = find_targets(request, classifier)
     explainer = make_explainer(args, classifier, count)
 
     if request.local_rank == 0:
@@ -5977,10 +5981,21 @@ def load_job(request: Request, count: int) -> Job:
             told += f", process {request.rank} of {request.world_size}"
         print_line(told, sys.stderr)
 
-    labels = file_labels(names) if targets or args.top_k not in (None, 1) else None
+    several = args.top_k not in (None, 1) or (classifier.multi_label and args.top_k is None)
+    labels = file_labels(names) if targets or several else None
     font, glyphs = find_font(names) if args.sheet else (None, set())
     shown = [name if glyphs.issuperset(name) else str(index) for index, name in enumerate(names)]
-    return Job(args, classifier, explainer, targets, labels, font, glyphs, shown)
+    return Job(args, classifier, explainer, targets, minus, labels, font, glyphs, shown)
+
+
+def class_folders(photos: Iterable[Photo]) -> list[str]:
+    """Return the names of the folders with photos directly below the folders that were given."""
+    names = set()
+    for photo in photos:
+        if photo.top:
+            inner = Path(photo.path).relative_to(photo.top).parts[:-1]
+            names.update(inner[:1])
+    return sorted(names)
 
 
 def choose_device(request: Request) -> str | None:
@@ -5991,22 +6006,35 @@ def choose_device(request: Request) -> str | None:
     return device
 
 
-def find_targets(request: Request, names: Sequence[str]) -> list[int]:
-    """Return the classes to explain, see `Job.targets`.
+def find_targets(request: Request, classifier: Classifier) -> tuple[list[int], list[int]]:
+    """Return `Job.targets` and `Job.minus`.
 
     Raises CallError: there is no such class, or no photo's true class is known.
     """
+    names = classifier.class_names
     targets = []
+    minus = []
     for wanted in request.args.target_classes or ():
-        index = find_class(wanted, names)
-        if index not in targets:
-            targets.append(index)
+        index, subtracted = find_difference(wanted, names)
+        targets.append(index)
+        minus.append(subtracted)
 
-    needs_truth = request.args.only_wrong or TRUTH in targets
-    if needs_truth and all(true_class(photo.path, names) is None for photo in request.photos):
-        some = ", ".join(names[:8])
-        raise CallError(f"no photo's folder is named after a class ({some}), so no truth is known")
-    return targets
+    if request.args.only_wrong or TRUTH in targets:
+        if classifier.multi_label:
+            raise CallError("a photo with labels has no single true class, so none can be wrong")
+        if all(truth_of(photo, classifier) is None for photo in request.photos):
+            some = ", ".join(names[:8])
+            raise CallError(
+                f"no photo's folder is named after a class ({some}), so no truth is known"
+            )
+    return targets, minus
+
+
+def truth_of(photo: Photo, classifier: Classifier) -> int | None:
+    """Return a photo's true class, or None where it is not known or its classes are labels."""
+    if classifier.multi_label:
+        return None
+    return true_class(photo.path, classifier.class_names, photo.top)
 
 
 def make_explainer(args: argparse.Namespace, classifier: Classifier, count: int) -> Explainer:
@@ -6025,6 +6053,7 @@ def make_explainer(args: argparse.Namespace, classifier: Classifier, count: int)
         progress=bar,
         copy=False,
         fold=count > FEW,
+        multi_label=classifier.multi_label,
     )
 
     height, width = classifier.input_size
@@ -6032,8 +6061,8 @@ def make_explainer(args: argparse.Namespace, classifier: Classifier, count: int)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     try:
         explainer.prepare(noise)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        if is_out_of_memory(error):
+    except Exception as error:
+        if isinstance(error, CallError) or is_out_of_memory(error):
             raise
         raise CallError(
             f"{classifier.arch} fails at inputs of {height} x {width}: {first_line(error)}; "
@@ -6060,7 +6089,7 @@ def read_item(task: Task, job: Job) -> Item:
     """Read a photo, and keep only what is needed further on, so that large photos use no memory."""
     path = task.photo.path
     classifier = job.classifier
-    item = Item(task, path, true_class(path, classifier.class_names))
+    item = Item(task, path, truth_of(task.photo, classifier))
     try:
         short_side = 0 if classifier.squash else classifier.preset.resize_size[0]
         with open_photo(path, short_side) as photo:
@@ -6068,7 +6097,7 @@ def read_item(task: Task, job: Job) -> Item:
             item.box = classifier.seen_box(height, width)
 
             seen = classifier.seen(photo)
-            item.picture = resized(seen, job.args.output_size or min(max(seen.shape[:2]), 1024))
+            item.picture = resized(seen, job.args.output_size or default_size(seen))
             item.inputs = classifier.preprocess(photo)
     except PhotoError as error:
         item.error = str(error)
@@ -6082,6 +6111,15 @@ def read_item(task: Task, job: Job) -> Item:
             "method": ",".join(job.args.methods),
         }
     return item
+
+
+def default_size(seen: Picture) -> int:
+    """Return the long side of the pictures: the photo's own, with a short side of at least 224.
+
+    It is at most 1024.
+    """
+    short_side, long_side = sorted(seen.shape[:2])
+    return min(1024, max(long_side, round(224 * long_side / short_side)))
 
 
 def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Iterator[Item]:
@@ -6103,7 +6141,9 @@ def try_to_explain(items: Sequence[Item], job: Job) -> None:
     """
     try:
         explain(items, job)
-    except (RuntimeError, ValueError, MemoryError) as error:
+    except CallError:
+        raise
+    except Exception as error:  # a network of the user's own may raise anything
         out_of_memory = is_out_of_memory(error)
         if out_of_memory and len(items) > 1:
             raise
@@ -6129,11 +6169,16 @@ def explain(items: Sequence[Item], job: Job) -> None:
         if not items:
             return
 
+    inputs = torch.stack([item.inputs for item in items])
     targets = None
+    minus = None
     if job.targets:
         targets = [targets_of(item, job.targets) for item in items]
-    inputs = torch.stack([item.inputs for item in items])
-    explanation = job.explainer(inputs, targets, top=job.args.top_k or 1)
+    elif job.classifier.multi_label and not job.args.top_k:
+        targets = likely_labels(job.explainer.logits(inputs))
+    if set(job.minus) - {NO_CLASS}:
+        minus = [job.minus]
+    explanation = job.explainer(inputs, targets, top=job.args.top_k or 1, minus=minus)
 
     for index, item in enumerate(items):
         item.explanation = explanation.only(index)
@@ -6172,13 +6217,24 @@ def targets_of(item: Item, targets: Sequence[int]) -> list[int]:
     return [truth if target == TRUTH else target for target in targets]
 
 
+def likely_labels(logits: Tensor) -> Tensor:
+    """Return for each photo the labels of probability 0.5 and more, or the likeliest one, (N, K).
+
+    From logits (N, labels). Rows with fewer than K labels are filled up with their first one.
+    """
+    counts = (logits >= 0).sum(1, keepdim=True).clamp(min=1)
+    order = logits.argsort(1, descending=True)[:, : int(counts.max())]
+    places = torch.arange(order.shape[1], device=order.device)
+    return torch.where(places < counts, order, order[:, :1])
+
+
 def describe_item(item: Item, job: Job) -> None:
     """Complete the record of a photo that was explained, with the metrics if they are asked for."""
     explanation = item.explanation
     classifier = job.classifier
     names = classifier.class_names
-    p = probabilities(torch.from_numpy(explanation.logits))[0].numpy()
-    order = np.argsort(-p, kind="stable")
+    p = probabilities(torch.from_numpy(explanation.logits), classifier.multi_label)[0].numpy()
+    order = np.argsort(-explanation.logits[0], kind="stable")
 
     def describe(index: int) -> dict[str, Any]:
         probability = round(float(p[index]), 6)
@@ -6187,11 +6243,16 @@ def describe_item(item: Item, job: Job) -> None:
     record = item.record
     record["prediction"] = describe(order[0])
     record["classes"] = [describe(index) for index in explanation.targets[0]]
+    if explanation.minus is not None:
+        for entry, minus in zip(record["classes"], explanation.minus[0].tolist(), strict=True):
+            if minus != NO_CLASS:
+                entry["minus"] = {"index": minus, "name": names[minus]}
     if item.truth is not None:
         record["truth"] = {"index": item.truth, "name": names[item.truth]}
         record["right"] = item.truth == record["prediction"]["index"]
 
     record["top5"] = [describe(index) for index in order[:5]]
+    record["multi_label"] = classifier.multi_label
 
     record["target_layer"] = ",".join(job.explainer.target_layers)
     record["options"] = item.task.options
@@ -6215,8 +6276,17 @@ def measure_item(item: Item, job: Job) -> list[dict[str, Any]]:
     for index, entry in enumerate(item.record["classes"]):
         for method, cams in item.explanation.cams.items():
             metrics = faithfulness(job.explainer, inputs, cams[0, index], entry["index"])
-            measured.append({"class": entry["name"], "method": method, **metrics})
+            subject = subject_of(entry, job.classifier.class_names)
+            measured.append({"class": subject, "method": method, **metrics})
     return measured
+
+
+def subject_of(entry: Mapping[str, Any], names: Sequence[str], minus: str = " minus ") -> str:
+    """Return what a map of a class in the record is of: its name, or "cat minus dog"."""
+    subject = names[entry["index"]]
+    if "minus" in entry:
+        subject += minus + names[entry["minus"]["index"]]
+    return subject
 
 
 # Drawing
@@ -6257,7 +6327,7 @@ def make_outputs(item: Item, job: Job) -> list[OutputFile]:
     blocks = []
 
     for index, entry in enumerate(item.record["classes"]):
-        label = f"_{job.labels[entry['index']]}" if job.labels else ""
+        label = "_" + subject_of(entry, job.labels, "-minus-") if job.labels else ""
         drawings = draw_class(item, job, index)
         for drawing in drawings:
             name = f"{drawing.kind}_{{}}{label}.{args.format}"
@@ -6265,7 +6335,7 @@ def make_outputs(item: Item, job: Job) -> list[OutputFile]:
             outputs.append(OutputFile(drawing.kind, index, name, content))
 
         if args.sheet:
-            heading = f"explained: {job.shown[entry['index']]} {entry['probability']:.3f}"
+            heading = f"explained: {with_probability(entry, job.shown)}"
             blocks.append(Block(heading, sheet_columns(item.picture, drawings)))
 
     if args.sheet:
@@ -6314,8 +6384,7 @@ def sheet_columns(source: Picture, drawings: Sequence[Drawing]) -> list[list[Cel
 def sheet_title(item: Item, job: Job) -> str:
     """Return the line on top of a sheet; a character that the font lacks is shown as ?."""
     name = "".join(c if c in job.glyphs else "?" for c in os.path.basename(item.path))
-    best = item.record["prediction"]
-    prediction = f"{job.shown[best['index']]} {best['probability']:.3f}"
+    prediction = with_probability(item.record["prediction"], job.shown)
     if item.record.get("right") is False:
         prediction += f" (truth: {job.shown[item.truth]})"
     return f"{name}   prediction: {prediction}   layer: {item.record['target_layer']}"
@@ -6348,6 +6417,8 @@ def pack_arrays(item: Item, job: Job) -> bytes:
     }
     if explanation.guided is not None:
         arrays["guided"] = explanation.guided[0]
+    if explanation.minus is not None:
+        arrays["minus"] = explanation.minus[0]
 
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
@@ -6357,7 +6428,7 @@ def pack_arrays(item: Item, job: Job) -> bytes:
 # Saving and telling
 
 
-def save_item(item: Item, args: argparse.Namespace, log: Log, tally: Tally) -> None:
+def save_item(item: Item, job: Job, log: Log, tally: Tally) -> None:
     """Write the files and the record of a photo, print its line, and count it."""
     if not item.error:
         base = "/".join([*Path(item.task.photo.folder).parts, Path(item.path).stem])
@@ -6367,15 +6438,15 @@ def save_item(item: Item, args: argparse.Namespace, log: Log, tally: Tally) -> N
             item.error = f"{item.path}: its results cannot be written: {error.strerror or error}"
 
     if item.error:
-        log.write_error(item.path, ",".join(args.methods), item.error)
+        log.write_error(item.path, ",".join(job.args.methods), item.error)
         print_line(f"error: {item.error}", sys.stderr)
         tally.failed += 1
     elif not written:
         tally.skipped += 1
     else:
         tally.done += 1
-        print_result(result_line(item, args.output))
-        warn_of_empty_maps(item, tally)
+        print_result(result_line(item, job))
+        warn_of_empty_maps(item, job, tally)
 
 
 def print_result(line: str) -> None:
@@ -6388,42 +6459,47 @@ def print_result(line: str) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
-def result_line(item: Item, folder: Path) -> str:
+def result_line(item: Item, job: Job) -> str:
     """Return what is printed of a photo: prediction, explained classes, metrics and files."""
     record = item.record
-    prediction = with_probability(record["prediction"])
+    names = job.classifier.class_names
+    prediction = with_probability(record["prediction"], names)
     if record.get("right") is False:
         prediction += f" (truth: {record['truth']['name']})"
     told = [prediction]
 
-    indices = [entry["index"] for entry in record["classes"]]
-    if indices != [record["prediction"]["index"]]:
-        explained = [with_probability(entry) for entry in record["classes"]]
+    explained = [with_probability(entry, names) for entry in record["classes"]]
+    if explained != [with_probability(record["prediction"], names)]:
         told.append(f"explained: {', '.join(explained)}")
 
     for measured in record.get("metrics", ()):
         subject = measured["method"]
-        if len(indices) > 1:
+        if len(explained) > 1:
             subject += f" for {measured['class']}"
         told.append(f"{subject}: {format_metrics(measured)}")
 
-    files = [str(folder / path) for path in record["sizes"]]
+    files = [str(job.args.output / path) for path in record["sizes"]]
     return f"{item.path}: {'; '.join(told)} -> {', '.join(files) or 'no files'}"
 
 
-def with_probability(entry: Mapping[str, Any]) -> str:
-    """Return a class with its probability; a colon stands where the name ends in a number."""
-    name = entry["name"]
-    if name[-1:].isdigit():
-        name += ":"
-    return f"{name} {entry['probability']:.3f}"
+def with_probability(entry: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return a class with its probability; a colon stands where the name ends in a number.
+
+    A difference of two classes has no probability.
+    """
+    subject = subject_of(entry, names)
+    if "minus" in entry:
+        return subject
+    if subject[-1:].isdigit():
+        subject += ":"
+    return f"{subject} {entry['probability']:.3f}"
 
 
 def format_metrics(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {values[name]:.3f}" for name in METRICS)
 
 
-def warn_of_empty_maps(item: Item, tally: Tally) -> None:
+def warn_of_empty_maps(item: Item, job: Job, tally: Tally) -> None:
     """Print a warning for each map that is all zeros, up to a number of them; count them."""
     layer = item.record["target_layer"]
     for method, cams in item.explanation.cams.items():
@@ -6432,13 +6508,15 @@ def warn_of_empty_maps(item: Item, tally: Tally) -> None:
                 continue
             tally.empty_maps += 1
             if tally.empty_maps <= EMPTY_MAPS:
-                subject = f"the {method} map for {entry['name']}"
+                class_name = subject_of(entry, job.classifier.class_names)
+                subject = f"the {method} map for {class_name}"
                 reason = f"no positive evidence at {layer}"
                 print_line(f"warning: {item.path}: {subject} is all zeros: {reason}", sys.stderr)
 
 
-def finish(args: argparse.Namespace, log: Log, photos: Sequence[Photo]) -> str:
+def finish(request: Request, log: Log, photos: Sequence[Photo], tally: Tally) -> str:
     """Write the page of all results. Return what the closing line says of it and of the photos."""
+    args = request.args
     if not log.path.exists():
         return ""
 
@@ -6451,22 +6529,36 @@ def finish(args: argparse.Namespace, log: Log, photos: Sequence[Photo]) -> str:
 
     methods = ",".join(args.methods)
     entries = [log.entry(photo.path, methods) for photo in photos]
-    verdicts = [entry.right for entry in entries if isinstance(entry.right, bool)]
-    wrong = verdicts.count(False)
-
-    told = ""
-    if verdicts:
-        right = len(verdicts) - wrong
-        told += f"; accuracy {100 * right / len(verdicts):.1f} % ({right} of {len(verdicts)})"
+    told = accuracy(entries, photos, tally)
     if args.metrics:
         with contextlib.suppress(LookupError, TypeError, ValueError):  # another program's records
             told += mean_metrics(entries, args.methods)
 
+    wrong = [entry.right for entry in entries].count(False)
     if page and wrong:
         told += f"; the {wrong} wrong ones first in {page}"
     elif page:
         told += f"; see {page}"
     return told
+
+
+def accuracy(entries: Sequence[LogEntry], photos: Sequence[Photo], tally: Tally) -> str:
+    """Return the accuracy for the closing line, or why there is none."""
+    right = [entry.right for entry in entries].count(True)
+    known = right + [entry.right for entry in entries].count(False)
+    folders = len(class_folders(photos))
+    if not known and folders > 1 and tally.classes:
+        advice = "pass --class-names cat,dog in training order"
+        return f"; no accuracy: {folders} folders, {tally.classes} classes; {advice}"
+    if not known:
+        return ""
+
+    strangers = 0
+    for photo, entry in zip(photos, entries, strict=True):
+        if photo.top and entry.options and entry.right is None:  # explained, in a folder
+            strangers += 1
+    remark = f"; {strangers} photos in folders that are no class" if strangers else ""
+    return f"; accuracy {100 * right / known:.1f} % ({right} of {known}{remark})"
 
 
 def mean_metrics(entries: Sequence[LogEntry], methods: Sequence[str]) -> str:
@@ -6488,6 +6580,8 @@ def explain_photos(todo: Sequence[Task], request: Request, log: Log, tally: Tall
     """Explain photos, and write and count the results. Raises CallError."""
     args = request.args
     job = load_job(request, len(todo))
+    if not job.classifier.multi_label:
+        tally.classes = len(job.classifier.class_names)
     try:
         log.prepare()
     except OSError as error:
@@ -6504,7 +6598,7 @@ def explain_photos(todo: Sequence[Task], request: Request, log: Log, tally: Tall
 
     for item in tqdm(drawn, total=len(todo), unit="photo", disable=None):
         with tqdm.external_write_mode():
-            save_item(item, args, log, tally)
+            save_item(item, job, log, tally)
 
 
 def run(request: Request) -> int:
@@ -6532,7 +6626,7 @@ def run(request: Request) -> int:
         except KeyboardInterrupt:
             interrupted = True
         if interrupted or tally.skipped or len(request.photos) > 1:
-            told = finish(args, log, share)
+            told = finish(request, log, share, tally)
             print_summary(request, tally, time.monotonic() - began, told, interrupted)
 
     if interrupted:

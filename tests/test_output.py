@@ -177,13 +177,13 @@ def places(sheet, picture):
     [
         ((1500, 1000), "", (683, 1024)),
         ((500, 1025), "", (1024, 500)),
-        ((30, 20), "", (20, 30)),
+        ((60, 40), "", (224, 336)),
         ((30, 20), "--output-size 300", (200, 300)),
         ((1500, 1000), "--output-size 1200", (800, 1200)),
         ((1500, 15), "", (10, 1024)),
     ],
 )
-def test_the_long_side_is_the_photos_or_1024_or_what_is_asked_for(
+def test_the_sides_are_the_photos_from_224_to_1024_or_what_is_asked_for(
     explain, tmp_path, size, options, expected
 ):
     photo = paint(tmp_path / "1.png", 1, size)
@@ -193,7 +193,7 @@ def test_the_long_side_is_the_photos_or_1024_or_what_is_asked_for(
 
 
 def test_the_picture_shows_what_the_network_sees_pixel_by_pixel(explain, tmp_path):
-    photo = paint(tmp_path / "1.png", 1, (200, 120))
+    photo = paint(tmp_path / "1.png", 1, (440, 260))
     picture = tmp_path / "out" / "gradcam_cam_1.png"
     options = ["--alpha", "0", "--outputs", "cam", "--format", "png", photo]
     explain("--resize", "squash", *options)
@@ -204,8 +204,8 @@ def test_the_picture_shows_what_the_network_sees_pixel_by_pixel(explain, tmp_pat
     ((left, top),) = places(pixels(photo), seen)
     height, width, _ = seen.shape
     assert abs(height - width) <= 1  # torchvision rounds the sides
-    assert abs(left - (200 - width) / 2) <= 1
-    assert abs(top - (120 - height) / 2) <= 1
+    assert abs(left - (440 - width) / 2) <= 1
+    assert abs(top - (260 - height) / 2) <= 1
 
 
 ARRAYS = ["--save-arrays", "--method", "gradcam,fem", "--format", "png", "--alpha", "1"]
