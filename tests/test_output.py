@@ -143,6 +143,20 @@ def test_gradients_of_one_channel_are_drawn_in_grey():
     np.testing.assert_array_equal(drawn, expected)
 
 
+def test_the_gradients_of_a_grey_network_are_drawn_in_grey(explain, photo, tmp_path):
+    torch.manual_seed(0)
+    model = torchvision.models.squeezenet1_1(num_classes=3)
+    model.features[0] = torch.nn.Conv2d(1, 64, 3, 2)
+    ckpt = tmp_path / "grey.pth"
+    torch.save(model.state_dict(), ckpt)
+    result = explain("--arch", "squeezenet1_1", "--format", "png", "--sheet", photo, ckpt=ckpt)
+    assert result.status == 0, result.stderr
+    for name in ("gb_1.png", "gradcam_cam_gb_1.png"):
+        drawn = pixels(tmp_path / "out" / name)
+        assert drawn.std() > 1
+        assert (drawn == drawn[:, :, :1]).all()
+
+
 def test_gradients_that_are_nearly_all_zero_are_seen_where_they_are():
     values = np.zeros((3, 8, 8), np.float32)
     assert np.isin(draw_gradients(values, 20, 10), (127, 128)).all()
@@ -204,8 +218,8 @@ def test_the_picture_shows_what_the_network_sees_pixel_by_pixel(explain, tmp_pat
     ((left, top),) = places(pixels(photo), seen)
     height, width, _ = seen.shape
     assert abs(height - width) <= 1  # torchvision rounds the sides
-    assert abs(left - (440 - width) / 2) <= 1
-    assert abs(top - (260 - height) / 2) <= 1
+    assert abs(left - (440 - width) / 2) <= 2
+    assert abs(top - (260 - height) / 2) <= 2
 
 
 ARRAYS = ["--save-arrays", "--method", "gradcam,fem", "--format", "png", "--alpha", "1"]
