@@ -258,7 +258,8 @@ def test_the_arrays_are_those_of_the_explainer(explain, tiny, tmp_path):
 
 def test_the_pictures_are_drawn_from_the_arrays_that_are_saved(explain, tmp_path):
     out = tmp_path / "out"
-    assert explain(*ARRAYS, paint(tmp_path / "1.png", 1, (64, 64))).status == 0
+    photo = paint(tmp_path / "1.png", 1, (64, 64))
+    assert explain(*ARRAYS, "--output-size", "64", photo).status == 0
     with np.load(out / "1.npz", allow_pickle=False) as saved:
         cams = saved["cams"][0]
         guided = saved["guided"]
@@ -422,9 +423,9 @@ def texts(monkeypatch):
     written = []
     write = ImageDraw.ImageDraw.text
 
-    def record(pen, place, text, fill, font, **options):
-        written.append((text, place[1], font))
-        return write(pen, place, text, fill, font, **options)
+    def record(pen, place, text, fill, **options):
+        written.append((text, place[1], pen.font))
+        return write(pen, place, text, fill, **options)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
     return written
@@ -807,7 +808,8 @@ def test_the_next_free_number_of_many_photos_is_found_at_once(tmp_path, monkeypa
 
     for number in range(300):
         image = str(tmp_path / str(number) / "1.png")
-        record = {"image": image, "method": "gradcam", "options": "", "classes": [{}]}
+        record = {"image": image, "method": "gradcam", "options": "0", "sizes": {}}
+        record["classes"] = [{"files": {}}]
         assert log.write(record, "1", outputs)
         assert record["output_stem"] == (f"1_{number + 1}" if number else "1")
     log.close()
