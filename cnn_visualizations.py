@@ -1486,6 +1486,7 @@ GREY_MEAN = [0.449]  # the averages of ImageNet's
 GREY_STD = [0.226]
 
 PREDICTED, TRUTH = -1, -2  # classes to explain that differ from photo to photo
+NO_CLASS = -3  # in `minus`: no logit is subtracted from that of the target
 LONGEST_NAME = 200  # characters of a class name
 
 
@@ -3093,6 +3094,20 @@ def find_class(wanted: str, class_names: Sequence[str]) -> int:
     raise CallError(f"--target-class: no class '{wanted}'{hint} (classes 0 to {last}: {known})")
 
 
+def find_difference(wanted: str, class_names: Sequence[str]) -> tuple[int, int]:
+    """Return a class as `find_class`, and the class that is subtracted in cat-dog, or NO_CLASS.
+
+    A class that is really called cat-dog wins. Raises CallError: there is no such class.
+    """
+    if class_index(wanted, class_names) is None:
+        for hyphen in re.finditer("-", wanted):
+            index = class_index(wanted[: hyphen.start()], class_names)
+            minus = class_index(wanted[hyphen.end() :], class_names)
+            if index is not None and minus not in (None, index):
+                return index, minus
+    return find_class(wanted, class_names), NO_CLASS
+
+
 # --------------------------------------------------------------------------------------------------
 # 5  Explanation. One forward pass gives logits and activations, two backward passes the rest.
 # --------------------------------------------------------------------------------------------------
@@ -4178,17 +4193,16 @@ COLORMAPS = {
     name[9:].lower(): number for name, number in vars(cv2).items() if name.startswith("COLORMAP_")
 }
 CELL = 320  # pixels: side of a picture on a sheet
-TEXT = 22  # height of the text on a sheet, in pixels
-LINE = TEXT + 12  # height of a line of text on a sheet
-GAP = 8  # between the pictures of a sheet
+TEXT = 22  # height of its text
+LINE = TEXT + 12  # height of a line of text
+GAP = 8  # between its pictures
 
 
 def resized(picture: Picture, long_side: int) -> Picture:
     """Return the picture enlarged or shrunk to that long side."""
     height, width = picture.shape[:2]
     scale = long_side / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-
+    size = max(1, round(width * scale)), max(1, round(height * scale))
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     return cv2.resize(picture, size, interpolation=interpolation)
 
@@ -4273,92 +4287,72 @@ class Cell:
     note: str = ""  # across it, in red
 
 
-@dataclass(frozen=True)
-class Block:
-    """The part of a sheet that is about one class."""
-
-    heading: str
-    columns: list[list[Cell]]
-
-
-class SheetLayout:
-    """Where the parts of a sheet are, in pixels. All pictures of a sheet have the same size."""
-
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        columns = blocks[0].columns
-        rows_of_columns = math.ceil(len(columns) / 6)  # columns are wrapped
-        self.depth = max(len(column) for column in columns)  # pictures below each other
-        self.across = math.ceil(len(columns) / rows_of_columns)
-
-        # more rows of pictures would be taller than WebP takes
-        rows = rows_of_columns * self.depth
-        self.room = min(len(blocks), 40 // rows)
-
-        self.cell_height = LINE + len(resized(columns[0][0].picture, CELL))
-        self.block_height = LINE + rows * self.cell_height
-        self.width = max(984, GAP + self.across * (CELL + GAP))
-        self.height = LINE + self.room * self.block_height + GAP
-
-    def corner(self, block: int, column: int) -> tuple[int, int]:
-        """Return the left and upper edge of a column of a block."""
-        down, right = divmod(column, self.across)
-        left = GAP + right * (CELL + GAP)
-        top = LINE + block * self.block_height
-        return left, top + LINE + down * self.depth * self.cell_height
+Block = tuple[str, list[list[Cell]]]  # the part of a sheet about one class: heading and columns
 
 
 def draw_sheet(title: str, blocks: Sequence[Block], font: Any, colormap: str) -> Picture:
-    """Return a table of pictures with a block for each class, below a title and a colour scale."""
-    layout = SheetLayout(blocks)
-    if len(blocks) > layout.room:
-        warn(f"a sheet has room for {layout.room} classes; the others are left out")
-    sheet = Image.new("RGB", (layout.width, layout.height), "white")
+    """Return a table of pictures with a block for each class, below a title and a colour scale.
+
+    All pictures have the same size. More than six columns are wrapped.
+    """
+    _, columns = blocks[0]
+    across = math.ceil(len(columns) / math.ceil(len(columns) / 6))
+    depth = max(map(len, columns))  # pictures below each other
+    rows = depth * math.ceil(len(columns) / across)
+    cell_height = LINE + len(resized(columns[0][0].picture, CELL))
+    block_height = LINE + rows * cell_height
+
+    room = 40 // rows  # a taller sheet would not fit into a WebP file
+    if len(blocks) > room:
+        warn(f"a sheet has room for {room} classes; the others are left out")
+        blocks = blocks[:room]
+    width = max(984, GAP + across * (CELL + GAP))
+    sheet = Image.new("RGB", (width, LINE + len(blocks) * block_height + GAP), "white")
     pen = ImageDraw.Draw(sheet)
+    pen.font = font
+    pen.text((GAP, 6), title, "black")
+    draw_scale(sheet, pen, colormap)
 
-    pen.text((GAP, 6), title, "black", font)
-    draw_scale(sheet, pen, font, colormap)
-
-    for number, block in enumerate(blocks[: layout.room]):
-        top = LINE + number * layout.block_height
-        pen.text((GAP, top + 4), block.heading, "black", font)
-        for place, column in enumerate(block.columns):
-            left, upper = layout.corner(number, place)
+    for number, (heading, columns) in enumerate(blocks):
+        top = LINE + number * block_height
+        pen.text((GAP, top + 4), heading, "black")
+        for place, column in enumerate(columns):
+            down, right = divmod(place, across)
+            left = GAP + right * (CELL + GAP)
+            upper = top + LINE + down * depth * cell_height
             for cell in column:
-                draw_cell(sheet, pen, font, cell, left, upper)
-                upper += layout.cell_height
+                draw_cell(sheet, pen, cell, left, upper)
+                upper += cell_height
     return np.asarray(sheet)
 
 
-def draw_scale(sheet: Image.Image, pen: Any, font: Any, colormap: str) -> None:
+def draw_scale(sheet: Image.Image, pen: Any, colormap: str) -> None:
     """Draw the colours from 0 to 1 into the upper right corner of a sheet, where a title ends."""
     right = sheet.width
     pen.rectangle((right - 290, 0, right, LINE), "white")
-    pen.text((right - 280, 6), "evidence 0", "dimgray", font)
-    pen.text((right - 22, 6), "1", "dimgray", font)
+    pen.text((right - 280, 6), "evidence 0", "dimgray")
+    pen.text((right - 22, 6), "1", "dimgray")
 
     ramp = np.linspace(0, 1, 128, dtype=np.float32)[None]
-    scale = draw_cam(np.zeros((TEXT, 128, 3), np.uint8), ramp, colormap, alpha=1)
+    black = np.zeros((TEXT, 128, 3), np.uint8)
+    scale = draw_cam(black, ramp, colormap, alpha=1)
     sheet.paste(Image.fromarray(scale), (right - 156, 8))
 
 
-def draw_cell(sheet: Image.Image, pen: Any, font: Any, cell: Cell, left: int, top: int) -> None:
+def draw_cell(sheet: Image.Image, pen: Any, cell: Cell, left: int, top: int) -> None:
     """Draw a picture with its caption and note on a sheet."""
-    pen.text((left, top + 4), cell.caption, "dimgray", font)
     picture = resized(cell.picture, CELL)
     sheet.paste(Image.fromarray(picture), (left, top + LINE))
+    pen.text((left, top + 4), cell.caption, "dimgray")
 
-    middle = top + LINE + len(picture) // 2
-    place = (left + GAP, middle)
-    pen.text(place, cell.note, "red", font, stroke_width=3, stroke_fill="white")
+    place = (left + GAP, top + LINE + len(picture) // 2)
+    pen.text(place, cell.note, "red", stroke_width=3, stroke_fill="white")
 
 
 def find_font(names: Sequence[str]) -> tuple[Any, set[str]]:
-    """Return the font with the most characters of the names, and the set of its characters.
-
-    Pillow's own font has ASCII.
-    """
+    """Return the font with the most characters of the names, and the set of its characters."""
     font = ImageFont.load_default(TEXT)
-    characters = {chr(code) for code in range(32, 127)}
+    characters = set(map(chr, range(32, 127)))  # ASCII
     wanted = characters.union(*names)
     if wanted <= characters:
         return font, characters
@@ -4372,26 +4366,17 @@ def find_font(names: Sequence[str]) -> tuple[Any, set[str]]:
             if len(in_font & wanted) > len(characters & wanted):
                 font = ImageFont.truetype(path, TEXT)
                 characters = in_font
-
     return font, characters
 
 
 def file_labels(class_names: Sequence[str]) -> list[str]:
-    """Return what stands for each class in file names: its name, or its index and its name.
-
-    The index is added where two names would be equal, or where nothing of a name can stand there.
-    """
+    """Return what stands for each class in file names: its name, with its index if need be."""
     # without underscores, so that no two photos' names with labels behind them can be equal
     labels = [re.sub(r"[^\w.+]+|_", "-", name).strip("-.")[:40] for name in class_names]
-    distinct = {label.casefold() for label in labels}
-    if all(labels) and len(distinct) == len(labels):
+    is_distinct = len(set(map(str.casefold, labels))) == len(labels)
+    if all(labels) and is_distinct:
         return labels
     return [f"{index}-{label}".rstrip("-") for index, label in enumerate(labels)]
-
-
-def file_key(path: str | Path) -> int:
-    """Return a hash of a path that ignores case and the form of accents, as file systems do."""
-    return hash(unicodedata.normalize("NFC", os.path.abspath(path)).casefold())
 
 
 def file_size(path: str | Path) -> int:
@@ -4403,10 +4388,7 @@ def file_size(path: str | Path) -> int:
 
 
 def open_regular(path: Path, flags: int) -> io.FileIO:
-    """Open a file without following a link or waiting for a FIFO.
-
-    Raises OSError: it cannot be opened, or it is not a regular file.
-    """
+    """Open a regular file; no link is followed, no FIFO waited for. Raises OSError."""
     for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):
         flags |= getattr(os, name, 0)
     file = io.FileIO(os.open(path, flags, 0o666), "r+" if flags & os.O_RDWR else "r")
@@ -4430,28 +4412,25 @@ class OutputFile:
 class LogEntry:
     """What is remembered of the last record of a photo and a choice of methods."""
 
-    options: str  # a hash, see `with_options`
-    sizes: dict[str, Any]  # path relative to the log's folder -> bytes, as the record has them
-    place: int  # of the record in the log, in bytes
-    right: Any  # whether the prediction is right; None: the true class is not known
-    metrics: Any  # as in the record
-
-
-NO_ENTRY = LogEntry("", {}, -1, None, None)
+    options: str = ""  # a hash, see `with_options`; "": there is no record, or it is of an error
+    sizes: dict[str, Any] = field(default_factory=dict)  # path below the log's folder -> bytes
+    place: int = -1  # of the record in the log, in bytes
+    right: Any = None  # whether the prediction is right; None: the true class is not known
+    metrics: Any = None  # as in the record
 
 
 class Log:
     """`results.jsonl` in the output folder, and the files that it lists.
 
-    A line is a JSON object for a photo and a choice of methods; the last one of the two counts.
-    Lines are only appended. Several processes append under a lock, and each reads what the others
-    have appended before it writes, so that none writes over another's files.
+    A line is a JSON object for a photo and a choice of methods; the last one of these counts.
+    Several processes append lines under a lock, and each reads what the others have appended before
+    it writes, so that none writes over another's files.
     """
 
     def __init__(self, folder: Path, start_size: int) -> None:
         """Read the log, if there is one; nothing is created. Raises CallError: it cannot be read.
 
-        From `start_size` bytes on it is of processes that run meanwhile.
+        Records beyond `start_size` were written by processes running at the same time.
         """
         self.folder = folder
         self.path = folder / LOG_NAME
@@ -4460,13 +4439,10 @@ class Log:
         self._lock = FileLock(folder / ".results.lock", poll_interval=0.01)
         self._position = 0  # up to which the log was read
         self._entries: dict[tuple[str, str], LogEntry] = {}  # by (image, methods)
-        # file -> (image, options) of the last record that lists it
-        self._owners: dict[int, tuple[str, str]] = {}
+        self._owners: dict[int, tuple[str, str]] = {}  # file -> (image, options) of its last record
         self._stems: dict[int, str] = {}  # beginning of files' names -> image
         self._last_stem: dict[str, str] = {}  # image -> beginning of its files' names
-        self._next_number: dict[
-            str, int
-        ] = {}  # name -> number behind it from which one may be free
+        self._next_number: dict[str, int] = {}  # name -> the number to try next behind it
         self._parts: Path | None = None  # folder of unfinished files
         self._parts_lock: FileLock | None = None
 
@@ -4477,8 +4453,6 @@ class Log:
             pass
         except OSError as error:
             raise CallError(f"{self.path}: cannot be read: {error.strerror or error}") from error
-
-    # Reading
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[io.FileIO]:
@@ -4502,10 +4476,10 @@ class Log:
         """Take in a record that begins at the position up to which the log was read."""
         image = self._image_key(record)
         options = record.get("options", "")
-        sizes = record.get("sizes")
-        if not isinstance(sizes, dict):
-            sizes = {}
-        sizes = {path: sizes.get(path) for path in record_files(record)}
+        sizes = dict.fromkeys(record_files(record))
+        known = record.get("sizes")
+        if isinstance(known, dict):
+            sizes = {path: known.get(path) for path in sizes}
 
         entry = LogEntry(options, sizes, self._position, record.get("right"), record.get("metrics"))
         self._entries[image, record["method"]] = entry
@@ -4517,30 +4491,28 @@ class Log:
             self._last_stem[image] = stem
 
     def _file_key(self, path: str) -> int:
-        return file_key(os.path.join(self._real_folder, path))
+        """Return a hash of a path that ignores case and the form of accents, as file systems do."""
+        path = os.path.abspath(os.path.join(self._real_folder, path))
+        return hash(unicodedata.normalize("NFC", path).casefold())
 
     def _image_key(self, record: Mapping[str, Any]) -> str:
-        """Return the path of a photo, with its folder's links resolved.
-
-        `source` leads there from the log's folder.
-        """
-        if "source" in record:
+        """Return the path of a photo, with its folder's links resolved."""
+        path = record["image"]
+        if "source" in record:  # its path from the log's folder
             path = os.path.join(self._real_folder, record["source"])
-        else:
-            path = record["image"]
         return os.path.normcase(real_path(path))
 
     def entry(self, image: str, method: str) -> LogEntry:
         """Return what is known of a photo and a choice of methods."""
-        return self._entries.get((self._image_key({"image": image}), method), NO_ENTRY)
+        return self._entries.get((self._image_key({"image": image}), method), LogEntry())
 
     def is_done(self, image: str, method: str, options: str, only_wrong: bool = False) -> bool:
         """Return whether a photo's files are there as a run with the same options has written them.
 
-        A record without files is enough for a run that draws the wrong photos only.
+        With `only_wrong`, a record without files is enough.
         """
         entry = self.entry(image, method)
-        if entry is NO_ENTRY or entry.options != options:
+        if entry.options != options:
             return False
         if not entry.sizes:
             return only_wrong
@@ -4551,10 +4523,8 @@ class Log:
                 return False
         return True
 
-    # Writing
-
     def prepare(self) -> None:
-        """Create the log and a folder for unfinished files, and remove those of killed processes.
+        """Create the log and a folder for unfinished files; remove killed processes' ones.
 
         Raises OSError: nothing can be written there.
         """
@@ -4573,14 +4543,11 @@ class Log:
             remove_parts(self._parts)
 
     def write(self, record: dict[str, Any], base: str, outputs: Sequence[OutputFile]) -> bool:
-        """Write the files of a photo and append its record.
+        """Write the files of a photo, and append its record with their paths and sizes.
 
         Where `base`, such as cats/33, is another photo's, or a file is in the way, it becomes
-        cats/33_2, in later runs as well. `record` gets `files` (those of a class in its entry of
-        `classes`), `sizes`, `output_stem` and `source`.
-
-        Returns False where another process has done so meanwhile. Raises OSError: the disk is full,
-        a name is too long ...
+        cats/33_2. Returns False where another process has written the same meanwhile. Raises
+        OSError: the disk is full, a name is too long ...
         """
         image = self._image_key(record)
         folder = self.folder / os.path.dirname(base)
@@ -4594,17 +4561,16 @@ class Log:
                 part.write_bytes(output.content)
 
             with self.locked() as file:
-                entry = self._entries.get((image, record["method"]), NO_ENTRY)
+                entry = self.entry(record["image"], record["method"])
                 is_same = entry.options == record["options"]
                 if is_same and entry.place >= self._start_size:
                     return False
                 if is_same and entry.sizes and not outputs:  # drawn before; this run draws none
-                    self._add_files(record, [], [])
                     return True
 
                 stem = self._find_stem(base, image, outputs)
                 paths = file_paths(stem, outputs)
-                self._add_files(record, outputs, paths)
+                add_files(record, outputs, paths)
                 record["output_stem"] = stem
                 self._append(file, record)
 
@@ -4619,28 +4585,22 @@ class Log:
 
     def _find_stem(self, base: str, image: str, outputs: Sequence[OutputFile]) -> str:
         """Return the beginning of a photo's file names: `base`, or `base` and a number."""
-        known = self._last_stem.get(image, "")
-        first = 2 if known else self._next_number.get(base, 2)
         candidates = [base]
+        known = self._last_stem.get(image, "")
         if re.fullmatch(re.escape(base) + r"_\d+", known):
             candidates.insert(0, known)
-
         for stem in candidates:
             if self._is_free(stem, image, outputs):
                 return stem
 
-        for number in itertools.count(first):
+        for number in itertools.count(self._next_number.get(base, 2)):
             stem = f"{base}_{number}"
             if self._is_free(stem, image, outputs):
-                if not known:  # all numbers before it are of other photos
-                    self._next_number[base] = number + 1
+                self._next_number[base] = number + 1
                 return stem
 
     def _is_free(self, stem: str, image: str, outputs: Sequence[OutputFile]) -> bool:
-        """Return whether a photo's files may have names that begin so.
-
-        Raises OSError: a name is too long.
-        """
+        """Return whether a photo's files may have names that begin so. Raises OSError."""
         if self._stems.get(self._file_key(stem), image) != image:
             return False
         for path in file_paths(stem, outputs):
@@ -4653,27 +4613,8 @@ class Log:
                     return False
         return True
 
-    def _add_files(
-        self, record: dict[str, Any], outputs: Sequence[OutputFile], paths: Sequence[str]
-    ) -> None:
-        """Put the paths and the sizes of files into a record."""
-        record["files"] = {}
-        record["sizes"] = {}
-        for entry in record["classes"]:
-            entry["files"] = {}
-
-        for output, path in zip(outputs, paths, strict=True):
-            record["sizes"][path] = len(output.content)
-            if output.index is None:
-                record["files"][output.kind] = path
-            else:
-                record["classes"][output.index]["files"][output.kind] = path
-
     def _append(self, file: io.FileIO, record: dict[str, Any]) -> None:
-        """Append a line, all of it or none; it is read when the log is locked next.
-
-        Raises OSError: there is no room.
-        """
+        """Append a line, all of it or none. Raises OSError: there is no room."""
         with contextlib.suppress(ValueError):  # another drive of Windows
             record["source"] = os.path.relpath(real_path(record["image"]), self._real_folder)
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
@@ -4694,6 +4635,16 @@ def file_paths(stem: str, outputs: Sequence[OutputFile]) -> list[str]:
     """Return the paths of files below the log's folder, such as cats/gb_33.jpg for cats/33."""
     folder, slash, name = stem.rpartition("/")
     return [folder + slash + output.name.format(name) for output in outputs]
+
+
+def add_files(record: dict[str, Any], outputs: Sequence[OutputFile], paths: Sequence[str]) -> None:
+    """Put the paths and the sizes of files into a record."""
+    for output, path in zip(outputs, paths, strict=True):
+        record["sizes"][path] = len(output.content)
+        owner = record
+        if output.index is not None:
+            owner = record["classes"][output.index]
+        owner["files"][output.kind] = path
 
 
 def real_path(path: str) -> str:
@@ -5430,7 +5381,8 @@ class Job:
     args: argparse.Namespace
     classifier: Classifier
     explainer: Explainer
-    targets: list[int]  # indices, PREDICTED or TRUTH; empty: the `top_k` likeliest classes
+    targets: list[int]  # indices, PREDICTED or TRUTH; empty: the likeliest classes
+    minus: list[list[int]] | None  # (1, K): what is subtracted from the targets, see Explainer
     labels: Sequence[str] | None  # of all classes, for file names; None: no class stands in them
     font: Any  # for the sheet
     glyphs: set[str]  # characters that the font has
@@ -5445,6 +5397,7 @@ class Tally:
     skipped: int = 0
     failed: int = 0
     empty_maps: int = 0
+    classes: int = 0  # of the network; 0: it was not loaded, or its outputs are labels
 
 
 def prefetch(
@@ -5481,10 +5434,7 @@ def prefetch(
 
 
 def with_options(args: argparse.Namespace, photos: Iterable[Photo]) -> list[Task]:
-    """Return the photos, each with a hash of the options and of the files that are read for it.
-
-    A file counts as changed where its size or its time has changed.
-    """
+    """Return the photos, each with a hash of the options and of the files that are read for it."""
     ignored = set(NOT_IN_RESULTS)
     if not (args.sheet or args.save_arrays):
         ignored.add("methods")  # which only these files share
@@ -5506,7 +5456,7 @@ def with_options(args: argparse.Namespace, photos: Iterable[Photo]) -> list[Task
 
 
 def signature(path: str) -> tuple[int, int]:
-    """Return size and time of a file, or zeros where there is none."""
+    """Return size and time of a file, which change with it, or zeros where there is none."""
     with contextlib.suppress(OSError, ValueError):
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
@@ -5533,21 +5483,38 @@ def load_job(request: Request, count: int) -> Job:
         resize=args.resize,
         mean=args.mean,
         std=args.std,
+        multi_label=args.multi_label or None,
+        folders=class_folders(request.photos),
     )
     names = classifier.class_names
-    targets = find_targets(request, names)
+    targets, minus = find_targets(request, classifier)
     explainer = make_explainer(args, classifier, count)
+    print_assumptions(request, classifier, explainer)
 
-    if request.local_rank == 0:
-        told = classifier.describe(explainer.target_layers)
-        if request.world_size > 1:
-            told += f", process {request.rank} of {request.world_size}"
-        print_line(told, sys.stderr)
-
-    labels = file_labels(names) if targets or args.top_k not in (None, 1) else None
+    likeliest_alone = args.top_k == 1 or not (args.top_k or classifier.multi_label)
+    labels = None if likeliest_alone and not targets else file_labels(names)
     font, glyphs = find_font(names) if args.sheet else (None, set())
     shown = [name if glyphs.issuperset(name) else str(index) for index, name in enumerate(names)]
-    return Job(args, classifier, explainer, targets, labels, font, glyphs, shown)
+    return Job(args, classifier, explainer, targets, minus, labels, font, glyphs, shown)
+
+
+def print_assumptions(request: Request, classifier: Classifier, explainer: Explainer) -> None:
+    """Print the first line, once on each machine: what is assumed about the network."""
+    told = classifier.describe(explainer.target_layers)
+    if request.world_size > 1:
+        told += f", process {request.rank} of {request.world_size}"
+    if request.local_rank == 0:
+        print_line(told, sys.stderr)
+
+
+def class_folders(photos: Iterable[Photo]) -> list[str]:
+    """Return the names of the folders with photos directly below the folders that were given."""
+    names = set()
+    for photo in photos:
+        if photo.top:
+            inner = Path(photo.path).relative_to(photo.top).parts[:-1]
+            names.update(inner[:1])
+    return sorted(names)
 
 
 def choose_device(request: Request) -> str | None:
@@ -5558,22 +5525,37 @@ def choose_device(request: Request) -> str | None:
     return device
 
 
-def find_targets(request: Request, names: Sequence[str]) -> list[int]:
-    """Return the classes to explain, see `Job.targets`.
+def find_targets(
+    request: Request, classifier: Classifier
+) -> tuple[list[int], list[list[int]] | None]:
+    """Return `Job.targets` and `Job.minus`.
 
     Raises CallError: there is no such class, or no photo's true class is known.
     """
+    names = classifier.class_names
     targets = []
+    subtracted = []
     for wanted in request.args.target_classes or ():
-        index = find_class(wanted, names)
-        if index not in targets:
-            targets.append(index)
+        target, minus = find_difference(wanted, names)
+        targets.append(target)
+        subtracted.append(minus)
 
-    needs_truth = request.args.only_wrong or TRUTH in targets
-    if needs_truth and all(true_class(photo.path, names) is None for photo in request.photos):
-        some = ", ".join(names[:8])
-        raise CallError(f"no photo's folder is named after a class ({some}), so no truth is known")
-    return targets
+    if request.args.only_wrong or TRUTH in targets:
+        if classifier.multi_label:
+            raise CallError("a photo with labels has no single true class, so none can be wrong")
+        if all(truth_of(photo, classifier) is None for photo in request.photos):
+            told = f"no photo's folder is named after a class ({', '.join(names[:8])})"
+            raise CallError(f"{told}, so no truth is known")
+
+    no_difference = set(subtracted) <= {NO_CLASS}
+    return targets, None if no_difference else [subtracted]
+
+
+def truth_of(photo: Photo, classifier: Classifier) -> int | None:
+    """Return a photo's true class, or None where it is not known or its classes are labels."""
+    if classifier.multi_label:
+        return None
+    return true_class(photo.path, classifier.class_names, photo.top)
 
 
 def make_explainer(args: argparse.Namespace, classifier: Classifier, count: int) -> Explainer:
@@ -5592,6 +5574,7 @@ def make_explainer(args: argparse.Namespace, classifier: Classifier, count: int)
         progress=bar,
         copy=False,
         fold=count > FEW,
+        multi_label=classifier.multi_label,
     )
 
     height, width = classifier.input_size
@@ -5599,8 +5582,8 @@ def make_explainer(args: argparse.Namespace, classifier: Classifier, count: int)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     try:
         explainer.prepare(noise)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        if is_out_of_memory(error):
+    except Exception as error:
+        if isinstance(error, CallError) or is_out_of_memory(error):
             raise
         raise CallError(
             f"{classifier.arch} fails at inputs of {height} x {width}: {first_line(error)}; "
@@ -5627,7 +5610,7 @@ def read_item(task: Task, job: Job) -> Item:
     """Read a photo, and keep only what is needed further on, so that large photos use no memory."""
     path = task.photo.path
     classifier = job.classifier
-    item = Item(task, path, true_class(path, classifier.class_names))
+    item = Item(task, path, truth_of(task.photo, classifier))
     try:
         short_side = 0 if classifier.squash else classifier.preset.resize_size[0]
         with open_photo(path, short_side) as photo:
@@ -5635,7 +5618,7 @@ def read_item(task: Task, job: Job) -> Item:
             item.box = classifier.seen_box(height, width)
 
             seen = classifier.seen(photo)
-            item.picture = resized(seen, job.args.output_size or min(max(seen.shape[:2]), 1024))
+            item.picture = resized(seen, job.args.output_size or default_size(seen))
             item.inputs = classifier.preprocess(photo)
     except PhotoError as error:
         item.error = str(error)
@@ -5649,6 +5632,15 @@ def read_item(task: Task, job: Job) -> Item:
             "method": ",".join(job.args.methods),
         }
     return item
+
+
+def default_size(seen: Picture) -> int:
+    """Return the long side of the pictures: the photo's own, with a short side of at least 224.
+
+    It is at most 1024.
+    """
+    short_side, long_side = sorted(seen.shape[:2])
+    return min(1024, max(long_side, round(224 * long_side / short_side)))
 
 
 def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Iterator[Item]:
@@ -5670,7 +5662,9 @@ def try_to_explain(items: Sequence[Item], job: Job) -> None:
     """
     try:
         explain(items, job)
-    except (RuntimeError, ValueError, MemoryError) as error:
+    except CallError:
+        raise
+    except Exception as error:  # a network of the user's own may raise anything
         out_of_memory = is_out_of_memory(error)
         if out_of_memory and len(items) > 1:
             raise
@@ -5696,11 +5690,13 @@ def explain(items: Sequence[Item], job: Job) -> None:
         if not items:
             return
 
+    inputs = torch.stack([item.inputs for item in items])
     targets = None
     if job.targets:
         targets = [targets_of(item, job.targets) for item in items]
-    inputs = torch.stack([item.inputs for item in items])
-    explanation = job.explainer(inputs, targets, top=job.args.top_k or 1)
+    elif job.classifier.multi_label and not job.args.top_k:
+        targets = likely_labels(job.explainer.logits(inputs))
+    explanation = job.explainer(inputs, targets, top=job.args.top_k or 1, minus=job.minus)
 
     for index, item in enumerate(items):
         item.explanation = explanation.only(index)
@@ -5740,26 +5736,30 @@ def targets_of(item: Item, targets: Sequence[int]) -> list[int]:
     return [truth if target == TRUTH else target for target in targets]
 
 
+def likely_labels(logits: Tensor) -> Tensor:
+    """Return for each photo the labels of probability 0.5 and more, or the likeliest one, (N, K).
+
+    From logits (N, labels). Rows with fewer than K labels are filled up with their first one.
+    """
+    counts = (logits >= 0).sum(1, keepdim=True).clamp(min=1)
+    order = logits.argsort(1, descending=True)[:, : int(counts.max())]
+    places = torch.arange(order.shape[1], device=order.device)
+    return torch.where(places < counts, order, order[:, :1])
+
+
 def describe_item(item: Item, job: Job) -> None:
     """Complete the record of a photo that was explained, with the metrics if they are asked for."""
-    explanation = item.explanation
     classifier = job.classifier
-    names = classifier.class_names
-    p = probabilities(torch.from_numpy(explanation.logits))[0].numpy()
-    order = np.argsort(-p, kind="stable")
-
-    def describe(index: int) -> dict[str, Any]:
-        probability = round(float(p[index]), 6)
-        return {"index": int(index), "name": names[index], "probability": probability}
+    explained, top5 = describe_classes(item.explanation, classifier)
 
     record = item.record
-    record["prediction"] = describe(order[0])
-    record["classes"] = [describe(index) for index in explanation.targets[0]]
+    record["prediction"] = top5[0]
+    record["classes"] = explained
+    record["top5"] = top5
+    record["multi_label"] = classifier.multi_label
     if item.truth is not None:
-        record["truth"] = {"index": item.truth, "name": names[item.truth]}
-        record["right"] = item.truth == record["prediction"]["index"]
-
-    record["top5"] = [describe(index) for index in order[:5]]
+        record["truth"] = {"index": item.truth, "name": classifier.class_names[item.truth]}
+        record["right"] = item.truth == top5[0]["index"]
 
     record["target_layer"] = ",".join(job.explainer.target_layers)
     record["options"] = item.task.options
@@ -5768,41 +5768,61 @@ def describe_item(item: Item, job: Job) -> None:
     record["box"] = [round(edge, 2) for edge in item.box]
     record["mean"] = [round(value, 6) for value in classifier.preset.mean]
     record["std"] = [round(value, 6) for value in classifier.preset.std]
+    record["files"] = {}
+    record["sizes"] = {}
 
-    record["heat"] = {
-        method: [heat_grid(cam) for cam in cams[0]] for method, cams in explanation.cams.items()
-    }
+    record["heat"] = {}
+    for method, cams in item.explanation.cams.items():
+        record["heat"][method] = [heat_grid(cam) for cam in cams[0]]
     if job.args.metrics:
         record["metrics"] = measure_item(item, job)
 
 
+def describe_classes(
+    explanation: Explanation, classifier: Classifier
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the record's entries of the explained classes and of the five likeliest ones."""
+    names = classifier.class_names
+    logits = torch.from_numpy(explanation.logits)
+    p = probabilities(logits, classifier.multi_label)[0].tolist()
+
+    def describe(index: int) -> dict[str, Any]:
+        return {"index": index, "name": names[index], "probability": round(p[index], 6)}
+
+    explained = [describe(index) for index in explanation.targets[0].tolist()]
+    subtracted = [NO_CLASS] * len(explained)
+    if explanation.minus is not None:
+        subtracted = explanation.minus[0].tolist()
+    for entry, minus in zip(explained, subtracted, strict=True):
+        entry["files"] = {}
+        if minus != NO_CLASS:
+            entry["minus"] = {"index": minus, "name": names[minus]}
+
+    order = logits[0].argsort(descending=True, stable=True)
+    return explained, [describe(index) for index in order[:5].tolist()]
+
+
 def measure_item(item: Item, job: Job) -> list[dict[str, Any]]:
     """Return the metrics of each map of a photo."""
-    inputs = item.inputs[None]
     measured = []
     for index, entry in enumerate(item.record["classes"]):
+        subject = subject_of(entry, job.classifier.class_names)
         for method, cams in item.explanation.cams.items():
-            metrics = faithfulness(job.explainer, inputs, cams[0, index], entry["index"])
-            measured.append({"class": entry["name"], "method": method, **metrics})
+            cam = cams[0, index]
+            metrics = faithfulness(job.explainer, item.inputs[None], cam, entry["index"])
+            measured.append({"class": subject, "method": method, **metrics})
     return measured
 
 
+def subject_of(entry: Mapping[str, Any], names: Sequence[str], minus: str = " minus ") -> str:
+    """Return what a map of a class in the record is of: its name, or "cat minus dog"."""
+    subject = names[entry["index"]]
+    if "minus" in entry:
+        subject += minus + names[entry["minus"]["index"]]
+    return subject
+
+
 # Drawing
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A picture of an explanation."""
-
-    output: str  # one of OUTPUTS
-    method: str  # empty where the picture is of no method
-    picture: Picture
-    note: str  # across it on the sheet
-
-    @property
-    def kind(self) -> str:
-        """Return what it is called in the record and in file names."""
-        return f"{self.method}_{self.output}".lstrip("_")
 
 
 def draw_item(item: Item, job: Job) -> Item:
@@ -5823,18 +5843,10 @@ def make_outputs(item: Item, job: Job) -> list[OutputFile]:
     args = job.args
     outputs = []
     blocks = []
-
     for index, entry in enumerate(item.record["classes"]):
-        label = f"_{job.labels[entry['index']]}" if job.labels else ""
-        drawings = draw_class(item, job, index)
-        for drawing in drawings:
-            name = f"{drawing.kind}_{{}}{label}.{args.format}"
-            content = encode(drawing.picture, args.format, args.quality)
-            outputs.append(OutputFile(drawing.kind, index, name, content))
-
-        if args.sheet:
-            heading = f"explained: {job.shown[entry['index']]} {entry['probability']:.3f}"
-            blocks.append(Block(heading, sheet_columns(item.picture, drawings)))
+        pictures, columns = draw_class(item, job, index)
+        outputs += pictures
+        blocks.append((f"explained: {with_probability(entry, job.shown)}", columns))
 
     if args.sheet:
         sheet = draw_sheet(sheet_title(item, job), blocks, job.font, args.colormap)
@@ -5845,45 +5857,38 @@ def make_outputs(item: Item, job: Job) -> list[OutputFile]:
     return outputs
 
 
-def draw_class(item: Item, job: Job, index: int) -> list[Drawing]:
-    """Return the pictures of one explained class of a photo."""
+def draw_class(item: Item, job: Job, index: int) -> tuple[list[OutputFile], list[list[Cell]]]:
+    """Return the pictures of one explained class of a photo, as files and as columns of a sheet.
+
+    On the sheet, gb stands below the source, and a method's cam_gb below its cam.
+    """
     args = job.args
-    drawings = []
+    look = {"colormap": args.colormap, "alpha": args.alpha, "fade": args.fade}
+    ending = f".{args.format}"
+    if job.labels:
+        ending = f"_{subject_of(item.record['classes'][index], job.labels, '-minus-')}{ending}"
+
+    files = []
+    columns = {"": [Cell("source", item.picture)]}
     for output in args.outputs:
         for method in [""] if output == "gb" else args.methods:
-            picture = draw(
-                output,
-                item.explanation,
-                item.picture,
-                method,
-                index,
-                colormap=args.colormap,
-                alpha=args.alpha,
-                fade=args.fade,
-            )
+            picture = draw(output, item.explanation, item.picture, method, index, **look)
+            kind = f"{method}_{output}".lstrip("_")
+            content = encode(picture, args.format, args.quality)
+            files.append(OutputFile(kind, index, f"{kind}_{{}}{ending}", content))
 
             note = ""
             if method and not item.explanation.cams[method][0, index].any():
                 note = "no positive evidence"
-            drawings.append(Drawing(output, method, picture, note))
-    return drawings
-
-
-def sheet_columns(source: Picture, drawings: Sequence[Drawing]) -> list[list[Cell]]:
-    """Return the columns of a sheet: gb is under the source, a method's cam_gb under its cam."""
-    columns = {"": [Cell("source", source)]}
-    for drawing in drawings:
-        caption = f"{drawing.method} {drawing.output}".strip()
-        cell = Cell(caption, drawing.picture, drawing.note)
-        columns.setdefault(drawing.method, []).append(cell)
-    return list(columns.values())
+            cell = Cell(f"{method} {output}".lstrip(), picture, note)
+            columns.setdefault(method, []).append(cell)
+    return files, list(columns.values())
 
 
 def sheet_title(item: Item, job: Job) -> str:
     """Return the line on top of a sheet; a character that the font lacks is shown as ?."""
     name = "".join(c if c in job.glyphs else "?" for c in os.path.basename(item.path))
-    best = item.record["prediction"]
-    prediction = f"{job.shown[best['index']]} {best['probability']:.3f}"
+    prediction = with_probability(item.record["prediction"], job.shown)
     if item.record.get("right") is False:
         prediction += f" (truth: {job.shown[item.truth]})"
     return f"{name}   prediction: {prediction}   layer: {item.record['target_layer']}"
@@ -5903,7 +5908,7 @@ def encode(picture: Picture, ending: str, quality: int) -> bytes:
 
 
 def pack_arrays(item: Item, job: Job) -> bytes:
-    """Return an explanation as a file of NumPy's; README.md has the shapes."""
+    """Return an explanation as an .npz file; README.md has the shapes."""
     explanation = item.explanation
     arrays = {
         "methods": job.args.methods,
@@ -5916,6 +5921,8 @@ def pack_arrays(item: Item, job: Job) -> bytes:
     }
     if explanation.guided is not None:
         arrays["guided"] = explanation.guided[0]
+    if explanation.minus is not None:
+        arrays["minus"] = explanation.minus[0]
 
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
@@ -5925,7 +5932,7 @@ def pack_arrays(item: Item, job: Job) -> bytes:
 # Saving and telling
 
 
-def save_item(item: Item, args: argparse.Namespace, log: Log, tally: Tally) -> None:
+def save_item(item: Item, job: Job, log: Log, tally: Tally) -> None:
     """Write the files and the record of a photo, print its line, and count it."""
     if not item.error:
         base = "/".join([*Path(item.task.photo.folder).parts, Path(item.path).stem])
@@ -5935,15 +5942,15 @@ def save_item(item: Item, args: argparse.Namespace, log: Log, tally: Tally) -> N
             item.error = f"{item.path}: its results cannot be written: {error.strerror or error}"
 
     if item.error:
-        log.write_error(item.path, ",".join(args.methods), item.error)
+        log.write_error(item.path, ",".join(job.args.methods), item.error)
         print_line(f"error: {item.error}", sys.stderr)
         tally.failed += 1
     elif not written:
         tally.skipped += 1
     else:
         tally.done += 1
-        print_result(result_line(item, args.output))
-        warn_of_empty_maps(item, tally)
+        print_result(result_line(item, job))
+        warn_of_empty_maps(item, job, tally)
 
 
 def print_result(line: str) -> None:
@@ -5956,43 +5963,48 @@ def print_result(line: str) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
-def result_line(item: Item, folder: Path) -> str:
+def result_line(item: Item, job: Job) -> str:
     """Return what is printed of a photo: prediction, explained classes, metrics and files."""
     record = item.record
-    prediction = with_probability(record["prediction"])
+    names = job.classifier.class_names
+    prediction = with_probability(record["prediction"], names)
     if record.get("right") is False:
         prediction += f" (truth: {record['truth']['name']})"
     told = [prediction]
 
-    indices = [entry["index"] for entry in record["classes"]]
-    if indices != [record["prediction"]["index"]]:
-        explained = [with_probability(entry) for entry in record["classes"]]
+    explained = [with_probability(entry, names) for entry in record["classes"]]
+    if explained != [with_probability(record["prediction"], names)]:
         told.append(f"explained: {', '.join(explained)}")
 
     for measured in record.get("metrics", ()):
         subject = measured["method"]
-        if len(indices) > 1:
+        if len(explained) > 1:
             subject += f" for {measured['class']}"
         told.append(f"{subject}: {format_metrics(measured)}")
 
-    files = [str(folder / path) for path in record["sizes"]]
+    files = [str(job.args.output / path) for path in record["sizes"]]
     return f"{item.path}: {'; '.join(told)} -> {', '.join(files) or 'no files'}"
 
 
-def with_probability(entry: Mapping[str, Any]) -> str:
-    """Return a class with its probability; a colon stands where the name ends in a number."""
-    name = entry["name"]
-    if name[-1:].isdigit():
-        name += ":"
-    return f"{name} {entry['probability']:.3f}"
+def with_probability(entry: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return a class with its probability; a colon stands where the name ends in a number.
+
+    A difference of two classes has no probability.
+    """
+    subject = subject_of(entry, names)
+    if "minus" in entry:
+        return subject
+    if subject[-1:].isdigit():
+        subject += ":"
+    return f"{subject} {entry['probability']:.3f}"
 
 
 def format_metrics(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {values[name]:.3f}" for name in METRICS)
 
 
-def warn_of_empty_maps(item: Item, tally: Tally) -> None:
-    """Print a warning for each map that is all zeros, up to a number of them; count them."""
+def warn_of_empty_maps(item: Item, job: Job, tally: Tally) -> None:
+    """Print a warning for each map that is all zeros, up to EMPTY_MAPS; count all."""
     layer = item.record["target_layer"]
     for method, cams in item.explanation.cams.items():
         for entry, cam in zip(item.record["classes"], cams[0], strict=True):
@@ -6000,13 +6012,15 @@ def warn_of_empty_maps(item: Item, tally: Tally) -> None:
                 continue
             tally.empty_maps += 1
             if tally.empty_maps <= EMPTY_MAPS:
-                subject = f"the {method} map for {entry['name']}"
+                class_name = subject_of(entry, job.classifier.class_names)
+                subject = f"the {method} map for {class_name}"
                 reason = f"no positive evidence at {layer}"
                 print_line(f"warning: {item.path}: {subject} is all zeros: {reason}", sys.stderr)
 
 
-def finish(args: argparse.Namespace, log: Log, photos: Sequence[Photo]) -> str:
+def finish(request: Request, log: Log, photos: Sequence[Photo], tally: Tally) -> str:
     """Write the page of all results. Return what the closing line says of it and of the photos."""
+    args = request.args
     if not log.path.exists():
         return ""
 
@@ -6019,22 +6033,36 @@ def finish(args: argparse.Namespace, log: Log, photos: Sequence[Photo]) -> str:
 
     methods = ",".join(args.methods)
     entries = [log.entry(photo.path, methods) for photo in photos]
-    verdicts = [entry.right for entry in entries if isinstance(entry.right, bool)]
-    wrong = verdicts.count(False)
-
-    told = ""
-    if verdicts:
-        right = len(verdicts) - wrong
-        told += f"; accuracy {100 * right / len(verdicts):.1f} % ({right} of {len(verdicts)})"
+    told = accuracy(entries, photos, tally)
     if args.metrics:
         with contextlib.suppress(LookupError, TypeError, ValueError):  # another program's records
             told += mean_metrics(entries, args.methods)
 
+    wrong = [entry.right for entry in entries].count(False)
     if page and wrong:
         told += f"; the {wrong} wrong ones first in {page}"
     elif page:
         told += f"; see {page}"
     return told
+
+
+def accuracy(entries: Sequence[LogEntry], photos: Sequence[Photo], tally: Tally) -> str:
+    """Return the accuracy for the closing line, or why there is none."""
+    right = [entry.right for entry in entries].count(True)
+    known = right + [entry.right for entry in entries].count(False)
+    folders = len(class_folders(photos))
+    if not known and folders > 1 and tally.classes:
+        advice = "pass --class-names cat,dog in training order"
+        return f"; no accuracy: {folders} folders, {tally.classes} classes; {advice}"
+    if not known:
+        return ""
+
+    strangers = 0
+    for photo, entry in zip(photos, entries, strict=True):
+        if photo.top and entry.options and entry.right is None:  # explained, in a folder
+            strangers += 1
+    remark = f"; {strangers} photos in folders that are no class" if strangers else ""
+    return f"; accuracy {100 * right / known:.1f} % ({right} of {known}{remark})"
 
 
 def mean_metrics(entries: Sequence[LogEntry], methods: Sequence[str]) -> str:
@@ -6056,6 +6084,8 @@ def explain_photos(todo: Sequence[Task], request: Request, log: Log, tally: Tall
     """Explain photos, and write and count the results. Raises CallError."""
     args = request.args
     job = load_job(request, len(todo))
+    if not job.classifier.multi_label:
+        tally.classes = len(job.classifier.class_names)
     try:
         log.prepare()
     except OSError as error:
@@ -6072,7 +6102,7 @@ def explain_photos(todo: Sequence[Task], request: Request, log: Log, tally: Tall
 
     for item in tqdm(drawn, total=len(todo), unit="photo", disable=None):
         with tqdm.external_write_mode():
-            save_item(item, args, log, tally)
+            save_item(item, job, log, tally)
 
 
 def run(request: Request) -> int:
@@ -6085,11 +6115,13 @@ def run(request: Request) -> int:
 
     share = request.photos[request.rank :: request.world_size]
     tasks = with_options(args, share)
-    todo = []
-    for task in tasks:
-        if not is_done(task, args, log):
-            todo.append(task)
-
+    todo = tasks
+    if args.skip_existing:
+        methods = ",".join(args.methods)
+        todo = []
+        for task in tasks:
+            if not log.is_done(task.photo.path, methods, task.options, args.only_wrong):
+                todo.append(task)
     tally = Tally(skipped=len(tasks) - len(todo))
 
     interrupted = False
@@ -6100,20 +6132,13 @@ def run(request: Request) -> int:
         except KeyboardInterrupt:
             interrupted = True
         if interrupted or tally.skipped or len(request.photos) > 1:
-            told = finish(args, log, share)
+            told = finish(request, log, share, tally)
             print_summary(request, tally, time.monotonic() - began, told, interrupted)
 
     if interrupted:
         return 130
     # torchrun stops all processes as soon as one does not return 0
     return int(tally.failed > 0 and request.world_size == 1)
-
-
-def is_done(task: Task, args: argparse.Namespace, log: Log) -> bool:
-    """Return whether a photo is to be skipped, since an earlier run has done the same."""
-    if not args.skip_existing:
-        return False
-    return log.is_done(task.photo.path, ",".join(args.methods), task.options, args.only_wrong)
 
 
 def print_summary(

@@ -143,6 +143,20 @@ def test_gradients_of_one_channel_are_drawn_in_grey():
     np.testing.assert_array_equal(drawn, expected)
 
 
+def test_the_gradients_of_a_grey_network_are_drawn_in_grey(explain, photo, tmp_path):
+    torch.manual_seed(0)
+    model = torchvision.models.squeezenet1_1(num_classes=3)
+    model.features[0] = torch.nn.Conv2d(1, 64, 3, 2)
+    ckpt = tmp_path / "grey.pth"
+    torch.save(model.state_dict(), ckpt)
+    result = explain("--arch", "squeezenet1_1", "--format", "png", "--sheet", photo, ckpt=ckpt)
+    assert result.status == 0, result.stderr
+    for name in ("gb_1.png", "gradcam_cam_gb_1.png"):
+        drawn = pixels(tmp_path / "out" / name)
+        assert drawn.std() > 1
+        assert (drawn == drawn[:, :, :1]).all()
+
+
 def test_gradients_that_are_nearly_all_zero_are_seen_where_they_are():
     values = np.zeros((3, 8, 8), np.float32)
     assert np.isin(draw_gradients(values, 20, 10), (127, 128)).all()
@@ -177,13 +191,13 @@ def places(sheet, picture):
     [
         ((1500, 1000), "", (683, 1024)),
         ((500, 1025), "", (1024, 500)),
-        ((30, 20), "", (20, 30)),
+        ((60, 40), "", (224, 336)),
         ((30, 20), "--output-size 300", (200, 300)),
         ((1500, 1000), "--output-size 1200", (800, 1200)),
         ((1500, 15), "", (10, 1024)),
     ],
 )
-def test_the_long_side_is_the_photos_or_1024_or_what_is_asked_for(
+def test_the_sides_are_the_photos_from_224_to_1024_or_what_is_asked_for(
     explain, tmp_path, size, options, expected
 ):
     photo = paint(tmp_path / "1.png", 1, size)
@@ -193,7 +207,7 @@ def test_the_long_side_is_the_photos_or_1024_or_what_is_asked_for(
 
 
 def test_the_picture_shows_what_the_network_sees_pixel_by_pixel(explain, tmp_path):
-    photo = paint(tmp_path / "1.png", 1, (200, 120))
+    photo = paint(tmp_path / "1.png", 1, (440, 260))
     picture = tmp_path / "out" / "gradcam_cam_1.png"
     options = ["--alpha", "0", "--outputs", "cam", "--format", "png", photo]
     explain("--resize", "squash", *options)
@@ -204,8 +218,8 @@ def test_the_picture_shows_what_the_network_sees_pixel_by_pixel(explain, tmp_pat
     ((left, top),) = places(pixels(photo), seen)
     height, width, _ = seen.shape
     assert abs(height - width) <= 1  # torchvision rounds the sides
-    assert abs(left - (200 - width) / 2) <= 1
-    assert abs(top - (120 - height) / 2) <= 1
+    assert abs(left - (440 - width) / 2) <= 2
+    assert abs(top - (260 - height) / 2) <= 2
 
 
 ARRAYS = ["--save-arrays", "--method", "gradcam,fem", "--format", "png", "--alpha", "1"]
@@ -244,7 +258,8 @@ def test_the_arrays_are_those_of_the_explainer(explain, tiny, tmp_path):
 
 def test_the_pictures_are_drawn_from_the_arrays_that_are_saved(explain, tmp_path):
     out = tmp_path / "out"
-    assert explain(*ARRAYS, paint(tmp_path / "1.png", 1, (64, 64))).status == 0
+    photo = paint(tmp_path / "1.png", 1, (64, 64))
+    assert explain(*ARRAYS, "--output-size", "64", photo).status == 0
     with np.load(out / "1.npz", allow_pickle=False) as saved:
         cams = saved["cams"][0]
         guided = saved["guided"]
@@ -408,9 +423,9 @@ def texts(monkeypatch):
     written = []
     write = ImageDraw.ImageDraw.text
 
-    def record(pen, place, text, fill, font, **options):
-        written.append((text, place[1], font))
-        return write(pen, place, text, fill, font, **options)
+    def record(pen, place, text, fill, **options):
+        written.append((text, place[1], pen.font))
+        return write(pen, place, text, fill, **options)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
     return written
@@ -793,7 +808,8 @@ def test_the_next_free_number_of_many_photos_is_found_at_once(tmp_path, monkeypa
 
     for number in range(300):
         image = str(tmp_path / str(number) / "1.png")
-        record = {"image": image, "method": "gradcam", "options": "", "classes": [{}]}
+        record = {"image": image, "method": "gradcam", "options": "0", "sizes": {}}
+        record["classes"] = [{"files": {}}]
         assert log.write(record, "1", outputs)
         assert record["output_stem"] == (f"1_{number + 1}" if number else "1")
     log.close()

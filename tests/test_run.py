@@ -36,6 +36,7 @@ import cnn_visualizations as program_file
 from cnn_visualizations import (
     LOG_NAME,
     METRICS,
+    NO_CLASS,
     OUTPUTS,
     PREDICTED,
     TRUTH,
@@ -44,6 +45,7 @@ from cnn_visualizations import (
     draw,
     faithfulness,
     find_class,
+    find_difference,
     load_classifier,
     open_photo,
     read_photo,
@@ -262,6 +264,111 @@ def test_of_many_empty_maps_ten_are_named_and_the_number_of_all_is_told(explain,
         assert ("warning: 12 maps in all are all zeros\n" in result.stderr) == last
 
 
+# Labels and differences
+
+
+def test_all_labels_of_half_and_more_are_explained(explain, tiny, tmp_path):
+    photos = [paint(tmp_path / CLASSES[0] / f"{seed}.png", seed) for seed in range(3)]
+    options = ["--multi-label", "--metrics", "--save-arrays", "--outputs", "cam,gb"]
+    result = explain(*options, photos[0].parent)
+    assert result.status == 0
+    assert "7 labels (0 cat, " in result.stderr
+    assert "accuracy" not in result.stderr
+
+    classifier = load_classifier(ckpt=tiny[0], device="cpu")
+    counts = set()
+    for record, path in zip(records(tmp_path / "out"), photos, strict=True):
+        inputs = classifier.preprocess(read_photo(path))[None]
+        with torch.no_grad():
+            p = classifier.model(inputs).sigmoid()[0]
+        order = p.argsort(descending=True).tolist()
+        expected = [index for index in order if p[index] >= 0.5]
+        counts.add(len(expected))
+
+        assert record["multi_label"] is True
+        assert "truth" not in record
+        assert "right" not in record
+        assert [entry["index"] for entry in record["classes"]] == expected
+        for entry in (record["prediction"], *record["classes"], *record["top5"]):
+            assert entry["probability"] == pytest.approx(p[entry["index"]].item(), abs=1e-4)
+        best = CLASSES[order[0]]
+        assert f"{path}: {best} {p[order[0]]:.3f}; explained: {best} " in result.stdout
+        assert record["classes"][0]["files"]["gb"] == f"gb_{path.stem}_{best}.jpg"
+
+        explainer = Explainer(classifier.model, multi_label=True)
+        with np.load(tmp_path / "out" / f"{path.stem}.npz") as arrays:
+            measured = faithfulness(explainer, inputs, arrays["cams"][0, 0], order[0])
+        row = record["metrics"][0]
+        assert {name: row[name] for name in METRICS} == pytest.approx(measured, abs=2e-3)
+
+
+def test_labels_below_half_leave_the_likeliest_one():
+    logits = torch.tensor([[-2.0, -1, -3], [1, -1, 2], [0, -1, -2]])
+    labels = program_file.likely_labels(logits)
+    assert labels.tolist() == [[1, 1], [2, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("option", [("--only-wrong",), ("--target-class", "truth")])
+def test_labels_have_no_true_class(explain, photo, option):
+    result = explain("--multi-label", *option, photo)
+    assert result.status == 2
+    assert "a photo with labels has no single true class" in result.stderr
+
+
+@pytest.mark.parametrize("multi_label", [(), ("--multi-label",)])
+def test_the_difference_of_two_classes_is_explained(explain, tiny, photo, tmp_path, multi_label):
+    methods = ["gradcam", "layercam", "scorecam", "ablationcam"]
+    options = ["--method", ",".join(methods), "--save-arrays", "--sheet", *multi_label]
+    asked = ["--target-class", "owl-fox", "--target-class", "owl"]
+    result = explain(*options, *asked, photo)
+    assert result.status == 0
+    assert re.search(r"; explained: owl minus fox, owl \d\.\d{3} -> ", result.stdout)
+
+    (record,) = records(tmp_path / "out")
+    difference, owl = record["classes"]
+    assert difference["name"] == "owl"
+    assert difference["minus"] == {"index": 4, "name": "fox"}
+    assert difference["files"]["gb"] == "gb_1_owl-minus-fox.jpg"
+    assert owl["files"]["gb"] == "gb_1_owl.jpg"
+    assert "minus" not in owl
+
+    classifier = load_classifier(ckpt=tiny[0], device="cpu")
+    inputs = classifier.preprocess(read_photo(photo))[None]
+    expected = Explainer(classifier.model, methods)(inputs, [[3, 3]], minus=[[4, NO_CLASS]])
+    with np.load(tmp_path / "out" / "1.npz") as arrays:
+        assert arrays["minus"].tolist() == [4, NO_CLASS]
+        np.testing.assert_allclose(arrays["guided"], expected.guided[0], rtol=0, atol=1e-5)
+        for method, cams in zip(methods, arrays["cams"], strict=True):
+            np.testing.assert_allclose(cams, expected.cams[method][0], rtol=0, atol=1e-4)
+
+
+def test_an_empty_map_of_a_difference_is_told_with_both_names(explain, photo):
+    options = ["--method", "gradcam", "--outputs", "cam", "--target-class", "dog-fox"]
+    told = "the gradcam map for dog minus fox is all zeros"
+    assert told in explain(*options, photo).stderr
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ("cat-dog", (0, 1)),
+        ("DOG-2", (1, 2)),
+        ("cat-black-dog", (3, NO_CLASS)),  # a class that is called so wins
+        ("cat-black-dog-cat", (3, 0)),
+        ("cat-cat-black-dog", (0, 3)),
+        ("truth", (TRUTH, NO_CLASS)),
+    ],
+)
+def test_a_hyphen_between_two_classes_asks_for_their_difference(wanted, expected):
+    assert find_difference(wanted, ["cat", "dog", "owl", "cat-black-dog"]) == expected
+
+
+@pytest.mark.parametrize("wanted", ["cat-wolf", "cat-cat", "-cat", "cat-", "1--2"])
+def test_what_is_no_difference_is_no_class(wanted):
+    with pytest.raises(CallError, match="no class"):
+        find_difference(wanted, ["cat", "dog", "owl"])
+
+
 # True classes, the gallery and the list of layers
 
 
@@ -303,6 +410,38 @@ def test_the_folder_tells_the_true_class_and_the_closing_line_the_accuracy(
     again = explain("--outputs", "cam", "--skip-existing", "--no-gallery", *sorted_photos)
     assert re.search(r"0 done, 3 skipped.*; accuracy 50.0 % \(1 of 2\)$", again.stderr)
     assert "accuracy" not in explain("--outputs", "cam", stranger, stranger.parent).stderr
+
+
+def test_photos_in_folders_that_are_no_class_are_counted_in_the_closing_line(
+    explain, sorted_photos, tmp_path
+):
+    folder = tmp_path / "photos"
+    for path in sorted_photos:
+        inner = folder / path.parent.name / "2024"  # the nearest folder that is a class counts
+        inner.mkdir(parents=True)
+        path.rename(inner / path.name)
+    told = "; accuracy 50.0 % (1 of 2; 1 photos in folders that are no class); "
+    assert told in explain("--outputs", "cam", folder).stderr
+    assert told in explain("--outputs", "cam", "--skip-existing", folder).stderr
+
+
+def test_without_true_classes_the_closing_line_says_why(explain, album):
+    told = "; no accuracy: 2 folders, 7 classes; pass --class-names cat,dog in training order; see"
+    assert told in explain("--outputs", "cam", album).stderr
+    assert "no accuracy" not in explain("--outputs", "cam", album / "y").stderr
+    assert "no accuracy" not in explain("--outputs", "cam", album / "a.jpg", album / "b.jpg").stderr
+
+
+def test_as_many_folders_as_classes_name_them_where_nothing_else_does(explain, tiny, tmp_path):
+    ckpt = tmp_path / "unnamed.pth"
+    checkpoint = torch.load(tiny[0])
+    del checkpoint["classes"]
+    torch.save(checkpoint, ckpt)
+    for seed in range(7):
+        paint(tmp_path / "photos" / "bcdefga"[seed] / f"{seed}.png", seed)
+    result = explain("--outputs", "cam", tmp_path / "photos", ckpt=ckpt)
+    assert "7 classes (0 a, 1 b, 2 c, 3 d, 4 e, 5 f, 6 g; the photos' folders" in result.stderr
+    assert re.search(r"; accuracy \d+\.\d % \(\d of 7\);", result.stderr)
 
 
 def test_the_true_class_is_explained_and_where_it_is_predicted_only_once(
@@ -928,9 +1067,16 @@ def test_too_little_memory_halves_the_batch_and_says_so_once(explain, tmp_path, 
     assert sizes == [2] * 5 + [1]
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("the logits are NaN")]
-)
+PHOTO_ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    ValueError("the logits are NaN"),
+    IndexError("list index out of range"),
+    TypeError("forward() ..."),
+    AssertionError("odd"),
+]
+
+
+@pytest.mark.parametrize("error", PHOTO_ERRORS, ids=repr)
 def test_a_photo_on_which_the_network_fails_takes_no_other_with_it(
     explain, album, tmp_path, failing, error
 ):
@@ -968,17 +1114,6 @@ def test_an_error_in_the_middle_of_a_folder_leaves_no_photo_without_its_line(
 
     failing(lambda inputs, number: None)
     assert tally(explain("--outputs", "cam", "--skip-existing", album)) == (2, 4, 0)
-
-
-def test_an_error_of_the_program_itself_leaves_no_photo_without_its_line(
-    explain, album, tmp_path, failing, capfd
-):
-    failing(lambda inputs, number: TypeError("forward() ...") if number == 4 else None)
-    with pytest.raises(TypeError, match="forward"):
-        explain("--outputs", "cam", "--batch-size", "1", album)
-    assert capfd.readouterr().out.count("\n") == 4
-    assert len(records(tmp_path / "out")) == 4
-    assert len(files_in(tmp_path / "out")) == 4
 
 
 def test_a_network_that_does_not_fit_the_memory_is_one_line(explain, photo, monkeypatch):
