@@ -3,8 +3,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch>=2.6",
-#     "torchvision>=0.21",
+#     "torch>=2.10",
+#     "torchvision>=0.25",
 #     "grad-cam>=1.5.7",
 #     "pillow>=10.1",
 #     "ttach>=0.0.3",
@@ -1171,28 +1171,39 @@ def load_pickle(path: Path) -> Any:
 
 
 def check_archive(path: Path) -> None:
-    """Raise CallError where reading an archive would cost more than the size of its file."""
+    """Raise CallError where an archive is damaged, or would cost more to read than its size."""
     with zipfile.ZipFile(path) as archive:
         files = archive.infolist()
-        if any("/code/" in file.filename for file in files):
-            raise CallError(
-                f"{path}: a TorchScript archive, which is code; load it in Python and save its "
-                "weights: torch.save(torch.jit.load(FILE).state_dict(), 'best.pth')"
-            )
-
-        # torch.save stores its records uncompressed, so that none is larger than the file
-        if any(file.compress_type != zipfile.ZIP_STORED for file in files):
-            raise CallError(f"{path}: a compressed archive; pass the file that torch.save wrote")
-        if sum(file.file_size for file in files) > path.stat().st_size:
-            raise CallError(f"{path}: damaged: its records add up to more than the file")
+        check_records(path, files)
+        # torch can be told to write archives without checksums
+        has_checksums = any(file.CRC for file in files)
+        if has_checksums and archive.testzip():
+            raise CallError(f"{path}: damaged; copy it again")
 
         for file in files:
-            if not file.filename.lower().endswith("data.pkl"):
-                continue
-            if file.file_size > MAX_PICKLE_BYTES:
-                size = file.file_size // 2**20
-                raise CallError(f"{path}: {size} MB beside the tensors, at most 64 can be read")
-            check_pickle(path, io.BytesIO(archive.read(file)))
+            if file.filename.lower().endswith("data.pkl"):
+                check_pickle(path, io.BytesIO(archive.read(file)))
+
+
+def check_records(path: Path, files: Sequence[zipfile.ZipInfo]) -> None:
+    """Raise CallError where the records of an archive are not those that torch.save writes."""
+    names = {file.filename.lower() for file in files}
+    if any("/code/" in name for name in names):
+        raise CallError(
+            f"{path}: a TorchScript archive, which is code; load it in Python and save its "
+            "weights: torch.save(torch.jit.load(FILE).state_dict(), 'best.pth')"
+        )
+    if any(file.compress_type != zipfile.ZIP_STORED for file in files):
+        raise CallError(f"{path}: a compressed archive; pass the file that torch.save wrote")
+
+    # records that are stored as they are cannot be larger than the file
+    total = sum(file.file_size for file in files)
+    if len(names) < len(files) or total > path.stat().st_size:
+        raise CallError(f"{path}: damaged: its records add up to more than the file")
+    structure = sum(file.file_size for file in files if file.filename.lower().endswith("data.pkl"))
+    if structure > MAX_PICKLE_BYTES:
+        size = structure // 2**20
+        raise CallError(f"{path}: {size} MB beside the tensors, at most 64 can be read")
 
 
 def check_pickle(path: Path, file: Any) -> None:
@@ -2004,30 +2015,41 @@ def find_places(wanted: State, tensors: State) -> list[Place]:
 def choose_place(wanted: State, checkpoint: Checkpoint) -> tuple[Place, State]:
     """Return where the network is in the file, and all tensors that a network might need.
 
-    A moving average is taken only where there is no other network. Raises CallError: several.
+    Raises CallError: there are several networks.
     """
     tensors = checkpoint.tensors
     places = find_places(wanted, tensors) or [Place("", 0)]
     whole = [place for place in places if place.matches == len(wanted)] or places[:1]
-    networks = [place for place in whole if not AVERAGE.search(place.prefix)] or whole
-
-    # the same tensors may stand under two names
-    first_key = next(iter(wanted))
-    by_memory: dict[Any, Place] = {}
-    for place in networks:
-        tensor = tensors.get(place.prefix + first_key)
-        memory = None if tensor is None else tensor.data_ptr()
-        by_memory.setdefault(memory, place)
-    distinct = list(by_memory.values())
+    distinct = distinct_places(whole, next(iter(wanted)), tensors)
     if len(distinct) > 1:
         names = " and ".join(f"'{place.prefix}'" for place in distinct)
         raise CallError(
             f"{checkpoint.name}: holds several networks, under {names}; save the one to explain"
         )
 
-    copies = [place.prefix for place in whole if place is not distinct[0] and place.prefix]
-    others = {key: tensor for key, tensor in tensors.items() if is_of_network(key, tensor)}
-    return distinct[0], {k: v for k, v in others.items() if not k.startswith(tuple(copies))}
+    copies = [place.prefix for place in whole if place is not distinct[0]]
+    return distinct[0], without_training(tensors, copies)
+
+
+def without_training(tensors: State, copies: Sequence[str]) -> State:
+    """Return the tensors that a forward pass may read, without copies under those prefixes."""
+    prefixes = tuple(filter(None, copies))
+    rest = {}
+    for key, tensor in tensors.items():
+        if is_of_network(key, tensor) and not key.startswith(prefixes):
+            rest[key] = tensor
+    return rest
+
+
+def distinct_places(places: Sequence[Place], first_key: str, tensors: State) -> list[Place]:
+    """Return each network once, which may stand under two names; averages only if alone."""
+    networks = [place for place in places if not AVERAGE.search(place.prefix)] or places
+    by_memory: dict[Any, Place] = {}
+    for place in networks:
+        tensor = tensors.get(place.prefix + first_key)
+        memory = None if tensor is None else tensor.data_ptr()
+        by_memory.setdefault(memory, place)
+    return list(by_memory.values())
 
 
 def is_of_network(key: str, tensor: Tensor) -> bool:
@@ -2046,31 +2068,16 @@ def build_torchvision(arch: str, checkpoint: Checkpoint) -> Network:
     Raises CallError: a tensor is missing or does not fit, or a tensor of the file would be unused.
     """
     model = skeleton(arch, checkpoint)
-    wanted, root = backbone(model)
+    wanted, _ = backbone(model)
     place, others = choose_place(wanted, checkpoint)
-    prefix = place.prefix
     if arch in WITH_AUXILIARY:
         others = {key: tensor for key, tensor in others.items() if not AUXILIARY.search(key)}
-    check_modules(model, prefix, checkpoint)
 
-    # the backbone's tensors, those under the head's name, and all others
-    state: State = {}
-    in_head: State = {}
-    beside: State = {}
-    known = set(model.state_dict())
-    for key, tensor in checkpoint.tensors.items():
-        inner = key.removeprefix(prefix) if key.startswith(prefix) else ""
-        if inner.startswith(root):
-            in_head[key] = tensor
-        elif inner in known:
-            state[inner] = tensor
-        elif key in others:
-            beside[key] = tensor
+    state, in_head, beside = sort_tensors(model, place.prefix, others, checkpoint)
     colours, beside = split_colours(beside)
-    beside = without_copies(beside, state | in_head)
-
     check_shapes(arch, wanted, state, checkpoint)
-    head = fit_head(arch, model, prefix, in_head, beside, checkpoint)
+    head = fit_head(arch, model, place.prefix, in_head, beside, checkpoint)
+    check_modules(model, place.prefix, head.name, checkpoint)
     load_state(arch, model, state | head.state, checkpoint)
 
     channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
@@ -2083,11 +2090,43 @@ def build_torchvision(arch: str, checkpoint: Checkpoint) -> Network:
         model=model.eval(),
         channels=channels,
         outputs=find_head(model)[1].weight.shape[0],
-        head=head.text,
+        head=", ".join(filter(None, [head.text, describe_wrapper(place.prefix, checkpoint)])),
         ends_in_sigmoid=head.ends_in_sigmoid,
         head_inputs=head.inputs,
         colours=colours,
     )
+
+
+def sort_tensors(
+    model: nn.Module, prefix: str, others: State, checkpoint: Checkpoint
+) -> tuple[State, State, State]:
+    """Return the backbone's tensors, those under the head's name, and all others of the network.
+
+    The backbone's have their names in the network, the others those in the file.
+    """
+    root = backbone(model)[1]
+    known = set(model.state_dict())
+    state: State = {}
+    in_head: State = {}
+    beside: State = {}
+    for key, tensor in checkpoint.tensors.items():
+        inner = key.removeprefix(prefix) if key.startswith(prefix) else ""
+        if inner.startswith(root):
+            in_head[key] = tensor
+        elif inner in known:
+            state[inner] = tensor
+        elif key in others:
+            beside[key] = tensor
+    return state, in_head, without_copies(beside, state | in_head)
+
+
+def describe_wrapper(prefix: str, checkpoint: Checkpoint) -> str:
+    """Return, for the first line, that the forward pass of an own class is assumed, or ""."""
+    outer = prefix.removesuffix(".").rpartition(".")[0]
+    wrapper = checkpoint.modules.get(outer) if prefix else None
+    if wrapper is None or wrapper.is_usual:
+        return ""
+    return f"the backbone, then the head (assumed: the forward pass of {wrapper.kind} is not read)"
 
 
 def without_copies(beside: State, used: State) -> State:
@@ -2117,33 +2156,41 @@ def split_colours(beside: State) -> tuple[State, State]:
 SETTINGS = (
     *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "ceil_mode"),
     *("eps", "output_size", "negative_slope", "approximate", "normalized_shape", "transform_input"),
+    *("shift_size", "window_size", "num_heads", "_forward_hooks", "_forward_pre_hooks"),
 )
 
 
-def check_modules(model: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
-    """Raise CallError where a pickled network has another layer than `model` at the same place."""
-    root, last = find_head(model)
-    for name, module in model.named_modules():
-        path = f"{prefix}{name}".removesuffix(".")
-        pickled = checkpoint.modules.get(path)
-        in_head = name.partition(".")[0] == root.partition(".")[0]
-        if pickled is None or (in_head and isinstance(last, nn.Linear)):
+def check_modules(model: nn.Module, prefix: str, head: str, checkpoint: Checkpoint) -> None:
+    """Raise CallError where a pickled network has other modules than `model`, but for its head."""
+    ours = dict(model.named_modules())
+    for path, pickled in checkpoint.modules.items():
+        name = f"{path}.".removeprefix(prefix).removesuffix(".")
+        is_outside = not f"{path}.".startswith(prefix) or AUXILIARY.search(f"{path}.")
+        if is_outside or f"{name}.".startswith(f"{head}."):
             continue
-        kind = type(module).__name__
-        is_layer = not any(True for _ in module.children())
-        if not pickled.is_usual or (is_layer and pickled.kind != kind):
-            raise CallError(
-                f"{checkpoint.name}: {path or 'the network'} is a {pickled.kind}, where "
-                f"torchvision's is a {kind}; {OWN_NETWORK}"
-            )
-        for setting in SETTINGS:
-            ours = getattr(module, setting, None)
-            theirs = pickled.attributes.get(setting, ours)
-            if as_pair(ours) != as_pair(theirs):
-                raise CallError(
-                    f"{checkpoint.name}: {path} has {setting} {theirs}, where torchvision's has "
-                    f"{ours}; {OWN_NETWORK}"
-                )
+        difference = difference_between(ours.get(name), pickled)
+        if difference:
+            path = path or "the network"
+            raise CallError(f"{checkpoint.name}: {path} {difference}; {OWN_NETWORK}")
+
+
+def difference_between(module: nn.Module | None, pickled: PickledModule) -> str:
+    """Return what differs between a torchvision network's module and a pickled one, or ""."""
+    theirs = pickled.kind.replace("SyncBatchNorm", "BatchNorm2d")
+    if module is None:
+        return "" if theirs in NO_EFFECT else f"is a {theirs}, where torchvision's has nothing"
+    kind = type(module).__name__
+    is_layer = not any(True for _ in module.children())  # the names of blocks have changed
+    both_without_effect = {kind, theirs} <= set(NO_EFFECT)
+    if not pickled.is_usual or (is_layer and kind != theirs and not both_without_effect):
+        return f"is a {theirs}, where torchvision's has a {kind}"
+
+    for setting in SETTINGS:
+        known = getattr(module, setting, None)
+        found = pickled.attributes.get(setting, known)
+        if as_pair(known) != as_pair(found):
+            return f"has {setting} {found}, where torchvision's has {known}"
+    return ""
 
 
 def as_pair(value: Any) -> Any:
@@ -2168,6 +2215,7 @@ class Head:
     """A head that was built from the tensors of a file."""
 
     state: State  # its tensors, by their names in the network
+    name: str = ""  # of the module that it replaces
     text: str = ""  # as "head 512 -> 64 -> 3 (ReLU assumed)"; "" for one Linear layer
     inputs: int | None = None  # of its first layer
     ends_in_sigmoid: bool = False
@@ -2180,6 +2228,7 @@ class Layer:
     name: str  # in the file
     module: nn.Module  # with meta parameters
     tensors: State  # of the module, by their names in it
+    sequence: str = ""  # the pickled Sequential that it is in
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -2208,7 +2257,7 @@ def fit_head(
 
     root = find_head(model)[0].partition(".")[0]
     features = first_inputs(model)
-    layers = read_layers(beside, checkpoint, features)
+    layers = read_layers(beside, checkpoint, "")
     left_out = ""
     if in_head:
         # ImageNet's layer was left where it is, and the forward pass goes around it
@@ -2242,13 +2291,13 @@ def fit_named_head(
     if isinstance(last, nn.Conv2d):
         return fit_convolution(model, theirs)
     if not keeps_others:  # the whole head was replaced
-        layers = read_layers(in_head, checkpoint, first_inputs(model))
+        layers = read_layers(in_head, checkpoint, prefix + root)
         return replace_head(arch, model, root, layers, first_inputs(model), checkpoint)
 
     # only the last layer was replaced, perhaps by several
     kept = {key: theirs[key] for key in ours}
     changed = {key: in_head[key] for key in in_head if key.removeprefix(prefix) not in ours}
-    layers = read_layers(changed, checkpoint, last.in_features)
+    layers = read_layers(changed, checkpoint, prefix + name)
     head = replace_head(arch, model, name, layers, last.in_features, checkpoint)
     return replace(head, state=head.state | kept, inputs=first_inputs(model))
 
@@ -2264,7 +2313,8 @@ def fit_convolution(model: nn.Module, theirs: State) -> Head:
     with MetaParameters():
         layer = nn.Conv2d(last.in_channels, outputs, 1, bias=f"{old}bias" in theirs)
     model.set_submodule(name, layer)
-    return Head({f"{name}.{key.removeprefix(old)}": tensor for key, tensor in theirs.items()})
+    state = {f"{name}.{key.removeprefix(old)}": tensor for key, tensor in theirs.items()}
+    return Head(state, old.removesuffix("."))
 
 
 def first_inputs(model: nn.Module) -> int:
@@ -2278,19 +2328,22 @@ def first_inputs(model: nn.Module) -> int:
     raise ValueError("a head without a layer")
 
 
-def read_layers(tensors: State, checkpoint: Checkpoint, features: int) -> list[Layer]:
-    """Return the layers of a head, in the order of the file. Raises CallError: an unknown layer."""
+def read_layers(tensors: State, checkpoint: Checkpoint, within: str) -> list[Layer]:
+    """Return the layers of a head, in the order of the network.
+
+    `within` is the name in the file of the module that they replace, or "" beside the backbone.
+    Raises CallError: an unknown layer, or no known order.
+    """
     by_layer: dict[str, State] = {}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition(".")
         by_layer.setdefault(name, {})[part] = tensor
 
     layers = []
-    for name in in_order(by_layer, checkpoint):
-        pickled = checkpoint.modules.get(name)
+    for name in in_order(by_layer, checkpoint, within):
         state = by_layer.get(name, {})
         with MetaParameters():
-            module = read_layer(state, pickled)
+            module = read_layer(state, checkpoint.modules.get(name))
         if module is None:
             key = f"{name}.{next(iter(state), '')}".strip(".")
             raise CallError(
@@ -2299,26 +2352,15 @@ def read_layers(tensors: State, checkpoint: Checkpoint, features: int) -> list[L
             )
         for part, tensor in state.items():
             check_numbers(f"{name}.{part}", tensor, checkpoint)
-        layers.append(Layer(name, module, state))
+        layers.append(Layer(name, module, state, outermost_sequence(name, checkpoint, within)))
     return layers
 
 
-def in_order(by_layer: Mapping[str, State], checkpoint: Checkpoint) -> list[str]:
-    """Return the names of the layers of a head; of a pickled one, with those without tensors.
-
-    Raises CallError: the file does not say in which order they are.
-    """
-    sequences = {outermost_sequence(name, checkpoint) for name in by_layer} - {""}
+def in_order(by_layer: Mapping[str, State], checkpoint: Checkpoint, within: str) -> list[str]:
+    """Return the names of the layers of a head; of a pickled one, with those without tensors."""
+    sequences = {outermost_sequence(name, checkpoint, within) for name in by_layer} - {""}
     if not sequences:
-        names = list(by_layer)
-        if not checkpoint.in_order and len(names) > 1:
-            names.sort(key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
-            if not all(name.rpartition(".")[2].isdigit() for name in names):
-                raise CallError(
-                    f"{checkpoint.name}: the order of the layers {' and '.join(names[:3])} is not "
-                    f"in the file; {OWN_NETWORK}"
-                )
-        return names
+        return in_numbered_order(list(by_layer), checkpoint)
 
     names = []
     for name, module in checkpoint.modules.items():
@@ -2328,11 +2370,29 @@ def in_order(by_layer: Mapping[str, State], checkpoint: Checkpoint) -> list[str]
     return names
 
 
-def outermost_sequence(name: str, checkpoint: Checkpoint) -> str:
-    """Return the outermost pickled Sequential around a layer, whose layers follow each other."""
+def in_numbered_order(names: list[str], checkpoint: Checkpoint) -> list[str]:
+    """Return the names of layers in their order: the file's, or that of their numbers.
+
+    Raises CallError: the file is not in order, and they have no numbers.
+    """
+    if checkpoint.in_order or len(names) == 1:
+        return names
+    if not all(name.rpartition(".")[2].isdigit() for name in names):
+        raise CallError(
+            f"{checkpoint.name}: the order of the layers {' and '.join(names[:3])} is not in the "
+            f"file; {OWN_NETWORK}"
+        )
+    return sorted(names, key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
+
+
+def outermost_sequence(name: str, checkpoint: Checkpoint, within: str) -> str:
+    """Return the outermost pickled Sequential around a layer, at or below `within`, or ""."""
     sequence = ""
     parent = name.rpartition(".")[0]
-    while parent in checkpoint.modules and checkpoint.modules[parent].kind == "Sequential":
+    while f"{parent}.".startswith(f"{within}." if within else ""):
+        module = checkpoint.modules.get(parent)
+        if module is None or module.kind != "Sequential":
+            break
         sequence = parent
         parent = parent.rpartition(".")[0]
     return sequence
@@ -2350,14 +2410,15 @@ def read_layer(state: State, pickled: PickledModule | None) -> nn.Module | None:
     if weight is None or weight.numel() == 0 or not is_known:
         return None
     parts = set(state)
-    eps = settings.get("eps", 1e-5)
     if weight.ndim == 2 and parts <= {"weight", "bias"}:
         return nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in parts)
-    if weight.ndim == 1 and parts >= {"running_mean", "running_var"}:
+    if weight.ndim != 1:
+        return None
+
+    eps = settings.get("eps", 1e-5)
+    if parts >= {"running_mean", "running_var"}:
         return nn.BatchNorm1d(len(weight), eps)
-    if weight.ndim == 1 and parts == {"weight", "bias"}:
-        return nn.LayerNorm(len(weight), eps)
-    return None
+    return nn.LayerNorm(len(weight), eps) if parts == {"weight", "bias"} else None
 
 
 def read_function(kind: str, settings: Mapping[str, Any]) -> nn.Module | None:
@@ -2391,7 +2452,7 @@ def replace_head(
             raise CallError(f"{checkpoint.name}: {layer.name} is not at the end; {OWN_NETWORK}")
     ends_in_sigmoid = isinstance(layers[-1].module, nn.Sigmoid)
     layers = [layer for layer in layers if type(layer.module).__name__ not in READ_AS_SCORES]
-    layers, assumed = with_activations(layers, checkpoint)
+    layers, assumed = with_activations(layers)
 
     sequence = nn.Sequential(nn.Flatten(1), *(layer.module for layer in layers))
     model.set_submodule(name, sequence)
@@ -2401,7 +2462,7 @@ def replace_head(
             state[f"{name}.{index}.{part}"] = tensor
 
     text = describe_head(layers, assumed) if len(layers) > 1 or remark else ""
-    return Head(state, text + remark, features, ends_in_sigmoid)
+    return Head(state, name, text + remark, features, ends_in_sigmoid)
 
 
 def check_sizes(arch: str, layers: Sequence[Layer], features: int, checkpoint: Checkpoint) -> None:
@@ -2421,7 +2482,7 @@ def check_sizes(arch: str, layers: Sequence[Layer], features: int, checkpoint: C
         raise CallError(f"{checkpoint.name}: its head ends in no Linear layer; {OWN_NETWORK}")
 
 
-def with_activations(layers: Sequence[Layer], checkpoint: Checkpoint) -> tuple[list[Layer], bool]:
+def with_activations(layers: Sequence[Layer]) -> tuple[list[Layer], bool]:
     """Return the layers with a ReLU between Linear layers, and whether one had to be added.
 
     Layers of one pickled Sequential are complete as they are.
@@ -2431,8 +2492,7 @@ def with_activations(layers: Sequence[Layer], checkpoint: Checkpoint) -> tuple[l
     is_linear = False  # whether nothing has bent the values since the last Linear layer
     for layer in layers:
         kind = type(layer.module).__name__
-        is_complete = outermost_sequence(layer.name, checkpoint) != ""
-        if kind == "Linear" and is_linear and not is_complete:
+        if kind == "Linear" and is_linear and not layer.sequence:
             complete.append(Layer("", nn.ReLU(), {}))
             assumed = True
         if kind in ACTIVATIONS:
@@ -2636,17 +2696,15 @@ def as_logits(answer: Any, outputs: int | None = None, count: int | None = None)
         CallError: there is no such tensor, or it has lost the batch dimension.
     """
     answers = answers_in(answer)
-    rows = [item for item in answers if isinstance(item, Tensor) and is_row(item)]
-    fitting = [row for row in rows if row.ndim and row.shape[-1] == outputs]
-    if len(rows) > 1 and fitting:
-        rows = fitting
+    rows = rows_in(answers, outputs)
     if len(rows) != 1:
         kinds = " and ".join(describe_answer(item) for item in answers[:4])
         hint = "alone, or pass --num-classes" if rows else "as (N, classes)"
         raise CallError(f"the network returns {kinds}; let it return the logits {hint}")
 
     logits = rows[0]
-    if logits.ndim == 0 or (count is not None and len(logits) != count):
+    given = len(logits) if logits.ndim else 0
+    if given == 0 or count not in (None, given):
         inputs = "one input" if count in (None, 1) else f"{count} inputs"
         raise CallError(
             f"the network returns {describe_answer(logits)} for {inputs}, without the batch "
@@ -2661,6 +2719,14 @@ def answers_in(answer: Any) -> Sequence[Any]:
         answer = answer.get("logits", answer.get("out", answer))
     answer = getattr(answer, "logits", answer)
     return answer if isinstance(answer, (tuple, list)) else [answer]
+
+
+def rows_in(answers: Sequence[Any], outputs: int | None) -> list[Tensor]:
+    """Return the tensors that may be logits; of several those with `outputs` columns, if any."""
+    rows = [item for item in answers if isinstance(item, Tensor) and is_row(item)]
+    if len(rows) < 2:
+        return rows
+    return [row for row in rows if row.shape[-1:] == (outputs,)] or rows
 
 
 def is_row(tensor: Tensor) -> bool:

@@ -84,6 +84,12 @@ def paths_of(record, folder):
     return [folder / path for path in program_file.record_files(record)]
 
 
+@pytest.fixture(autouse=True)
+def all_warnings():
+    """Print each warning again, as in a new process."""
+    program_file.warn.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Compute on one thread: for small inputs several only wait for each other."""

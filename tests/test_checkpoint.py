@@ -95,6 +95,17 @@ WRAPPINGS = {
 }
 
 
+WHOLE = ["alexnet", "vgg11_bn", "convnext_tiny", "mobilenet_v3_small", "squeezenet1_1", "googlenet"]
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "in a dict"])
+@pytest.mark.parametrize("arch", WHOLE)
+def test_a_pickled_network_of_another_kind_is_read(arch, wrapped, saved):
+    model = network(arch)
+    path = saved({"model": model} if wrapped else model)
+    assert_same_logits(load(path), model)
+
+
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 @pytest.mark.filterwarnings("ignore")
 def test_a_pickled_network_is_read(wrapping, saved):
@@ -156,8 +167,15 @@ CHANGED = {
     "activation": lambda model: setattr(model, "relu", nn.LeakyReLU()),
     "pooling": lambda model: setattr(model, "maxpool", nn.Identity()),
     "eps": lambda model: setattr(model.layer1[0].bn1, "eps", 1e-3),
+    "added": lambda model: model.layer1.add_module("up", nn.Upsample(scale_factor=2)),
 }
-NAMED = {"stride": "conv1", "activation": "relu", "pooling": "maxpool", "eps": "layer1.0.bn1"}
+NAMED = {
+    "stride": "conv1",
+    "activation": "relu",
+    "pooling": "maxpool",
+    "eps": "layer1.0.bn1",
+    "added": "layer1.up",
+}
 
 
 @pytest.mark.parametrize("change", CHANGED)
@@ -165,6 +183,17 @@ def test_a_pickled_network_with_another_layer_is_refused_by_name(change, saved):
     model = network("resnet18")
     CHANGED[change](model)
     assert f": {NAMED[change]} " in refusal(saved(model))
+
+
+def test_another_activation_in_a_part_of_the_head_that_was_kept_is_refused(saved):
+    model = network("vgg11")
+    model.classifier[1] = nn.Tanh()
+    assert ": classifier.1 is a Tanh" in refusal(saved(model))
+
+
+def test_the_first_line_says_that_a_wrapper_is_not_read(saved):
+    line = load(saved(Own(nn.Linear(512, 5)).eval())).describe()
+    assert "the forward pass of Own is not read" in line
 
 
 # Files that would cost too much
@@ -193,6 +222,14 @@ def test_records_that_overlap_in_the_file_are_refused(saved):
     data[entry + 20 : entry + 28] = huge + huge
     path.write_bytes(data)
     assert "add up to more than the file" in refusal(path)
+
+
+def test_a_changed_bit_is_noticed(saved):
+    path = saved(STATE)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert "damaged" in refusal(path)
 
 
 def test_a_structure_that_is_too_large_is_refused(saved, monkeypatch):

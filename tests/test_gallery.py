@@ -255,6 +255,7 @@ def test_heat_is_switched_by_a_key_in_the_overview_and_in_the_large_view(browser
     assert browser.all(".toggle", "ariaPressed") == ["true", "true"]
 
     browser.press("Escape")
+    browser.run("new Promise(setTimeout)")  # closing moves the focus to the card, a task later
     browser.run("form.Text.focus()")
     browser.press("h")
     assert browser.run(shown.format("main")) == "none"

@@ -267,10 +267,11 @@ def test_each_mode_is_read_as_imagefolder_reads_it_in_training(tmp_path, mode):
     for format_name in ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF"):
         try:
             path = saved(tmp_path, f"{format_name}.png", image, format=format_name)
+            expected = np.asarray(default_loader(str(path)))
         except (OSError, KeyError, ValueError):  # this format does not have the mode
             continue
         formats += 1
-        assert_reads(str(path), np.asarray(default_loader(str(path))))
+        assert_reads(str(path), expected)
     assert formats > 0
 
 
