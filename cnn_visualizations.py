@@ -2747,7 +2747,8 @@ def give_logits(model: nn.Module, inputs: Any, answer: Any, outputs: int) -> Ten
 
     The softmax of the two is the sigmoid of the single one.
     """
-    logits = as_logits(answer, outputs, len(inputs[0]))
+    # no count of inputs: Ablation-CAM replaces a layer's output by a larger batch
+    logits = as_logits(answer, outputs)
     if outputs == 1:
         return torch.cat([-logits, logits], 1) / 2
     return logits

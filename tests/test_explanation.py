@@ -690,6 +690,15 @@ def test_ablation_of_a_layer_that_is_called_twice_runs_only_what_follows_its_las
     assert positions[3] == positions[16] < 6 * 128 * 128  # what comes before does not
 
 
+def test_ablation_runs_a_loaded_classifier_on_a_single_small_input():
+    model = cnn_visualizations.load_classifier(ckpt=CKPT, device="cpu").model
+    with torch.no_grad():
+        later = cnn_visualizations.PartialPass(model, "features", photos(1, 128))
+
+    assert later.stand_in.shape == (1, 3, 64, 64)
+    assert not later.one_for_each
+
+
 # --- guided backpropagation and the default layer -------------------------------------------------
 
 DEFAULT_LAYERS = [
