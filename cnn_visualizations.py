@@ -4767,10 +4767,15 @@ class Log:
             self._parts_lock.acquire()
 
     def close(self) -> None:
-        """Remove the folder for unfinished files."""
+        """Remove the folder for unfinished files, and the log where nothing was written."""
         if self._parts_lock:
             self._parts_lock.release()
             remove_parts(self._parts)
+            if file_size(self.path) == 0:
+                with contextlib.suppress(OSError):
+                    self.path.unlink()
+                    Path(self._lock.lock_file).unlink()
+                    self.folder.rmdir()
 
     def write(self, record: dict[str, Any], base: str, outputs: Sequence[OutputFile]) -> bool:
         """Write the files of a photo, and append its record with their paths and sizes.
@@ -5762,10 +5767,10 @@ showCards();
 THREADS = min(4, os.cpu_count() or 1)  # that read, and as many that draw
 FEW = 4  # photos for which folding the batch norms takes longer than it saves
 EMPTY_MAPS = 10  # that have a warning of their own
-NOT_IN_RESULTS = (  # options that change no picture and no record
+NOT_IN_RESULTS = {  # options that change no picture and no record
     *("images", "ckpt", "device", "batch_size", "output"),
     *("skip_existing", "only_wrong", "gallery"),
-)
+}
 
 
 @dataclass(frozen=True)
@@ -5783,6 +5788,7 @@ class Item:
     task: Task
     path: str
     truth: int | None  # see true_class
+    size: tuple[int, ...] = (0, 0)  # height and width of the photo
     box: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # the seen part, in its pixels
     picture: Picture | None = None  # that part, to draw on
     inputs: Tensor | None = None  # that part as the network gets it, (3, H, W)
@@ -5856,7 +5862,6 @@ def with_options(args: argparse.Namespace, photos: Iterable[Photo]) -> list[Task
     ignored = set(NOT_IN_RESULTS)
     if not (args.sheet or args.save_arrays):
         ignored.add("methods")  # which only these files share
-
     options = []
     for name, value in sorted(vars(args).items()):
         if name not in ignored:
@@ -5882,10 +5887,7 @@ def signature(path: str) -> tuple[int, int]:
 
 
 def load_job(request: Request, count: int) -> Job:
-    """Load the network that the command line asks for, and print what is assumed about it.
-
-    `count` photos are to be explained. Raises CallError.
-    """
+    """Load the network, for so many photos, and print what is assumed about it. Raises CallError."""
     args = request.args
     if args.colormap not in COLORMAPS:
         hint = closest(args.colormap, COLORMAPS) or f" (known: {', '.join(COLORMAPS)})"
@@ -5977,10 +5979,7 @@ def truth_of(photo: Photo, classifier: Classifier) -> int | None:
 
 
 def make_explainer(args: argparse.Namespace, classifier: Classifier, count: int) -> Explainer:
-    """Return what explains the photos. It takes over the classifier's network.
-
-    Raises CallError: the network or the layer does not work at this input size.
-    """
+    """Return what explains the photos; it takes over the network. Raises CallError: it fails."""
     bar = partial(tqdm, desc=",".join(args.methods), unit="pass", leave=False, disable=None)
     explainer = Explainer(
         classifier.model,
@@ -6003,10 +6002,8 @@ def make_explainer(args: argparse.Namespace, classifier: Classifier, count: int)
     except Exception as error:
         if isinstance(error, CallError) or is_out_of_memory(error):
             raise
-        raise CallError(
-            f"{classifier.arch} fails at inputs of {height} x {width}: {first_line(error)}; "
-            "pass another --input-size"
-        ) from error
+        fault = f"fails at inputs of {height} x {width}: {first_line(error)}"
+        raise CallError(f"{classifier.arch} {fault}; pass another --input-size") from error
     return explainer
 
 
@@ -6029,12 +6026,11 @@ def read_item(task: Task, job: Job) -> Item:
     path = task.photo.path
     classifier = job.classifier
     item = Item(task, path, truth_of(task.photo, classifier))
+    short_side = 0 if classifier.squash else classifier.preset.resize_size[0]
     try:
-        short_side = 0 if classifier.squash else classifier.preset.resize_size[0]
         with open_photo(path, short_side) as photo:
-            height, width = photo.shape[:2]
-            item.box = classifier.seen_box(height, width)
-
+            item.size = photo.shape[:2]
+            item.box = classifier.seen_box(*item.size)
             seen = classifier.seen(photo)
             item.picture = resized(seen, job.args.output_size or default_size(seen))
             item.inputs = classifier.preprocess(photo)
@@ -6042,30 +6038,17 @@ def read_item(task: Task, job: Job) -> Item:
         item.error = str(error)
     except (cv2.error, MemoryError) as error:
         item.error = f"{path}: cannot be prepared: {first_line(error)}"
-    else:
-        item.record = {
-            "image": path,
-            "width": width,
-            "height": height,
-            "method": ",".join(job.args.methods),
-        }
     return item
 
 
 def default_size(seen: Picture) -> int:
-    """Return the long side of the pictures: the photo's own, with a short side of at least 224.
-
-    It is at most 1024.
-    """
+    """Return the long side of the pictures: up to 1024, with a short side of 224 and more."""
     short_side, long_side = sorted(seen.shape[:2])
     return min(1024, max(long_side, round(224 * long_side / short_side)))
 
 
 def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Iterator[Item]:
-    """Yield the items with their explanations, or what went wrong, in order.
-
-    Raises CallError: the GPU has failed.
-    """
+    """Yield the items with their explanations or errors, in order. Raises CallError."""
     while batch := list(itertools.islice(items, batch_size.size)):
         readable = [item for item in batch if not item.error]
         for _ in batch_size.run(partial(try_to_explain, job=job), readable):
@@ -6076,7 +6059,7 @@ def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Ite
 def try_to_explain(items: Sequence[Item], job: Job) -> None:
     """Explain a batch; where the network fails, explain each photo alone, to find the one at fault.
 
-    Raises CallError: the GPU has failed. Raises the error of too little memory for a batch.
+    Raises CallError: the GPU has failed. Raises what a batch raises for too little memory.
     """
     try:
         explain(items, job)
@@ -6087,9 +6070,8 @@ def try_to_explain(items: Sequence[Item], job: Job) -> None:
         if out_of_memory and len(items) > 1:
             raise
         if re.search("(CUDA|HIP) error", str(error)) and not out_of_memory:
-            raise CallError(
-                f"the GPU has failed: {first_line(error)}; go on with --skip-existing"
-            ) from error
+            fault = f"the GPU has failed: {first_line(error)}"
+            raise CallError(f"{fault}; go on with --skip-existing") from error
 
         if len(items) == 1:
             items[0].error = f"{items[0].path}: the network failed: {first_line(error)}"
@@ -6099,10 +6081,7 @@ def try_to_explain(items: Sequence[Item], job: Job) -> None:
 
 
 def explain(items: Sequence[Item], job: Job) -> None:
-    """Fill in the explanations and the records of photos.
-
-    With --only-wrong, the photos that are predicted right get a record alone.
-    """
+    """Fill in the explanations and the records of photos; with --only-wrong, some get a record."""
     if job.args.only_wrong:
         items = predict(items, job)
         if not items:
@@ -6122,10 +6101,7 @@ def explain(items: Sequence[Item], job: Job) -> None:
 
 
 def predict(items: Sequence[Item], job: Job) -> list[Item]:
-    """Fill in the records of photos from their predictions; return those that are predicted wrong.
-
-    Raises ValueError: the logits are not finite.
-    """
+    """Fill in the records of photos from their predictions; return those predicted wrong."""
     inputs = torch.stack([item.inputs for item in items])
     logits = job.explainer.logits(inputs).cpu().numpy()
     if not np.isfinite(logits).all():
@@ -6145,18 +6121,16 @@ def targets_of(item: Item, targets: Sequence[int]) -> list[int]:
     truth = item.truth
     if truth is None:
         truth = PREDICTED
-        if TRUTH in targets:
-            warn(
-                "where the folder is not named after a class, "
-                "the prediction is explained instead of the truth"
-            )
+    if truth == PREDICTED and TRUTH in targets:
+        text = "where the folder is not named after a class, the prediction is explained instead"
+        warn(f"{text} of the truth")
     return [truth if target == TRUTH else target for target in targets]
 
 
 def likely_labels(logits: Tensor) -> Tensor:
-    """Return for each photo the labels of probability 0.5 and more, or the likeliest one, (N, K).
+    """Return the labels of probability 0.5 and more, or the likeliest one: (N, K).
 
-    From logits (N, labels). Rows with fewer than K labels are filled up with their first one.
+    Rows with fewer than K labels are filled up with their first one. The logits are (N, labels).
     """
     counts = (logits >= 0).sum(1, keepdim=True).clamp(min=1)
     order = logits.argsort(1, descending=True)[:, : int(counts.max())]
@@ -6165,32 +6139,38 @@ def likely_labels(logits: Tensor) -> Tensor:
 
 
 def describe_item(item: Item, job: Job) -> None:
-    """Complete the record of a photo that was explained, with the metrics if they are asked for."""
+    """Make the record of a photo that was explained, with the metrics if they are asked for."""
     classifier = job.classifier
     explained, top5 = describe_classes(item.explanation, classifier)
 
-    record = item.record
-    record["prediction"] = top5[0]
-    record["classes"] = explained
-    record["top5"] = top5
-    record["multi_label"] = classifier.multi_label
+    height, width = item.size
+    record = {
+        "image": item.path,
+        "width": width,
+        "height": height,
+        "method": ",".join(job.args.methods),
+        "prediction": top5[0],
+        "classes": explained,
+        "top5": top5,
+        "multi_label": classifier.multi_label,
+        "target_layer": ",".join(job.explainer.target_layers),
+        "options": item.task.options,
+        "input_size": list(classifier.input_size),
+        "resize": job.args.resize,
+        "box": [round(edge, 2) for edge in item.box],
+        "mean": [round(value, 6) for value in classifier.preset.mean],
+        "std": [round(value, 6) for value in classifier.preset.std],
+        "heat": {},
+        "files": {},
+        "sizes": {},
+    }
     if item.truth is not None:
         record["truth"] = {"index": item.truth, "name": classifier.class_names[item.truth]}
         record["right"] = item.truth == top5[0]["index"]
-
-    record["target_layer"] = ",".join(job.explainer.target_layers)
-    record["options"] = item.task.options
-    record["input_size"] = list(classifier.input_size)
-    record["resize"] = job.args.resize
-    record["box"] = [round(edge, 2) for edge in item.box]
-    record["mean"] = [round(value, 6) for value in classifier.preset.mean]
-    record["std"] = [round(value, 6) for value in classifier.preset.std]
-    record["files"] = {}
-    record["sizes"] = {}
-
-    record["heat"] = {}
     for method, cams in item.explanation.cams.items():
         record["heat"][method] = [heat_grid(cam) for cam in cams[0]]
+
+    item.record = record
     if job.args.metrics:
         record["metrics"] = measure_item(item, job)
 
@@ -6275,10 +6255,7 @@ def make_outputs(item: Item, job: Job) -> list[OutputFile]:
 
 
 def draw_class(item: Item, job: Job, index: int) -> tuple[list[OutputFile], list[list[Cell]]]:
-    """Return the pictures of one explained class of a photo, as files and as columns of a sheet.
-
-    On the sheet, gb stands below the source, and a method's cam_gb below its cam.
-    """
+    """Return the pictures of one explained class of a photo, as files and as columns of a sheet."""
     args = job.args
     look = {"colormap": args.colormap, "alpha": args.alpha, "fade": args.fade}
     ending = f".{args.format}"
@@ -6286,7 +6263,7 @@ def draw_class(item: Item, job: Job, index: int) -> tuple[list[OutputFile], list
         ending = f"_{subject_of(item.record['classes'][index], job.labels, '-minus-')}{ending}"
 
     files = []
-    columns = {"": [Cell("source", item.picture)]}
+    columns = {"": [Cell("source", item.picture)]}  # by method; gb stands below the source
     for output in args.outputs:
         for method in [""] if output == "gb" else args.methods:
             picture = draw(output, item.explanation, item.picture, method, index, **look)
@@ -6404,12 +6381,9 @@ def result_line(item: Item, job: Job) -> str:
 
 
 def with_probability(entry: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return a class with its probability; a colon stands where the name ends in a number.
-
-    A difference of two classes has no probability.
-    """
+    """Return a class with its probability; a colon stands where the name ends in a number."""
     subject = subject_of(entry, names)
-    if "minus" in entry:
+    if "minus" in entry:  # the probability of a difference does not exist
         return subject
     if subject[-1:].isdigit():
         subject += ":"

@@ -686,6 +686,14 @@ def test_a_wrong_call_is_one_line_and_leaves_nothing_behind(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_method_that_does_not_fit_the_question_leaves_nothing_behind(explain, photo, tmp_path):
+    result = explain("--method", "finercam", "--target-class", "cat-dog", photo)
+    assert result.status == 2
+    assert result.stdout == ""
+    assert "error: finercam does not work on" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_photo_gets_alone_what_it_gets_in_a_batch(explain, album, tmp_path):
     explain("--batch-size", "4", album)
     explain("--batch-size", "1", album, output=tmp_path / "alone")
