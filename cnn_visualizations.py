@@ -4882,15 +4882,13 @@ def add_files(record: dict[str, Any], outputs: Sequence[OutputFile], paths: Sequ
         owner["files"][output.kind] = path
 
 
+real_folder = functools.cache(os.path.realpath)
+
+
 def real_path(path: str) -> str:
     """Return the absolute path of a file with the links to its folder resolved."""
     folder, name = os.path.split(os.path.abspath(path))
     return os.path.join(real_folder(folder), name)
-
-
-@functools.cache
-def real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
 
 
 def remove_parts(folder: Path) -> None:
@@ -5805,7 +5803,8 @@ class Job:
     args: argparse.Namespace
     classifier: Classifier
     explainer: Explainer
-    targets: list[int]  # indices, PREDICTED or TRUTH; empty: the likeliest classes
+    targets: list[int]  # indices, PREDICTED or TRUTH; empty: the `top` likeliest classes
+    top: int | None  # None: all labels of probability 0.5 and more
     minus: list[list[int]] | None  # (1, K): what is subtracted from the targets, see Explainer
     labels: Sequence[str] | None  # of all classes, for file names; None: no class stands in them
     font: Any  # for the sheet
@@ -5887,7 +5886,7 @@ def signature(path: str) -> tuple[int, int]:
 
 
 def load_job(request: Request, count: int) -> Job:
-    """Load the network, for so many photos, and print what is assumed about it. Raises CallError."""
+    """Load the network for `count` photos; print what is assumed about it. Raises CallError."""
     args = request.args
     if args.colormap not in COLORMAPS:
         hint = closest(args.colormap, COLORMAPS) or f" (known: {', '.join(COLORMAPS)})"
@@ -5911,11 +5910,13 @@ def load_job(request: Request, count: int) -> Job:
     explainer = make_explainer(args, classifier, count)
     print_assumptions(request, classifier, explainer)
 
-    likeliest_alone = args.top_k == 1 or not (args.top_k or classifier.multi_label)
-    labels = None if likeliest_alone and not targets else file_labels(names)
+    top = args.top_k
+    if top is None and not classifier.multi_label:
+        top = 1
+    labels = file_labels(names) if targets or top != 1 else None
     font, glyphs = find_font(names) if args.sheet else (None, set())
     shown = [name if glyphs.issuperset(name) else str(index) for index, name in enumerate(names)]
-    return Job(args, classifier, explainer, targets, minus, labels, font, glyphs, shown)
+    return Job(args, classifier, explainer, targets, top, minus, labels, font, glyphs, shown)
 
 
 def print_assumptions(request: Request, classifier: Classifier, explainer: Explainer) -> None:
@@ -6081,7 +6082,7 @@ def try_to_explain(items: Sequence[Item], job: Job) -> None:
 
 
 def explain(items: Sequence[Item], job: Job) -> None:
-    """Fill in the explanations and the records of photos; with --only-wrong, some get a record."""
+    """Fill in explanations and records of photos; --only-wrong: records alone of right ones."""
     if job.args.only_wrong:
         items = predict(items, job)
         if not items:
@@ -6091,9 +6092,9 @@ def explain(items: Sequence[Item], job: Job) -> None:
     targets = None
     if job.targets:
         targets = [targets_of(item, job.targets) for item in items]
-    elif job.classifier.multi_label and not job.args.top_k:
+    elif job.top is None:
         targets = likely_labels(job.explainer.logits(inputs))
-    explanation = job.explainer(inputs, targets, top=job.args.top_k or 1, minus=job.minus)
+    explanation = job.explainer(inputs, targets, top=job.top, minus=job.minus)
 
     for index, item in enumerate(items):
         item.explanation = explanation.only(index)
@@ -6290,12 +6291,8 @@ def sheet_title(item: Item, job: Job) -> str:
 
 def encode(picture: Picture, ending: str, quality: int) -> bytes:
     """Return a picture as a file of that format."""
-    flags = []
-    if ending == "jpg":
-        flags = [cv2.IMWRITE_JPEG_QUALITY, quality]
-    elif ending == "webp":
-        flags = [cv2.IMWRITE_WEBP_QUALITY, quality]
-
+    options = {"jpg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY}
+    flags = [options[ending], quality] if ending in options else []
     bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
     _, encoded = cv2.imencode(f".{ending}", bgr, flags)
     return encoded.tobytes()
@@ -6439,8 +6436,9 @@ def finish(request: Request, log: Log, photos: Sequence[Photo], tally: Tally) ->
 
 def accuracy(entries: Sequence[LogEntry], photos: Sequence[Photo], tally: Tally) -> str:
     """Return the accuracy for the closing line, or why there is none."""
-    right = [entry.right for entry in entries].count(True)
-    known = right + [entry.right for entry in entries].count(False)
+    verdicts = [entry.right for entry in entries]
+    right = verdicts.count(True)
+    known = right + verdicts.count(False)
     folders = len(class_folders(photos))
     if not known and folders > 1 and tally.classes:
         advice = "pass --class-names cat,dog in training order"

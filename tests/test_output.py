@@ -769,7 +769,7 @@ def test_photos_of_one_name_keep_their_own_files_in_all_runs(explain, tmp_path):
         assert files_by_photo(early, out) == files
         assert before.items() <= contents(out).items()
     assert len(files_in(out)) == 4
-    result = explain("--skip-existing", "--outputs", "gb", *photos)
+    result = explain("--skip-existing", *options, *photos)
     assert "0 done, 4 skipped" in result.stderr
 
 
