@@ -35,6 +35,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import gc
 import glob
 import json
 import os
@@ -85,10 +86,10 @@ SYNONYMS = {
     "--output-dir": "--output",
 }
 
-DESCRIPTION = (
-    "Show why a convolutional network answered as it did: "
-    "heatmap (CAM), guided backpropagation, and their product."
-)
+DESCRIPTION = """\
+Show why a convolutional network answered as it did:
+a heatmap (CAM), guided backpropagation (gb), and their product (cam_gb).
+"""
 EXAMPLES = """\
 examples:
   python cnn_visualizations.py --ckpt best.pth --class-names cat,dog 33.jpg
@@ -96,7 +97,7 @@ examples:
 """
 
 
-class CallError(Exception):
+class CallError(argparse.ArgumentTypeError):
     """The call cannot be carried out. The message is one line that says what to do. Status 2."""
 
 
@@ -124,9 +125,7 @@ def warn(message: str) -> None:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type."""
-    message = str(error).strip()
-    if not message:
-        return type(error).__name__
+    message = str(error).strip() or type(error).__name__
     return message.splitlines()[0]
 
 
@@ -148,38 +147,25 @@ def closest(name: str, known: Iterable[str]) -> str:
 # Option types: each turns the text of an option into its value. Raises CallError: it is wrong.
 
 
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Return an option type: a whole number from `low` to `high`."""
+def number_in(convert: type, low: float, high: float) -> Callable[[str], Any]:
+    """Return an option type: an int or a float, as `convert` says, from `low` to `high`."""
+    kind = "whole number" if convert is int else "number"
 
-    def parse(text: str) -> int:
-        if re.fullmatch(r"[0-9]{1,12}", text):
-            value = int(text)
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = convert(text)
             if low <= value <= high:
                 return value
-        raise CallError(f"'{text}' is not a whole number from {low} to {high}")
-
-    return parse
-
-
-def decimal_number(low: float, high: float) -> Callable[[str], float]:
-    """Return an option type: a number from `low` to `high`, without an exponent."""
-
-    def parse(text: str) -> float:
-        if re.fullmatch(r"[0-9]*\.?[0-9]+|[0-9]+\.", text):
-            value = float(text)
-            if low <= value <= high:
-                return value
-        raise CallError(f"'{text}' is not a number from {low} to {high}")
+        raise CallError(f"'{text}' is not a {kind} from {low} to {high}")
 
     return parse
 
 
 def three_numbers(low: float) -> Callable[[str], list[float]]:
     """Return an option type: three numbers from `low` to 255, "R,G,B", or one for all three."""
-    parse_number = decimal_number(low, 255)
 
     def parse(text: str) -> list[float]:
-        values = [parse_number(word.strip()) for word in text.split(",")]
+        values = list(map(number_in(float, low, 255), text.split(",")))
         if len(values) == 1:
             return values * 3
         if len(values) != 3:
@@ -191,14 +177,10 @@ def three_numbers(low: float) -> Callable[[str], list[float]]:
 
 def input_size(text: str) -> tuple[int, int]:
     """Option type: height and width, "256x128", or one number for both."""
-    sides = text.lower().split("x")
+    sides = list(map(number_in(int, 8, 4096), text.lower().split("x")))
     if len(sides) > 2:
         raise CallError(f"'{text}' is neither one number nor HEIGHTxWIDTH")
-
-    parse_side = whole_number(8, 4096)
-    height = parse_side(sides[0])
-    width = parse_side(sides[-1])
-    return height, width
+    return sides[0], sides[-1]
 
 
 def resize_mode(text: str) -> str | int:
@@ -206,9 +188,9 @@ def resize_mode(text: str) -> str | int:
     mode = text.lower()
     if mode in ("crop", "squash"):
         return mode
-    if not text.isdigit():
+    if not text.isdecimal():
         raise CallError(f"'{text}' is neither crop nor squash nor a whole number from 8 to 8192")
-    return whole_number(8, 8192)(text)
+    return number_in(int, 8, 8192)(text)
 
 
 def names_from(known: Sequence[str], kind: str, every: Sequence[str]) -> Callable[[str], list[str]]:
@@ -218,15 +200,18 @@ def names_from(known: Sequence[str], kind: str, every: Sequence[str]) -> Callabl
         if text.strip().lower() == "all":
             return list(every)
 
-        words = [word.strip().lower() for word in text.split(",")]
-        names = [word for word in words if word]
-        for name in names or [""]:
+        names = [word.strip().lower() for word in text.strip(", ").split(",")]
+        for name in names:
             if name not in known:
                 suggestion = closest(name, known)
                 raise CallError(f"unknown {kind} '{name}'{suggestion} (known: {', '.join(known)})")
         return names
 
     return parse
+
+
+METHOD_LIST = names_from(METHODS + MORE_METHODS, "method", METHODS)
+OUTPUT_LIST = names_from(OUTPUTS, "output", OUTPUTS)
 
 
 def some_text(text: str) -> str:
@@ -249,32 +234,20 @@ def existing_file(text: str) -> Path:
 
 
 def class_names(text: str) -> list[str]:
-    """Option type: names with commas between them, or a file of names (see `names_in`)."""
-    some_text(text)
+    """Option type: names with commas between them, or a file of names, one a line or JSON."""
+    content = some_text(text).replace(",", "\n")
+    is_path = "," not in text and re.search(r"[\\/*?]|\.\w{2,5}$", text)
     try:
-        if looks_like_file(text):
-            return names_in(existing_file(text).read_text(encoding="utf-8-sig"))
-        return names_in(text.replace(",", "\n"))
+        if is_path or os.path.exists(text):
+            content = existing_file(text).read_text(encoding="utf-8-sig")
+        if content.lstrip().startswith(("[", "{")):
+            return ordered_names(json.loads(content))
+
+        lines = map(str.strip, content.splitlines())
+        return ordered_names(list(filter(None, lines)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        reason = first_line(error)
-        message = f"{text}: not class names in UTF-8, one a line or as JSON: {reason}"
+        message = f"{text}: not class names in UTF-8, one a line or as JSON: {first_line(error)}"
         raise CallError(message) from error
-
-
-def looks_like_file(text: str) -> bool:
-    """Return whether a text is an existing path, or has a folder or a suffix as paths have."""
-    if os.path.exists(text):
-        return True
-    return "," not in text and bool(re.search(r"[\\/]|\.\w{2,5}$", text))
-
-
-def names_in(content: str) -> list[str]:
-    """Return the class names in a text: one a line, or JSON. Raises ValueError or TypeError."""
-    if content.lstrip().startswith(("[", "{")):
-        return ordered_names(json.loads(content))
-
-    lines = map(str.strip, content.splitlines())
-    return ordered_names(list(filter(None, lines)))
 
 
 def ordered_names(classes: Any) -> list[str]:
@@ -310,34 +283,13 @@ def sorted_by_index(classes: Mapping[Any, Any]) -> list[Any]:
         else:
             by_index[int(key)] = value
 
-    indices = sorted(by_index)
-    if indices != list(range(len(classes))):
+    if sorted(by_index) != list(range(len(classes))):
         raise ValueError("the indices are not 0, 1, 2 ...")
-    return [by_index[index] for index in indices]
-
-
-def device_name(text: str) -> str:
-    """Option type: the name of a device; gpu stands for cuda."""
-    if text.lower() == "gpu":
-        return "cuda"
-    return some_text(text)
-
-
-METHOD_LIST = names_from((*METHODS, *MORE_METHODS), "method", METHODS)
-OUTPUT_LIST = names_from(OUTPUTS, "output", OUTPUTS)
-
-# Options whose value is a list with commas, and their types.
-LIST_OPTIONS: dict[str, Callable[[str], Any]] = {
-    "--method": METHOD_LIST,
-    "--outputs": OUTPUT_LIST,
-    "--class-names": class_names,
-    "--mean": three_numbers(0),
-    "--std": three_numbers(1e-6),
-}
+    return [by_index[index] for index in sorted(by_index)]
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and whose option types raise CallError."""
+    """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with status 2."""
@@ -345,89 +297,44 @@ class Parser(argparse.ArgumentParser):
         print_line(f"error: {line}", sys.stderr)
         self.exit(2)
 
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        try:
-            return super()._get_value(action, arg_string)
-        except CallError as error:
-            raise argparse.ArgumentError(action, str(error)) from error
-
 
 def add_network_options(parser: Parser) -> None:
-    """Add the options of the network."""
+    """Add the options of the network and of what it sees."""
     add = parser.add_argument_group("the network").add_argument
 
-    add(
-        "--arch",
-        type=some_text,
-        metavar="NAME",
-        help="A torchvision architecture, or net.py:build, your own function. "
-        "Default: recognised from the checkpoint.",
-    )
+    text = "A torchvision architecture, or net.py:build, your function. Default: recognised."
+    add("--arch", type=some_text, metavar="NAME", help=text)
 
-    add(
-        "--ckpt",
-        type=existing_file,
-        metavar="FILE",
-        help="Your checkpoint: .pth, .pt, .ckpt or .safetensors. "
-        "Default: torchvision's ImageNet weights are downloaded.",
-    )
+    text = "Your .pth, .pt, .ckpt or .safetensors. Default: ImageNet weights, downloaded."
+    add("--ckpt", type=existing_file, metavar="FILE", help=text)
 
-    text = "How many classes. Default: the checkpoint's."
-    add("--num-classes", type=whole_number(1, 10**6), metavar="N", help=text)
+    text = "Number of classes. Default: the checkpoint's."
+    add("--num-classes", type=number_in(int, 1, 10**6), metavar="N", help=text)
 
-    add(
-        "--class-names",
-        type=class_names,
-        metavar="NAMES",
-        help="Class names in the order of training: cat,dog or a file, one a line or JSON. "
-        "Default: the checkpoint's.",
-    )
+    text = "In the order of training: cat,dog or a file of names. Default: the checkpoint's."
+    add("--class-names", type=class_names, metavar="NAMES", help=text)
 
-    text = "Each output is a sigmoid of its own: a photo may show several classes or none."
-    add("--multi-label", action="store_true", help=text)
+    add("--multi-label", action="store_true", help="Each output is a sigmoid of its own.")
 
-    add(
-        "--device",
-        type=device_name,
-        metavar="NAME",
-        help="cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. "
-        "Default: the CUDA GPU if there is one, else the CPU.",
-    )
+    text = "cuda, cuda:1, mps (Apple), xpu (Intel) or cpu. Default: the CUDA GPU, else the CPU."
+    add("--device", type=some_text, metavar="NAME", help=text)
 
-    text = "Photos at once. Default: GPU 32, CPU 2."
-    add("--batch-size", type=whole_number(1, 4096), metavar="N", help=text)
+    text = "Photos that go through the network at once. Default: 32 on a GPU, 2 on the CPU."
+    add("--batch-size", type=number_in(int, 1, 4096), metavar="N", help=text)
 
-
-def add_input_options(parser: Parser) -> None:
-    """Add the options of what the network sees."""
     add = parser.add_argument_group("what the network sees").add_argument
 
-    add(
-        "--input-size",
-        type=input_size,
-        metavar="PX",
-        help="Side of the network's square input, or HxW, its height and width. "
-        "Default: the checkpoint's entry, else torchvision's preset.",
-    )
+    text = "Side of the network's square input, or HEIGHTxWIDTH. Default: the checkpoint's."
+    add("--input-size", type=input_size, metavar="PX", help=text)
 
-    add(
-        "--resize",
-        type=resize_mode,
-        default="crop",
-        metavar="crop|squash|PX",
-        help="crop: the centre of the photo (default). PX: likewise, with the photo's short side "
-        "resized to that length before. squash: the whole photo, aspect ratio not kept.",
-    )
+    text = "crop (default): the centre of the photo. squash: the whole photo, aspect ratio not "
+    text += "kept. A number: the centre, after the short side was resized to that many pixels."
+    add("--resize", type=resize_mode, default="crop", metavar="MODE", help=text)
 
-    add(
-        "--mean",
-        type=three_numbers(0),
-        metavar="R,G,B",
-        help="Mean that is subtracted, R,G,B from 0 to 1 or to 255, or one number. "
-        "ToTensor() alone: --mean 0 --std 1.",
-    )
+    text = "Mean to subtract: R,G,B or one number. After ToTensor() alone: --mean 0 --std 1."
+    add("--mean", type=three_numbers(0), metavar="R,G,B", help=text)
 
-    text = "Standard deviation that is divided by, likewise."
+    text = "Standard deviation to divide by, written likewise."
     add("--std", type=three_numbers(1e-6), metavar="R,G,B", help=text)
 
 
@@ -435,41 +342,21 @@ def add_explanation_options(parser: Parser) -> None:
     """Add the options of the explanation."""
     add = parser.add_argument_group("the explanation").add_argument
 
-    add(
-        "--method",
-        type=METHOD_LIST,
-        action="extend",
-        metavar="LIST",
-        dest="methods",
-        help=f"{', '.join(METHODS)} (default: gradcam); several with commas; all for these. "
-        f"Or {', '.join(MORE_METHODS)}.",
-    )
+    text = f"One or more of {', '.join(METHODS)}, with commas between them; all for these. "
+    text += f"Further methods: {', '.join(MORE_METHODS)}. Default: gradcam."
+    add("--method", type=METHOD_LIST, action="extend", metavar="LIST", dest="methods", help=text)
 
-    add(
-        "--target-layer",
-        type=some_text,
-        action="append",
-        metavar="NAME",
-        dest="target_layers",
-        help="Layer to explain, such as layer4; repeat it to average several. "
-        "Default: the last with a spatial map.",
-    )
+    repeated = {"type": some_text, "action": "append"}
+    text = "Layer to explain; repeat to average several. Default: the last with a map."
+    add("--target-layer", metavar="NAME", dest="target_layers", help=text, **repeated)
 
-    add(
-        "--target-class",
-        type=some_text,
-        action="append",
-        metavar="CLASS",
-        dest="target_classes",
-        help="Class to explain: name, index, truth or predicted; repeat it for several. "
-        "Default: each photo's prediction.",
-    )
+    text = "Name, index, truth or predicted; repeat for several. Default: the prediction."
+    add("--target-class", metavar="CLASS", dest="target_classes", help=text, **repeated)
 
     text = "Explain the N classes of highest probability."
-    add("--top-k", type=whole_number(1, 10**6), metavar="N", help=text)
+    add("--top-k", type=number_in(int, 1, 10**6), metavar="N", help=text)
 
-    text = "Average over six variants of the photo: smoother, six times slower."
-    add("--aug-smooth", action="store_true", help=text)
+    add("--aug-smooth", action="store_true", help="Average over six variants of the photo: slower.")
 
     text = "Take the first principal component over the channels: less noise."
     add("--eigen-smooth", action="store_true", help=text)
@@ -482,29 +369,28 @@ def add_picture_options(parser: Parser) -> None:
     """Add the options of the pictures."""
     add = parser.add_argument_group("the pictures").add_argument
 
-    text = "Which pictures: cam, gb, cam_gb. Default: all three. cam alone is the fastest."
+    text = "Which of cam, gb and cam_gb to draw. Default: all three. cam alone is the fastest."
     add("--outputs", type=OUTPUT_LIST, action="extend", metavar="LIST", help=text)
 
     text = "Long side of the pictures. Default: the photo's own resolution, at most 1024."
-    add("--output-size", type=whole_number(16, 8192), metavar="PX", help=text)
+    add("--output-size", type=number_in(int, 16, 8192), metavar="PX", help=text)
 
-    text = "Also write one picture with all methods and classes of a photo."
-    add("--sheet", action="store_true", help=text)
+    add("--sheet", action="store_true", help="Also draw all methods and classes into one picture.")
 
-    text = "OpenCV's: jet (default), turbo, viridis ..."
+    text = "One of OpenCV's: jet (default), turbo, viridis ..."
     add("--colormap", type=some_text, default="jet", metavar="NAME", help=text)
 
-    text = "Opacity of the heatmap. Default: 0.5."
-    add("--alpha", type=decimal_number(0, 1), default=0.5, metavar="A", help=text)
+    text = "Opacity of the heatmap, from 0 to 1. Default: 0.5."
+    add("--alpha", type=number_in(float, 0, 1), default=0.5, metavar="A", help=text)
 
-    text = "The heat's opacity grows with the map: cold places show the photo as it is."
-    add("--fade", action="store_true", help=text)
+    add("--fade", action="store_true", help="The colder a place, the more it shows the photo.")
 
     formats = ("jpg", "png", "webp")
-    add("--format", type=str.lower, choices=formats, default="jpg", help="Default: jpg.")
+    text = "jpg (default), png or webp."
+    add("--format", type=str.lower, choices=formats, default="jpg", metavar="NAME", help=text)
 
-    text = "Of jpg and webp. Default: 98."
-    add("--quality", type=whole_number(1, 100), default=98, metavar="Q", help=text)
+    text = "Quality of jpg and webp, from 1 to 100. Default: 98."
+    add("--quality", type=number_in(int, 1, 100), default=98, metavar="Q", help=text)
 
 
 def add_file_options(parser: Parser) -> None:
@@ -514,39 +400,30 @@ def add_file_options(parser: Parser) -> None:
     text = "Where the files go. Default: out."
     add("--output", type=some_text, default="out", metavar="FOLDER", help=text)
 
-    text = "Also write maps, gradients and logits as NumPy's .npz."
-    add("--save-arrays", action="store_true", help=text)
+    add("--save-arrays", action="store_true", help="Also write maps, gradients and logits as .npz.")
 
-    text = "Skip what an earlier run with the same options has finished."
+    text = "Skip the photos that an earlier run with the same options has finished."
     add("--skip-existing", action="store_true", help=text)
 
-    text = "Pictures only where the prediction is not the class of the folder."
+    text = "Write pictures only where the prediction is not the class of the photo's folder."
     add("--only-wrong", action="store_true", help=text)
 
-    text = "No index.html, the page of all results."
+    text = "Do not write index.html, the page of all results."
     add("--no-gallery", action="store_false", dest="gallery", help=text)
 
-    text = "Print the layers with the size of their maps, and end."
-    add("--list-layers", action="store_true", help=text)
+    add("--list-layers", action="store_true", help="Print the layers and their sizes, and exit.")
 
 
 def make_parser() -> Parser:
     """Return the parser of all options."""
-    parser = Parser(
-        "cnn_visualizations.py", description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False
-    )
+    usage = "cnn_visualizations.py [options] IMAGE ..."
+    parser = Parser(usage=usage, description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
-    parser.add_argument(
-        "images",
-        nargs="*",
-        metavar="IMAGE",
-        help="Photos (JPEG, PNG, WebP, BMP, TIFF, GIF), folders, patterns, "
-        "or - to read paths from standard input.",
-    )
+    text = "Photos, folders, patterns, or - to read paths from standard input."
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help=text)
 
     add_network_options(parser)
-    add_input_options(parser)
     add_explanation_options(parser)
     add_picture_options(parser)
     add_file_options(parser)
@@ -559,11 +436,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises SystemExit: status 0 after --help, 2 where an option is wrong.
     """
     parser = make_parser()
-    if argv is None:
-        argv = sys.argv[1:]
+    words = list(sys.argv[1:] if argv is None else argv)
 
     # Photos may stand on both sides of the options, and after "--".
-    words = list(argv)
     names = []
     if "--" in words:
         end = words.index("--")
@@ -573,26 +448,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check_options(parser, rest)
     check_lists(parser, words)
     args.images += rest + names
+    check_images(parser, args)
+
+    if args.top_k and args.target_classes:
+        parser.error("--top-k and --target-class exclude each other: pass one of the two")
 
     args.methods = list(dict.fromkeys(args.methods or ["gradcam"]))
     args.outputs = list(dict.fromkeys(args.outputs or OUTPUTS))
     args.output = Path(args.output)
-
-    if args.top_k and args.target_classes:
-        parser.error("--top-k and --target-class exclude each other: pass one of the two")
-    check_images(parser, args)
+    if args.device == "gpu":
+        args.device = "cuda"
     return args
 
 
 def check_options(parser: Parser, words: Sequence[str]) -> None:
     """Report an unknown option among the words that the parser left over."""
-    known = [option for action in parser._actions for option in action.option_strings]
     for word in words:
         if word == "-" or not word.startswith("-"):
             continue
 
         option = word.split("=")[0]
-        advice = closest(option, known)
+        advice = closest(option, parser._option_string_actions)
         if option in SYNONYMS:
             advice = f"; pass {SYNONYMS[option]}"
         parser.error(f"unknown option {option}{advice} (see --help)")
@@ -601,20 +477,17 @@ def check_options(parser: Parser, words: Sequence[str]) -> None:
 def check_lists(parser: Parser, words: Sequence[str]) -> None:
     """Report a list with spaces between its items, which would be taken for photos."""
     for position, option in enumerate(words):
-        if option not in LIST_OPTIONS:
+        if option not in ("--method", "--outputs", "--class-names", "--mean", "--std"):
             continue
 
-        value = words[position + 1]
-        if "," in value.rstrip(",") or os.path.exists(value):
-            continue  # a whole list, or a file of class names
-
-        items = list_items(LIST_OPTIONS[option], words[position + 2 :])
-        if items:
-            listed = ",".join([value, *items]).replace(",,", ",")
+        parse = parser._option_string_actions[option].type
+        items = list_items(parse, words[position + 1 :])
+        if len(items) > 1:
+            listed = ",".join(items).replace(",,", ",")
             parser.error(f"{option} takes a list without spaces; pass {option} '{listed}'")
 
 
-def list_items(parse: Callable[[str], Any], words: Sequence[str]) -> list[str]:
+def list_items(parse: Callable[[str], Any], words: Iterable[str]) -> list[str]:
     """Return the words at the beginning that are items of a list rather than photos or options."""
     items = []
     for word in words:
@@ -652,13 +525,10 @@ MAX_DEEP_PIXELS = 30_000_000  # of photos with 16 or 32 bits a value
 MAX_WEBP_PIXELS = 51_000_000  # its decoder takes 16 bytes a pixel
 MIN_SIDE = 8  # pixels
 LONGEST_STRIP = 100  # long side : short side; resizing enlarges both to the network's input
-STRIP_HEIGHT = 64  # rows that are converted at once
+STRIP_HEIGHT = 256  # rows that are converted at once
 LARGE_PHOTO = 14_000_000  # pixels; photos above are decoded and resized one at a time
-MAX_SCANS = 100  # of a JPEG; progressive ones of cameras and the web have about ten
-LARGEST_JPEG = 2**27  # bytes
-JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not what compressed data may contain
-START_OF_IMAGE = b"\xff\xd8"
-END_OF_IMAGE = b"\xff\xd9"
+MAX_SCANS = 100  # of a progressive JPEG; usual ones have about ten
+LARGEST_JPEG = 2**27  # bytes in which scans are counted
 START_OF_SCAN = b"\xff\xda"
 LOG_NAME = "results.jsonl"
 
@@ -685,18 +555,19 @@ class Request:
 
 
 def photo_fault(path: str | Path) -> str:
-    """Return why a path cannot be a photo, without opening the file, or ""."""
+    """Return a line that says why a path cannot be a photo, without opening the file, or ""."""
+    fault = "no such file"
     with contextlib.suppress(OSError, ValueError):
         if os.path.isfile(path):
-            return "" if os.path.getsize(path) else "the file is empty"
+            return "" if os.path.getsize(path) else f"{path}: the file is empty"
 
     if "://" in str(path):
-        return "this is a URL; download the photo and pass the file"
-    if glob.has_magic(str(path)):
-        return "no file matches this pattern"
-    if os.path.exists(path):
-        return "not a file"
-    return "no such file"
+        fault = "this is a URL; download the photo and pass the file"
+    elif glob.has_magic(str(path)):
+        fault = "no file matches this pattern"
+    elif os.path.exists(path):
+        fault = "not a file"
+    return f"{path}: {fault}"
 
 
 def find_photos(inputs: Sequence[str]) -> list[Photo]:
@@ -773,19 +644,17 @@ def walk(top: str, common: str) -> Iterator[Photo]:
         inner[:] = sorted(filter(is_visible, inner))
 
         # A log covers the folders below it. Its set of names is shared, since it may be large.
-        logs = own_pictures.get(os.path.dirname(folder), [])
-        names = logged_names(folder)
-        if names:
-            logs = [*logs, names]
-        own_pictures[folder] = logs
+        logs = [*own_pictures.get(os.path.dirname(folder), []), logged_names(folder)]
+        own_pictures[folder] = list(filter(None, logs))
 
-        mirrored = mirrored_folder(folder, common)
+        mirrored = os.path.relpath(folder, common or top)
+        if mirrored == ".":
+            mirrored = ""
         for name in sorted(filter(is_visible, files)):
             if name.lower().endswith(NOT_READ):
                 unread += 1
-            if not name.lower().endswith(SUFFIXES):
-                continue
-            if not any(name in names for names in logs):
+            is_own = any(name in names for names in own_pictures[folder])
+            if name.lower().endswith(SUFFIXES) and not is_own:
                 yield photo_at(os.path.join(folder, name), mirrored, top)
 
     if unread:
@@ -801,16 +670,6 @@ def is_visible(name: str) -> bool:
 def warn_unlisted(error: OSError) -> None:
     """Warn of a folder that cannot be listed."""
     warn(f"{error.filename}: cannot be listed")
-
-
-def mirrored_folder(folder: str, common: str) -> str:
-    """Return a folder relative to `common`, or its path without the drive where there is none."""
-    absolute = os.path.abspath(folder)
-    if not common:
-        return os.path.splitdrive(absolute)[1].lstrip("\\/")
-
-    relative = os.path.relpath(absolute, common)
-    return "" if relative == "." else relative
 
 
 def is_own_picture(path: str) -> bool:
@@ -841,23 +700,15 @@ def parse_record(line: str | bytes) -> dict[str, Any]:
     """Return a line of the log as a dict, or {} where it is no record in this program's layout."""
     try:
         record = json.loads(line)
-        if is_record(record):
-            return record
+        texts = [record["image"], record["method"], *record_files(record)]
+        texts += [record.get(key, "") for key in ("source", "error", "options", "output_stem")]
+        texts += [explained["name"] for explained in record.get("classes", [])]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        pass
+        return {}
+
+    if all(isinstance(text, str) for text in texts):
+        return record
     return {}
-
-
-def is_record(record: Any) -> bool:
-    """Return whether the texts and the files of a record are where they belong.
-
-    Raises TypeError, LookupError or AttributeError: a part of it is of another kind.
-    """
-    texts = [record["image"], record["method"], *record_files(record)]
-    texts += [record.get(key, "") for key in ("source", "error", "options", "output_stem")]
-    for explained in record.get("classes", []):
-        texts.append(explained["name"])
-    return all(isinstance(text, str) for text in texts)
 
 
 def record_files(record: Mapping[str, Any]) -> list[str]:
@@ -869,10 +720,7 @@ def record_files(record: Mapping[str, Any]) -> list[str]:
 
 
 def report_crash(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Print one line for an uncaught error that the user can mend, else the traceback.
-
-    Stands in for sys.excepthook.
-    """
+    """Print one line for an uncaught error that the user can mend, else the traceback."""
     is_scarcity = isinstance(error, (MemoryError, OSError, ImportError))
     if isinstance(error, ModuleNotFoundError):
         message = f"{first_line(error)}; run: pip install -r requirements.txt"
@@ -899,8 +747,8 @@ def start() -> Request:
         if args.list_layers:
             return Request(args, [], 0, **ranks)
         photos = find_photos(args.images)
-        faults = faults_of(photos)
-        if len(faults) == len(photos):
+        faults = [photo_fault(photo.path) for photo in photos]
+        if all(faults):
             stop(1, faults)
         check_output(args.output)
         # Now, because loading torch takes seconds.
@@ -955,21 +803,9 @@ def torchrun_ranks() -> dict[str, int]:
         ranks[key] = int(text)
 
     if ranks["rank"] >= ranks["world_size"]:
-        rank = ranks["rank"]
-        world_size = ranks["world_size"]
-        message = f"RANK={rank} and WORLD_SIZE={world_size} in the environment"
-        raise CallError(f"{message}: RANK must be less than WORLD_SIZE; unset both")
+        given = "RANK={rank} and WORLD_SIZE={world_size}".format(**ranks)
+        raise CallError(f"{given} in the environment: RANK must be less; unset both")
     return ranks
-
-
-def faults_of(photos: Iterable[Photo]) -> list[str]:
-    """Return a line for each photo that does not exist or cannot be one."""
-    lines = []
-    for photo in photos:
-        fault = photo_fault(photo.path)
-        if fault:
-            lines.append(f"{photo.path}: {fault}")
-    return lines
 
 
 def check_output(folder: Path) -> None:
@@ -994,6 +830,7 @@ def size_of_log(folder: Path) -> int:
 
 if __name__ == "__main__":
     REQUEST = start()
+    gc.disable()  # until all is imported: it would take a tenth of that time
     # Threads that spin while they wait slow the others down.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.excepthook = report_crash
@@ -1055,16 +892,13 @@ def open_photo(path: str | Path, short_side: int = 0) -> Iterator[Picture]:
     """Yield what `read_photo` returns. Large photos wait for each other until their block ends.
 
     Preprocess the photo inside the block, so that the memory of large photos does not add up.
+    `short_side` is the length to which the block resizes its short side, 0 if it does not.
 
-    Args:
-        path: the photo.
-        short_side: the length to which the block resizes its short side, the aspect ratio kept.
-
-    Raises PhotoError: likewise, or the resized photo would be too large.
+    Raises PhotoError: as `read_photo`, or the resized photo would be too large.
     """
     fault = photo_fault(path)
     if fault:
-        raise PhotoError(f"{path}: {fault}")
+        raise PhotoError(fault)
 
     with contextlib.ExitStack() as locks:
         try:
@@ -1094,22 +928,22 @@ def count_pixels(image: Image.Image, path: str | Path, short_side: int) -> int:
         limit = MAX_DEEP_PIXELS
     if image.format == "WEBP":
         limit = MAX_WEBP_PIXELS
-    millions = limit // 10**6
-    if short * long > limit:
-        raise PhotoError(f"{path}: {size}, at most {millions} million can be read")
 
-    tile = tile_pixels(image)
-    if tile > limit:
-        raise PhotoError(f"{path}: a tile of {tile} pixels, at most {millions} million")
+    pixels = short * long
+    if image.format == "TIFF":  # its tiles may be larger than the image
+        pixels = max(pixels, image.tag_v2.get(322, 0) * image.tag_v2.get(323, 0))
+    if pixels > limit:
+        millions = limit // 10**6
+        raise PhotoError(f"{path}: {pixels} pixels, at most {millions} million can be read")
 
     resized = short_side**2 * long // short
     if resized > MAX_PIXELS:
         raise PhotoError(f"{path}: {size}, too long for a short side of {short_side} pixels")
 
-    if image.format in ("JPEG", "MPO") and count_scans(path) > MAX_SCANS:
+    # Decoding goes over all pixels in each scan.
+    if image.info.get("progressive") and count_scans(path) > MAX_SCANS:
         raise PhotoError(f"{path}: more than {MAX_SCANS} scans; save the photo anew")
-
-    return max(short * long, tile, resized)
+    return max(pixels, resized)
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -1117,32 +951,10 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode.startswith(("I", "F"))
 
 
-def tile_pixels(image: Image.Image) -> int:
-    """Return the size of a TIFF's tiles, which may be larger than the image; else 0."""
-    if image.format != "TIFF":
-        return 0
-    return image.tag_v2.get(322, 0) * image.tag_v2.get(323, 0)
-
-
 def count_scans(path: str | Path) -> int:
-    """Return how many scans a JPEG file has. Decoding goes over all pixels in each of them."""
+    """Return how often a JPEG file has the marker that starts a scan."""
     with open(path, "rb") as file:
-        data = file.read(LARGEST_JPEG)
-
-    scans = 0
-    position = 0
-    while scans <= MAX_SCANS:
-        marker = JPEG_MARKER.search(data, position)
-        if marker is None or marker[0] == END_OF_IMAGE:
-            break
-        if marker[0] == START_OF_SCAN:
-            scans += 1
-
-        # A marker is followed by the length of its segment.
-        position = marker.end()
-        if marker[0] != START_OF_IMAGE:
-            position += int.from_bytes(data[position : position + 2], "big")
-    return scans
+        return file.read(LARGEST_JPEG).count(START_OF_SCAN)
 
 
 def decode(path: str | Path, short_side: int, locks: contextlib.ExitStack) -> Picture:
@@ -1154,7 +966,8 @@ def decode(path: str | Path, short_side: int, locks: contextlib.ExitStack) -> Pi
         if count_pixels(image, path, short_side) > LARGE_PHOTO:
             locks.enter_context(DECODING)
 
-        has_16_bits = ";16" in str(image.tile)  # of a colour image, Pillow gives the upper eight
+        # Of a colour image with 16 bits, Pillow gives the upper eight.
+        has_16_bits = ";16" in str(image.tile) and not is_deep(image)
         image.load()
         image.getexif()
         image.info.pop("exif", None)  # exif_transpose would write it anew, where odd entries fail
@@ -1189,9 +1002,10 @@ def to_eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
     low = values.min()
     high = values.max()
 
-    # Sixteen bits have their own white. Of other values it is a guess, unless they go from 0 to 1.
+    # Sixteen bits have their own white, unless only twelve are used. Of other values it is a guess,
+    # unless they go from 0 to 1.
     white = 65535.0
-    is_guess = image.mode == "I" and image.format == "TIFF"
+    is_guess = high < 4096 or (image.mode == "I" and image.format == "TIFF")
     if image.mode == "F":
         white = 1.0 if high <= 1 else 255.0
         is_guess = low < 0 or high > 1
@@ -1209,7 +1023,9 @@ def to_eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
 # --------------------------------------------------------------------------------------------------
 
 MAX_PICKLE_BYTES = 64 * 2**20  # of the structure of a checkpoint, without its tensors
-MAX_PICKLE_STEPS = 3_000_000  # of the pickle machine; 2,000 tensors take 60,000
+MAX_PICKLE_STEPS = 1_000_000  # of the pickle machine; 2,000 tensors take 60,000
+MAX_CLASSES = 1000  # that a pickle names; a whole network names some 60
+MAX_TENSORS = 20_000
 MAX_KEY_LENGTH = 300  # characters of a tensor's full name
 
 # Where training scripts put their options, and under which names.
@@ -1236,13 +1052,14 @@ ENTRY_NAMES = {
     "multi_label": ("multi_label",),
 }
 
-# Tensors that training leaves in a file and that no forward pass reads: optimizers, moving
-# averages, losses with their centres, metrics.
+# Tensors that training leaves in a file and that no forward pass reads: optimizers, losses with
+# their centres, the state of callbacks; and, if they are no matrices, metrics.
 TRAINING_ONLY = re.compile(
-    r"(^|[._])(optim\w*|\w*loss\w*|criterion\w*|centers?|metrics?|acc\w*|n_averaged)([._]|$)",
+    r"(^|[._])(optim\w*|\w*loss\w*|criterion\w*|callbacks|\w*scheduler|scaler|n_averaged)([._]|$)",
     re.IGNORECASE,
 )
-AVERAGE = re.compile(r"(^|[._])(ema|swa|averag\w*)([._]|$)", re.IGNORECASE)
+METRIC = re.compile(r"(^|[._])(metrics?|acc|accuracy|best\w*|epoch|lr)([._]|$)", re.IGNORECASE)
+AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged)([._]|$)", re.IGNORECASE)
 
 State = dict[str, Tensor]
 
@@ -1260,7 +1077,8 @@ class Entry:
 class PickledModule:
     """What a pickled network tells of one of its modules."""
 
-    kind: str  # the name of its class
+    kind: str  # the name of its class, without the modules of Python that it is in
+    is_usual: bool  # whether the class is torch's or torchvision's
     attributes: Mapping[str, Any]  # such as `stride` and `eps`
 
 
@@ -1272,6 +1090,7 @@ class Checkpoint:
     tensors: State = field(default_factory=dict)  # by full name, as "state_dict.module.fc.weight"
     entries: Mapping[str, Sequence[Entry]] = field(default_factory=dict)  # by a key of ENTRY_NAMES
     modules: Mapping[str, PickledModule] = field(default_factory=dict)  # of pickled networks
+    in_order: bool = True  # whether the tensors stand in the order of the network's layers
 
     @property
     def file(self) -> str:
@@ -1300,49 +1119,55 @@ class StandIn:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Return the tensors, the entries and the modules of a checkpoint. Raises CallError."""
+    """Return the tensors, the entries and the modules of a checkpoint.
+
+    Raises CallError: the file is damaged, is a TorchScript archive, or would cost too much.
+    """
     existing_file(str(path))
-    if path.suffix == ".safetensors":
-        content = load_safetensors(path)
-    else:
-        content = load_pickle(path)
-    return read_content(content, str(path))
-
-
-def load_safetensors(path: Path) -> State:
-    """Return the tensors of a .safetensors file. Raises CallError."""
     try:
-        from safetensors.torch import load_file
-
-        return load_file(path)
+        if path.suffix == ".safetensors":
+            return replace(read_content(load_safetensors(path), str(path)), in_order=False)
+        return read_content(load_pickle(path), str(path))
+    except CallError:
+        raise
     except ImportError as error:
         message = f"{path}: needs the safetensors package; run: pip install safetensors"
         raise CallError(message) from error
-    except Exception as error:
-        raise CallError(f"{path}: not a whole .safetensors file; copy it again") from error
+    except Exception as error:  # a damaged file raises nearly anything
+        raise CallError(f"{path}: {why_not_loaded(error)}") from error
+
+
+def load_safetensors(path: Path) -> State:
+    """Return the tensors of a .safetensors file. Raises CallError: its header is too large."""
+    from safetensors.torch import load_file
+
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+    if header_size > 200 * MAX_TENSORS:
+        raise CallError(f"{path}: not a checkpoint: its header has {header_size} bytes")
+    return load_file(path)
 
 
 def load_pickle(path: Path) -> Any:
     """Return what a file of torch.save holds, with stand-ins for what would be code.
 
     Files of torch before 1.6 are no archives; of these only those without pickled objects are read.
-    Raises CallError: the file is damaged, is a TorchScript archive, or would cost too much.
+    Raises CallError: reading the file would cost too much.
     """
-    try:
-        stand_ins = []
-        with path.open("rb") as file:
-            is_archive = file.read(4) == b"PK\x03\x04"
+    stand_ins = []
+    with path.open("rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"
         if is_archive:
             check_archive(path)
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             stand_ins = [(make_stand_in(name), name) for name in names]
-        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except CallError:
-        raise
-    except Exception as error:  # a damaged file raises nearly anything
-        raise CallError(f"{path}: {why_not_loaded(error)}") from error
+        else:
+            file.seek(0)
+            for _ in range(4):  # a mark, a version, the system, and the content
+                check_pickle(path, file)
+    with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def check_archive(path: Path) -> None:
@@ -1362,18 +1187,22 @@ def check_archive(path: Path) -> None:
             raise CallError(f"{path}: damaged: its records add up to more than the file")
 
         for file in files:
-            if file.filename.endswith("data.pkl"):
-                check_pickle(path, archive, file)
+            if not file.filename.lower().endswith("data.pkl"):
+                continue
+            if file.file_size > MAX_PICKLE_BYTES:
+                size = file.file_size // 2**20
+                raise CallError(f"{path}: {size} MB beside the tensors, at most 64 can be read")
+            check_pickle(path, io.BytesIO(archive.read(file)))
 
 
-def check_pickle(path: Path, archive: zipfile.ZipFile, file: zipfile.ZipInfo) -> None:
-    """Raise CallError where the structure of a checkpoint is larger than any real one."""
-    if file.file_size > MAX_PICKLE_BYTES:
-        size = file.file_size // 2**20
-        raise CallError(f"{path}: {size} MB of values beside the tensors, at most 64 can be read")
-    steps = pickletools.genops(archive.read(file))
-    if sum(1 for _ in itertools.islice(steps, MAX_PICKLE_STEPS)) == MAX_PICKLE_STEPS:
-        raise CallError(f"{path}: too many values beside the tensors; save the weights alone")
+def check_pickle(path: Path, file: Any) -> None:
+    """Raise CallError where a pickle has more steps than that of any real checkpoint."""
+    classes = 0
+    for step, (operation, argument, _) in enumerate(pickletools.genops(file)):
+        if operation.name == "GLOBAL":
+            classes += 1 if len(argument) < MAX_KEY_LENGTH else MAX_CLASSES
+        if step == MAX_PICKLE_STEPS or classes >= MAX_CLASSES:
+            raise CallError(f"{path}: too many values beside the tensors; save the weights alone")
 
 
 def make_stand_in(name: str) -> type:
@@ -1402,14 +1231,15 @@ def read_content(content: Any, name: str) -> Checkpoint:
     modules: dict[str, PickledModule] = {}
     for prefix, holder in holders_in(content):
         if is_pickled_module(holder):
-            kind = type(holder).__name__.rpartition(".")[2]
-            modules[prefix.removesuffix(".")] = PickledModule(kind, holder.state)
+            modules[prefix.removesuffix(".")] = read_module(holder)
         for key, value in children_of(holder).items():
             if isinstance(value, Tensor):
                 full_name = prefix + modern_name(str(key))
                 check_tensor(value, full_name, name)
                 tensors[full_name] = value.detach()
 
+    if len(tensors) > MAX_TENSORS:
+        raise CallError(f"{name}: not a checkpoint of one network: {len(tensors)} tensors")
     if not any(tensor.ndim > 1 for tensor in tensors.values()):
         raise CallError(f"{name}: no weights in it (found: {outline(content)})")
     if isinstance(content, Mapping) and not is_state(content):
@@ -1419,18 +1249,28 @@ def read_content(content: Any, name: str) -> Checkpoint:
 
 
 def holders_in(content: Any) -> Iterator[tuple[str, Any]]:
-    """Yield each dict and pickled module in a file once, with the prefix of its tensors' names."""
-    waiting = deque([("", content)])
+    """Yield each dict and pickled module in a file once, with the prefix of its tensors' names.
+
+    Those inside another follow it at once, as in a state dict.
+    """
+    waiting = [("", content)]
     visited = set()  # a file may nest dicts in themselves
     while waiting:
-        prefix, holder = waiting.popleft()
+        prefix, holder = waiting.pop()
         if id(holder) in visited or len(prefix) > MAX_KEY_LENGTH:
             continue
         visited.add(id(holder))
         yield prefix, holder
-        for key, value in children_of(holder).items():
+        for key, value in reversed(children_of(holder).items()):
             if not isinstance(value, Tensor) and "optim" not in str(key):
                 waiting.append((f"{prefix}{modern_name(str(key))}.", value))
+
+
+def read_module(module: StandIn) -> PickledModule:
+    """Return what a pickled network tells of one of its modules."""
+    name = type(module).__name__
+    is_usual = name.startswith(("torch.nn.", "torchvision."))
+    return PickledModule(name.rpartition(".")[2], is_usual, module.state)
 
 
 def is_state(content: Mapping[Any, Any]) -> bool:
@@ -1465,7 +1305,7 @@ def children_of(holder: Any) -> Mapping[Any, Any]:
 
 
 def modern_name(key: str) -> str:
-    """Return the key of a tensor without torch.compile's prefix, and with DenseNet's names of today.
+    """Return a key without torch.compile's prefix, and with the names that DenseNet has today.
 
     Before 2018, torchvision called its layers norm.1 and conv.2 instead of norm1 and conv2.
     """
@@ -1475,8 +1315,8 @@ def modern_name(key: str) -> str:
 
 def check_tensor(tensor: Tensor, key: str, name: str) -> None:
     """Raise CallError where a tensor has no values of its own, or no usable name."""
-    if len(key) > MAX_KEY_LENGTH:
-        raise CallError(f"{name}: not a checkpoint: the name of a tensor has {len(key)} characters")
+    if len(key) > MAX_KEY_LENGTH or not key.isprintable():
+        raise CallError(f"{name}: not a checkpoint: it has a tensor of the name {key[:40]!a}")
     is_plain = tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested)
     if not is_plain:
         if key in ("mean", "std", "input_size"):
@@ -1489,7 +1329,7 @@ def check_tensor(tensor: Tensor, key: str, name: str) -> None:
 def outline(content: Any) -> str:
     """Return the first keys of a dict, or the type of anything else, for a message."""
     if isinstance(content, Mapping):
-        return ", ".join(str(key)[:40] for key in list(content)[:8])
+        return ascii([str(key)[:40] for key in list(content)[:8]])[1:-1].replace("'", "")
     return type(content).__name__
 
 
@@ -1660,6 +1500,7 @@ class Classifier:
     preset: Any  # torchvision's ImageClassification: PIL image -> float32 (C, H, W), normalised
     device: torch.device
     squash: bool = False  # whether the network sees the whole photo (True) or a part (False)
+    crops_always: bool = False  # also a photo of the input's size, as the short side was given
     multi_label: bool = False  # whether each class has a sigmoid of its own
     outputs: int = 0  # of the network; a single one is explained as two classes
     channels: int = 3  # 1: the network takes grey photos
@@ -1743,8 +1584,8 @@ class Classifier:
 
         So is a photo of exactly the input's size, unless the short side before the crop was given.
         """
-        is_input = (height, width) == self.input_size and not self.origins.get("short side")
-        return self.squash or is_input
+        is_input = (height, width) == self.input_size
+        return self.squash or (is_input and not self.crops_always)
 
     def seen(self, photo: Picture) -> Picture:
         """Return the part of a photo that the network sees, unscaled: uint8 RGB (h, w, 3)."""
@@ -1829,6 +1670,7 @@ def load_classifier(
         preset=preset,
         device=target,
         squash=told.resize == "squash",
+        crops_always=find_short_side(checkpoint, told) is not None,
         multi_label=outputs > 1 and reads_labels(told.multi_label, network, checkpoint),
         outputs=outputs,
         channels=network.channels,
@@ -2190,9 +2032,9 @@ def choose_place(wanted: State, checkpoint: Checkpoint) -> tuple[Place, State]:
 
 def is_of_network(key: str, tensor: Tensor) -> bool:
     """Return whether a forward pass may read a tensor, which is not for training only."""
-    if TRAINING_ONLY.search(key) or AVERAGE.search(key) or key.endswith("num_batches_tracked"):
+    if TRAINING_ONLY.search(key) or AVERAGE.search(key) or not tensor.is_floating_point():
         return False
-    return tensor.ndim > 0 and tensor.is_floating_point()
+    return tensor.ndim > 1 or not METRIC.search(key)
 
 
 # A torchvision network
@@ -2280,25 +2122,27 @@ SETTINGS = (
 
 def check_modules(model: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
     """Raise CallError where a pickled network has another layer than `model` at the same place."""
-    root = find_head(model)[0].partition(".")[0]
+    root, last = find_head(model)
     for name, module in model.named_modules():
-        pickled = checkpoint.modules.get(prefix + name)
-        is_layer = not any(True for _ in module.children())
-        if pickled is None or not is_layer or name.partition(".")[0] == root:
+        path = f"{prefix}{name}".removesuffix(".")
+        pickled = checkpoint.modules.get(path)
+        in_head = name.partition(".")[0] == root.partition(".")[0]
+        if pickled is None or (in_head and isinstance(last, nn.Linear)):
             continue
         kind = type(module).__name__
-        if pickled.kind != kind:
+        is_layer = not any(True for _ in module.children())
+        if not pickled.is_usual or (is_layer and pickled.kind != kind):
             raise CallError(
-                f"{checkpoint.name}: {prefix}{name} is a {pickled.kind}, where torchvision's has a "
-                f"{kind}; {OWN_NETWORK}"
+                f"{checkpoint.name}: {path or 'the network'} is a {pickled.kind}, where "
+                f"torchvision's is a {kind}; {OWN_NETWORK}"
             )
         for setting in SETTINGS:
             ours = getattr(module, setting, None)
             theirs = pickled.attributes.get(setting, ours)
             if as_pair(ours) != as_pair(theirs):
                 raise CallError(
-                    f"{checkpoint.name}: {prefix}{name} has {setting} {theirs}, where "
-                    f"torchvision's has {ours}; {OWN_NETWORK}"
+                    f"{checkpoint.name}: {path} has {setting} {theirs}, where torchvision's has "
+                    f"{ours}; {OWN_NETWORK}"
                 )
 
 
@@ -2403,7 +2247,7 @@ def fit_named_head(
 
     # only the last layer was replaced, perhaps by several
     kept = {key: theirs[key] for key in ours}
-    changed = {key: in_head[prefix + key] for key in theirs if key not in ours}
+    changed = {key: in_head[key] for key in in_head if key.removeprefix(prefix) not in ours}
     layers = read_layers(changed, checkpoint, last.in_features)
     head = replace_head(arch, model, name, layers, last.in_features, checkpoint)
     return replace(head, state=head.state | kept, inputs=first_inputs(model))
@@ -2460,23 +2304,38 @@ def read_layers(tensors: State, checkpoint: Checkpoint, features: int) -> list[L
 
 
 def in_order(by_layer: Mapping[str, State], checkpoint: Checkpoint) -> list[str]:
-    """Return the names of the layers of a head; of a pickled one, with those without tensors."""
-    parents = {name.rpartition(".")[0] for name in by_layer}
-    heads = {parent for parent in parents if is_sequential(parent, checkpoint)}
+    """Return the names of the layers of a head; of a pickled one, with those without tensors.
+
+    Raises CallError: the file does not say in which order they are.
+    """
+    sequences = {outermost_sequence(name, checkpoint) for name in by_layer} - {""}
+    if not sequences:
+        names = list(by_layer)
+        if not checkpoint.in_order and len(names) > 1:
+            names.sort(key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
+            if not all(name.rpartition(".")[2].isdigit() for name in names):
+                raise CallError(
+                    f"{checkpoint.name}: the order of the layers {' and '.join(names[:3])} is not "
+                    f"in the file; {OWN_NETWORK}"
+                )
+        return names
+
     names = []
     for name, module in checkpoint.modules.items():
-        if name.rpartition(".")[0] in heads and module.kind not in NO_EFFECT:
+        is_inside = any(name.startswith(f"{sequence}.") for sequence in sequences)
+        if name in by_layer or (is_inside and module.kind not in NO_EFFECT):
             names.append(name)
-    names += [name for name in by_layer if name not in names]
-    if not heads:
-        return names
-    order = {name: index for index, name in enumerate(checkpoint.modules)}
-    return sorted(names, key=lambda name: order.get(name, len(order)))
+    return names
 
 
-def is_sequential(name: str, checkpoint: Checkpoint) -> bool:
-    """Return whether a pickled module is a Sequential, whose layers follow each other."""
-    return name in checkpoint.modules and checkpoint.modules[name].kind == "Sequential"
+def outermost_sequence(name: str, checkpoint: Checkpoint) -> str:
+    """Return the outermost pickled Sequential around a layer, whose layers follow each other."""
+    sequence = ""
+    parent = name.rpartition(".")[0]
+    while parent in checkpoint.modules and checkpoint.modules[parent].kind == "Sequential":
+        sequence = parent
+        parent = parent.rpartition(".")[0]
+    return sequence
 
 
 def read_layer(state: State, pickled: PickledModule | None) -> nn.Module | None:
@@ -2527,6 +2386,9 @@ def replace_head(
     if not layers:
         return Head({})  # load_state tells that it is missing
     check_sizes(arch, layers, features, checkpoint)
+    for layer in layers[:-1]:
+        if type(layer.module).__name__ in READ_AS_SCORES:
+            raise CallError(f"{checkpoint.name}: {layer.name} is not at the end; {OWN_NETWORK}")
     ends_in_sigmoid = isinstance(layers[-1].module, nn.Sigmoid)
     layers = [layer for layer in layers if type(layer.module).__name__ not in READ_AS_SCORES]
     layers, assumed = with_activations(layers, checkpoint)
@@ -2569,8 +2431,8 @@ def with_activations(layers: Sequence[Layer], checkpoint: Checkpoint) -> tuple[l
     is_linear = False  # whether nothing has bent the values since the last Linear layer
     for layer in layers:
         kind = type(layer.module).__name__
-        is_known = is_sequential(layer.name.rpartition(".")[0], checkpoint)
-        if kind == "Linear" and is_linear and not is_known:
+        is_complete = outermost_sequence(layer.name, checkpoint) != ""
+        if kind == "Linear" and is_linear and not is_complete:
             complete.append(Layer("", nn.ReLU(), {}))
             assumed = True
         if kind in ACTIVATIONS:
@@ -2837,7 +2699,12 @@ def count_outputs(network: Network, size: Sequence[int], num_classes: int | None
     end = final_function(logits)
     if end:
         raise CallError(f"the network ends in a {end}; let it return the logits, without that")
-    run_once(network, (1, network.channels, height, width), num_classes)
+    alone = run_once(network, (1, network.channels, height, width), num_classes)
+    if not torch.allclose(logits, alone.expand_as(logits), 1e-3, 1e-3, equal_nan=True):
+        raise CallError(
+            "the network gives different answers for the same input; does it use dropout, or batch "
+            "statistics, in eval mode?"
+        )
     return logits.shape[1]
 
 
@@ -2846,7 +2713,7 @@ def run_once(network: Network, shape: Sequence[int], num_classes: int | None) ->
     try:
         with torch.enable_grad():
             answer = network.model(torch.zeros(*shape, requires_grad=True))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         size = " x ".join(map(str, shape[1:]))
         hint = ""
         if isinstance(error, RuntimeError):
@@ -2859,18 +2726,21 @@ def run_once(network: Network, shape: Sequence[int], num_classes: int | None) ->
 # The autograd nodes of operations that only arrange, bound or convert values.
 ARRANGING = re.compile(
     r"(Unsafe)?(View|Reshape\w*|Squeeze|Unsqueeze|Slice|Select|Clamp\w*|Alias|Clone|ToCopy|"
-    r"Transpose|T|Permute|Expand|Cat|Stack|Index|Unbind|Split\w*)Backward\w*"
+    r"Transpose|T|Permute|Expand|Cat|Stack|Index|Unbind|Split\w*|Mean|Where)Backward\w*"
 )
 
 
 def final_function(logits: Tensor) -> str:
     """Return "sigmoid" or "softmax" where a network ends in one, or ""."""
+    sums = logits.sum(1)
+    if logits.shape[1] > 1 and (logits >= 0).all() and torch.allclose(sums, torch.ones_like(sums)):
+        return "softmax"
     waiting = [logits.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None:
             continue
-        last = re.match("(Softmax|Sigmoid)Backward", node.name())
+        last = re.match("(Softmax|Sigmoid|Hardsigmoid)Backward", node.name())
         if last:
             return last.group(1).lower()
         if ARRANGING.fullmatch(node.name()):
@@ -2905,7 +2775,13 @@ def make_preset(
     else:
         preset.crop_size = preset.crop_size * 2
 
-    short_side, short_origin = find_short_side(checkpoint, options)
+    settings, _ = own_settings(network.model)
+    if settings.get("interpolation") == "bicubic":
+        preset.interpolation = torchvision.transforms.InterpolationMode.BICUBIC
+    if settings.get("crop_pct"):
+        preset.resize_size = [math.floor(max(preset.crop_size) / settings["crop_pct"])]
+
+    short_side = find_short_side(checkpoint, options)
     if options.resize == "squash":
         preset.resize_size = preset.crop_size
     elif short_side is not None:
@@ -2918,8 +2794,7 @@ def make_preset(
 
     mean, std, colours_origin = find_colours(preset, network, checkpoint, options)
     preset.mean, preset.std = mean, std
-    origins = {"input": size_origin, "short side": short_origin, "mean": colours_origin}
-    return preset, origins
+    return preset, {"input": size_origin, "mean": colours_origin}
 
 
 def usual_short_side(all_weights: Any, size: Sequence[int]) -> int:
@@ -3025,15 +2900,15 @@ def own_settings(model: nn.Module) -> tuple[Mapping[str, Any], str]:
     return settings, "from the network's attributes"
 
 
-def find_short_side(checkpoint: Checkpoint, options: Options) -> tuple[int | None, str]:
-    """Return the short side before the crop where it was said, and by whom; None: the usual one."""
+def find_short_side(checkpoint: Checkpoint, options: Options) -> int | None:
+    """Return the short side before the crop where an option or an entry says it, or None."""
     if isinstance(options.resize, int):
-        return options.resize, "given"
+        return options.resize
     entry = checkpoint.first_entry("resize")
-    is_side = entry is not None and as_size(entry.value) is not None
-    if options.resize == "crop" and options.input_size is None and is_side:
-        return as_size(entry.value)[0], entry.origin
-    return None, ""
+    size = as_size(entry.value) if entry else None
+    if size is None or options.resize == "squash" or options.input_size is not None:
+        return None
+    return size[0]
 
 
 def find_colours(
@@ -3244,57 +3119,42 @@ ACTIVATION_NODES = re.compile(
     r"\w*(relu|elu|silu|swish|mish|hardtanh|threshold|softplus)\w*Backward\d*", re.IGNORECASE
 )
 Targets = Sequence[int] | Tensor | int | None
+Layers = str | nn.Module | Sequence[str | nn.Module] | None
 
 
 @dataclass(frozen=True)
 class Explanation:
     """The explanation of N inputs of H x W.
 
-    Where K classes were asked for each input, all but `logits` have K as their second axis: (N, K,
-    ...).
-
-    Attributes:
-        cams: for each method the maps, float32 (N, H, W) in [0, 1]: highest where the evidence for
-            the class is strongest in this photo. A map that is 0 everywhere means that the layer
-            holds no positive evidence.
-        guided: guided-backpropagation gradients, float32 (N, 3, H, W), in logit per normalised
-            input value; None if they were not asked for. In a network without activations they are
-            the plain gradients.
-        logits: float32 (N, classes).
-        targets: int64 (N,), the class that was explained.
-        minus: int64 (N,), the class whose logit was subtracted, or NO_CLASS; None if no difference
-            was asked for.
+    A map is highest where the evidence for the class is strongest in this photo, and 0 everywhere
+    where the layer holds no positive evidence. Where K classes were asked for each input, all but
+    `logits` have K as their second axis.
     """
 
-    cams: dict[str, Floats]
+    cams: dict[str, Floats]  # for each method the maps, float32 (N, H, W) in [0, 1]
+    # guided backpropagation, float32 (N, 3, H, W), in logit per normalised input value; None if it
+    # was not asked for
     guided: Floats | None
-    logits: Floats
-    targets: NDArray[np.int64]
-    minus: NDArray[np.int64] | None = None
+    logits: Floats  # float32 (N, classes)
+    targets: NDArray[np.int64]  # the class that was explained, (N,)
+    minus: NDArray[np.int64]  # that whose logit was subtracted; the target itself where none was
 
     def __repr__(self) -> str:
         shapes = {method: maps.shape for method, maps in self.cams.items()}
         return f"Explanation(cams={shapes}, targets={self.targets.tolist()})"
 
     def only(self, index: int) -> Explanation:
-        """Return the explanation of one input, as a batch of one.
-
-        A class that was asked for twice is there once.
-        """
+        """Return the explanation of one input, as a batch of one, with each question once."""
         rows: Any = slice(index, index + 1)
         if self.targets.ndim == 2:
-            asked = self.targets[index].tolist()
-            if self.minus is not None:
-                asked = list(zip(asked, self.minus[index].tolist(), strict=True))
-            first_places = [asked.index(question) for question in dict.fromkeys(asked)]
-            rows = np.ix_([index], first_places)
-
-        def pick(values: Any) -> Any:
-            return None if values is None else values[rows]
+            questions = np.stack([self.targets[index], self.minus[index]])
+            first_places = np.unique(questions, axis=1, return_index=True)[1]
+            rows = np.ix_([index], np.sort(first_places))
 
         cams = {method: maps[rows] for method, maps in self.cams.items()}
+        guided = None if self.guided is None else self.guided[rows]
         logits = self.logits[index : index + 1]
-        return Explanation(cams, pick(self.guided), logits, pick(self.targets), pick(self.minus))
+        return Explanation(cams, guided, logits, self.targets[rows], self.minus[rows])
 
 
 def gradcam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -3325,7 +3185,6 @@ def randomcam(activations: Tensor, gradients: Tensor | None) -> Tensor:
 
 
 def channel_sum(contributions: Tensor) -> Tensor:
-    """Return the sum over the channels."""
     return contributions.sum(-3)
 
 
@@ -3345,17 +3204,16 @@ def principal_component(contributions: Tensor, of_class: bool = True) -> Tensor:
 
     # The eigenvectors of the smaller Gram matrix give the projection, (..., h * w).
     positions, channels = centred.shape[-2:]
-    transposed = centred.transpose(-2, -1)
     if positions <= channels:
-        variances, vectors = torch.linalg.eigh(centred @ transposed)
+        variances, vectors = torch.linalg.eigh(centred @ centred.mT)
         maps = vectors[..., -1] * variances[..., -1:].clamp(min=0).sqrt()
     else:
-        component = torch.linalg.eigh(transposed @ centred).eigenvectors[..., -1:]
-        maps = (centred @ component)[..., 0]
+        vectors = torch.linalg.eigh(centred.mT @ centred).eigenvectors
+        maps = (centred @ vectors[..., -1:])[..., 0]
 
-    total = centred.sum(-1)
     direction = (columns.abs().sum(-1) * maps).sum(-1)
     if of_class:
+        total = centred.sum(-1)
         covariance = (total * maps).sum(-1)
         correlates = covariance.abs() > 0.3 * total.norm(dim=-1) * maps.norm(dim=-1)
         direction = torch.where(correlates, covariance, direction)
@@ -3365,9 +3223,9 @@ def principal_component(contributions: Tensor, of_class: bool = True) -> Tensor:
 
 @dataclass(frozen=True)
 class CamMethod:
-    """A method that needs one forward and at most one backward pass.
+    """How a method makes its map from what the channels of a layer contribute to it.
 
-    `contributions` takes the activations of a layer and the gradients of the class score with
+    `contributions` takes the activations of the layer and the gradients of the class score with
     respect to them, both (..., C, h, w), and returns what each channel adds to the map.
     """
 
@@ -3378,6 +3236,9 @@ class CamMethod:
     product: bool = False  # whether the maps of several layers are multiplied instead of averaged
 
 
+MANY_PASSES = ("scorecam", "ablationcam")
+# They find a weight for each channel, (..., C, 1, 1), which takes the gradients' place.
+BY_WEIGHTS = CamMethod(lambda a, weights: a * weights, gradients=False)
 CAM_METHODS = {
     # Selvaraju et al., ICCV 2017, arXiv:1610.02391
     "gradcam": CamMethod(lambda a, g: a * g.mean((-2, -1), keepdim=True)),
@@ -3394,17 +3255,15 @@ CAM_METHODS = {
     # arXiv:2605.14641
     "refinecam": CamMethod(gradcam_plus_plus, product=True),
     "randomcam": CamMethod(randomcam, gradients=False),
-}
-# These methods find a weight for each channel, (..., C, 1, 1), which takes the gradients' place.
-MANY_PASSES = ("scorecam", "ablationcam")
-BY_CHANNEL_WEIGHTS = CamMethod(lambda a, weights: a * weights, gradients=False)
-LAYER_BY_LAYER = ("shapleycam",)  # of grad-cam's: it frees the graph after its first layer
+    "scorecam": BY_WEIGHTS,
+    "ablationcam": BY_WEIGHTS,
+}  # the other methods are classes of the grad-cam package
 
 
-def normalise(maps: Tensor, epsilon: float = 1e-7) -> Tensor:
+def normalise(maps: Tensor) -> Tensor:
     """Stretch each map of (..., h, w) to [0, 1], as grad-cam; a constant one becomes 0."""
     maps = maps - maps.amin((-2, -1), keepdim=True)
-    return maps / (epsilon + maps.amax((-2, -1), keepdim=True))
+    return maps / (1e-7 + maps.amax((-2, -1), keepdim=True))
 
 
 def same_aspect(rows: int, columns: int, size: Sequence[int]) -> bool:
@@ -3423,9 +3282,9 @@ def as_map(output: Tensor, size: Sequence[int]) -> Tensor | None:
     """
     if output.ndim == 4:
         first, second, third = output.shape[1:]
-        channels_last = same_aspect(first, second, size) and not same_aspect(second, third, size)
-        spatial = output.movedim(3, 1) if channels_last else output
-        return spatial if spatial[0, 0].numel() > 1 else None
+        if same_aspect(first, second, size) and not same_aspect(second, third, size):
+            output = output.movedim(3, 1)
+        return output if output[0, 0].numel() > 1 else None
     if output.ndim != 3:
         return None
 
@@ -3439,6 +3298,93 @@ def as_map(output: Tensor, size: Sequence[int]) -> Tensor | None:
             patches = output[:, special_tokens:].transpose(1, 2)
             return patches.unflatten(2, (rows, positions // rows))
     return None
+
+
+def dotted_name(model: nn.Module, text: str) -> str:
+    """Return "layer4.1" for "layer4[-1]" or, as in grad-cam's examples, "model.layer4[-1]"."""
+    modules = dict(model.named_modules())
+    first, _, rest = text.partition(".")
+    if first in ("model", "module") and first not in modules:
+        text = rest
+
+    with contextlib.suppress(KeyError, IndexError):  # then the name is reported as unknown
+        for index in re.findall(r"\[(-?\d+)\]", text):
+            parent, _, rest = text.partition(f"[{index}]")
+            children = list(modules[parent].named_children())
+            child, _ = children[int(index)]
+            text = f"{parent}.{child}{rest}"
+    return text
+
+
+def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
+    """Return the dotted name of a layer, given by name or as the module. Raises CallError."""
+    names = {module: name for name, module in model.named_modules()}
+    if isinstance(layer, str):
+        name = dotted_name(model, layer)
+    else:
+        name = names.get(layer, type(layer).__name__)
+    if name and name in names.values():
+        return name
+    hint = "; repeat the option for each layer" if "," in name else closest(name, names.values())
+    raise CallError(f"the network has no layer '{name}'{hint}; --list-layers shows them all")
+
+
+def logits_for(network: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the network's logits (N, classes). Raises CallError: not one row for each input."""
+    return as_logits(network(inputs), count=len(inputs))
+
+
+@contextlib.contextmanager
+def capture_outputs(
+    network: nn.Module, layers: Sequence[str], size: Sequence[int], differentiable: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of layers by name while the network runs; of several calls, the last.
+
+    Raises CallError: a layer returns no map for inputs of `size` (H, W), or is not called.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def collect(name: str, module: nn.Module, args: Any, output: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            returned = f"returns a {type(output).__name__}, not a tensor"
+            raise CallError(f"layer '{name}' {returned}; choose a layer inside it")
+        if as_map(output, size) is None:
+            values = f"no spatial map but {shape_of(output)} values"
+            raise CallError(f"layer '{name}' has {values}; choose another one")
+        if differentiable and not output.requires_grad:
+            output = output.detach().requires_grad_()  # nothing before this layer needs a gradient
+        outputs[name] = output
+        return output.clone()  # later layers may change it in place
+
+    with contextlib.ExitStack() as hooks:
+        for name in layers:
+            module = network.get_submodule(name)
+            hooks.enter_context(module.register_forward_hook(partial(collect, name)))
+        yield outputs
+
+    for name in layers:
+        if name not in outputs:
+            fault = "is not called when the network runs; choose another one"
+            raise CallError(f"layer '{name}' {fault}")
+
+
+def layer_gradients(
+    scores: Sequence[Tensor], outputs: Mapping[str, Tensor], size: Sequence[int], keep_graph: bool
+) -> dict[str, Tensor]:
+    """Return the gradients of K scores with respect to layers, (N, K, C, h, w) each.
+
+    Raises CallError: a score does not depend on a layer.
+    """
+    maps: dict[str, list[Tensor]] = {name: [] for name in outputs}
+    for score in scores:
+        keep = keep_graph or score is not scores[-1]
+        of_layers = torch.autograd.grad(score, [*outputs.values()], None, keep, allow_unused=True)
+        for name, gradient in zip(outputs, of_layers, strict=True):
+            if gradient is None:
+                fault = f"does not depend on layer '{name}'"
+                raise CallError(f"the class score {fault}; choose another one")
+            maps[name].append(as_map(gradient, size))
+    return {name: torch.stack(of_scores, 1) for name, of_scores in maps.items()}
 
 
 def graph_nodes(*roots: Any) -> set[Any]:
@@ -3457,17 +3403,14 @@ def graph_nodes(*roots: Any) -> set[Any]:
 def is_activation(node: Any) -> bool:
     """Return whether an autograd node is an activation, or a ReLU written as clamp or maximum."""
     name = node.name()
+    bounds = []
     if ACTIVATION_NODES.fullmatch(name):
         return True
-
     if name.startswith(("ClampBackward", "ClampMinBackward")):
         bounds = [node._saved_min]
     elif name.startswith("MaximumBackward"):
         bounds = [node._saved_self, node._saved_other]
-    else:
-        return False
-    bounds = [torch.as_tensor(bound) for bound in bounds if bound is not None]
-    return any(not bound.any() for bound in bounds)
+    return any(bound is not None and not torch.as_tensor(bound).any() for bound in bounds)
 
 
 def clamp_gradients(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -3481,64 +3424,23 @@ def guided_gradients(scores: Sequence[Tensor], inputs: Tensor) -> Tensor:
     Returns the gradients of K scores, (N, K, 3, H, W). Each activation function, module or not,
     lets only positive gradients in. Uses up the graph.
     """
-    roots = [score.grad_fn for score in scores]
-    for node in graph_nodes(*roots):
+    for node in graph_nodes(*[score.grad_fn for score in scores]):
         if is_activation(node):
             node.register_prehook(clamp_gradients)
 
     maps = []
     for score in scores:
-        is_last = score is scores[-1]
-        maps += torch.autograd.grad(score, inputs, retain_graph=not is_last)
+        maps += torch.autograd.grad(score, inputs, retain_graph=score is not scores[-1])
     return torch.stack(maps, 1)
 
 
-def dotted_name(model: nn.Module, text: str) -> str:
-    """Return "layer4.1" for "layer4[-1]" or, as in grad-cam's examples, "model.layer4[-1]"."""
-    names = dict(model.named_modules())
-    prefix = text.partition(".")[0]
-    if prefix in ("model", "module") and prefix not in names:
-        text = text.partition(".")[2]
-
-    name = ""
-    for step in text.replace("[", ".[").split("."):
-        index = re.fullmatch(r"\[(-?\d+)\]", step)
-        if index and name in names:
-            children = [child for child, _ in names[name].named_children()]
-            with contextlib.suppress(IndexError):
-                step = children[int(index[1])]
-        name = f"{name}.{step}" if name else step
-    return name
-
-
-def layer_name(model: nn.Module, layer: str | nn.Module) -> str:
-    """Return the dotted name of a layer, given by name or as the module. Raises CallError."""
-    names = {module: name for name, module in model.named_modules() if name}
-    if isinstance(layer, nn.Module):
-        name = names.get(layer, type(layer).__name__)
-    else:
-        name = dotted_name(model, layer)
-    if name in names.values():
-        return name
-
-    hint = closest(name, names.values())
-    if "," in name:
-        hint = "; repeat the option for each layer"
-    raise CallError(f"the network has no layer '{name}'{hint}; --list-layers shows them all")
-
-
-def fit_classes(classes: Any, logits: Tensor, allowed: Sequence[int]) -> Tensor:
-    """Return classes as indices, int64 (N,) or (N, K), PREDICTED replaced. Raises CallError.
-
-    `allowed` are the negative numbers that may stand among them.
-    """
+def fit_classes(classes: Any, logits: Tensor) -> Tensor:
+    """Return classes as indices, int64 (N,) or (N, K), PREDICTED replaced. Raises CallError."""
     count, outputs = logits.shape
     chosen = torch.as_tensor(classes)
     is_integer = not (chosen.is_floating_point() or chosen.dtype == torch.bool)
     rows_fit = chosen.ndim <= 2 and chosen.shape[:1] in ((), (1,), (count,))
-    in_range = (chosen >= 0) & (chosen < outputs)
-    for special in allowed:
-        in_range = in_range | (chosen == special)
+    in_range = (chosen >= PREDICTED) & (chosen < outputs)
     if not (is_integer and rows_fit and in_range.all()):
         fault = f"do not fit {count} inputs and {outputs} classes; give one each"
         raise CallError(f"targets {chosen.tolist()} {fault}")
@@ -3550,65 +3452,31 @@ def fit_classes(classes: Any, logits: Tensor, allowed: Sequence[int]) -> Tensor:
     return torch.where(chosen == PREDICTED, predicted, chosen)
 
 
-def choose_targets(logits: Tensor, targets: Targets, top: int | None = None) -> Tensor:
-    """Return the class to explain for each input, int64 (N,), or K classes, (N, K).
-
-    Raises CallError: the targets do not fit.
-    """
+def choose_classes(
+    logits: Tensor, targets: Targets, top: int | None, minus: Targets
+) -> tuple[Tensor, Tensor]:
+    """Return the classes to explain and to subtract, (N,) or (N, K) both. Raises CallError."""
     if targets is not None:
-        return fit_classes(targets, logits, allowed=[PREDICTED])
-    if top is None:
-        return logits.detach().argmax(1)
-    return logits.detach().topk(min(top, logits.shape[1])).indices
-
-
-def score_weights(targets: Tensor, minus: Tensor | None, outputs: int) -> Tensor:
-    """Return the weights of the logits in each explained score, float32 (N, K, outputs).
-
-    1 for the target, -1 for the class that is subtracted from it, else 0. `targets` and `minus` are
-    (N,) or (N, K).
-    """
-    columns = torch.arange(outputs, device=targets.device)
-    weights = (targets.view(len(targets), -1, 1) == columns).float()
+        chosen = fit_classes(targets, logits)
+    elif top is None:
+        chosen = logits.detach().argmax(1)
+    else:
+        chosen = logits.detach().topk(min(top, logits.shape[1])).indices
     if minus is None:
-        return weights
-    return weights - (minus.view(len(minus), -1, 1) == columns).float()
+        return chosen, chosen  # a class minus itself: nothing is subtracted
+
+    subtracted = fit_classes(minus, logits)
+    if subtracted.shape != chosen.shape:
+        fault = f"{shape_of(subtracted)} classes from {shape_of(chosen)} targets"
+        raise CallError(f"cannot subtract {fault}; give one for each target")
+    return chosen, subtracted
 
 
-def logits_for(network: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the network's logits (N, classes). Raises CallError: not one row for each input."""
-    return as_logits(network(inputs), count=len(inputs))
-
-
-@contextlib.contextmanager
-def capture_outputs(
-    network: nn.Module, layers: Sequence[str], differentiable: bool = False
-) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of layers by name while the network runs; of several calls, the last.
-
-    Raises CallError: a layer returns no tensor, or is not called.
-    """
-    outputs: dict[str, Tensor] = {}
-
-    def collect(name: str, module: nn.Module, args: Any, output: Any) -> Tensor:
-        if not isinstance(output, Tensor):
-            returned = f"returns a {type(output).__name__}, not a tensor"
-            raise CallError(f"layer '{name}' {returned}; choose a layer inside it")
-        if differentiable and not output.requires_grad:
-            output = output.detach().requires_grad_()  # nothing before this layer needs a gradient
-        outputs[name] = output
-        return output.clone()  # later layers may change it in place
-
-    with contextlib.ExitStack() as hooks:
-        for name in layers:
-            module = network.get_submodule(name)
-            hooks.enter_context(module.register_forward_hook(partial(collect, name)))
-        yield outputs
-
-    for name in layers:
-        if name not in outputs:
-            fault = "is not called when the network runs; choose another one"
-            raise CallError(f"layer '{name}' {fault}")
+def score_weights(targets: Tensor, minus: Tensor, outputs: int) -> Tensor:
+    """Return the weights 1, -1 and 0 of the logits in each score, float32 (N, K, outputs)."""
+    plus = nn.functional.one_hot(targets, outputs)
+    others = nn.functional.one_hot(minus, outputs) * (minus != targets)[..., None]
+    return (plus - others).float().view(len(targets), -1, outputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -3651,8 +3519,7 @@ def spatial_calls(calls: Sequence[Call], size: Sequence[int]) -> list[tuple[Call
         if spatial_map is None or not call.name:
             continue
         spatial.append((call, spatial_map))
-        rows, columns = spatial_map.shape[2:]
-        if same_aspect(rows, columns, size):
+        if same_aspect(*spatial_map.shape[2:], size):
             like_input.append((call, spatial_map))
     return like_input or spatial
 
@@ -3666,10 +3533,8 @@ def find_target_layer(calls: Sequence[Call], logits: Tensor, size: Sequence[int]
     """
     spatial = [call for call, _ in reversed(spatial_calls(calls, size))]
     if not spatial:
-        sides = f"{size[0]} x {size[1]}"
-        raise CallError(
-            f"no layer has a spatial map for inputs of {sides}; pass one as target layer"
-        )
+        fault = f"no layer has a spatial map for inputs of {size[0]} x {size[1]}"
+        raise CallError(f"{fault}; pass one as target layer")
 
     # Take the input of the head, not the score: the weights of a new head may all be zero.
     features = logits
@@ -3709,7 +3574,7 @@ def fold_batch_norms(
     output goes where.
     """
     readers = count_readers(logits)
-    kept = {call.node for call in calls if call.name in keep}
+    kept = [call.node for call in calls if call.name in keep]
     convolutions: dict[Any, Call] = {}  # by the node of their output
     for call in calls:
         kind = type(call.module)
@@ -3750,7 +3615,8 @@ class BatchSize:
 @contextlib.contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """Compute in float32 without autocast; on CUDA without TF32 (ten bits), and repeatably."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
     settings = [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
     if hasattr(matmul, "fp32_precision"):  # since torch 2.9, which refuses to mix the two ways
         settings += [(cudnn.conv, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
@@ -3766,76 +3632,22 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
         yield
 
 
-def copy_network(model: nn.Module) -> nn.Module:
-    """Return a copy of a network.
-
-    Tensors that belong to a graph cannot be copied, such as what a module keeps of its last run
-    (weight_norm's weight). They are detached.
-    """
+def copy_network(model: nn.Module, share: bool = False) -> nn.Module:
+    """Return a copy of a network with weights of its own, or with the same ones."""
     replacements = {}
+    if share:
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            replacements[id(tensor)] = tensor
     for module in model.modules():
         for value in vars(module).values():
+            # a part of a graph cannot be copied, such as the weight that weight_norm computes
             if isinstance(value, Tensor) and not value.is_leaf:
                 replacements[id(value)] = value.detach()
     return deepcopy(model, replacements)
 
 
-@dataclass(frozen=True)
-class LayerValues:
-    """What one pass over N inputs gives for a target layer."""
-
-    activations: Tensor  # (N, C, h, w)
-    gradients: Tensor | None  # of the K scores, (N, K, C, h, w); None if no method reads them
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What the methods read for N inputs and K scores."""
-
-    inputs: Tensor  # (N, 3, H, W)
-    weights: Tensor  # (N, K, classes), of the logits in the scores
-    layers: dict[str, LayerValues]  # by the name of the target layer
-
-
-def layer_values(
-    outputs: Mapping[str, Tensor], scores: Sequence[Tensor], keep_graph: bool, size: Sequence[int]
-) -> dict[str, LayerValues]:
-    """Return the values of the layers with these outputs; without `scores`, without gradients.
-
-    Raises CallError: a layer has no spatial map, or a score does not depend on it.
-    """
-    gradients = []
-    for score in scores:
-        keep = keep_graph or score is not scores[-1]
-        of_score = torch.autograd.grad(score, [*outputs.values()], None, keep, allow_unused=True)
-        gradients.append(dict(zip(outputs, of_score, strict=True)))
-
-    layers = {}
-    for layer, output in outputs.items():
-        activations = as_map(output.detach(), size)
-        if activations is None:
-            values = f"no spatial map but {shape_of(output)} values"
-            raise CallError(f"layer '{layer}' has {values}; choose another one")
-        maps = []
-        for of_score in gradients:
-            if of_score[layer] is None:
-                fault = f"does not depend on layer '{layer}'"
-                raise CallError(f"the class score {fault}; choose another one")
-            maps.append(as_map(of_score[layer], size))
-        layers[layer] = LayerValues(activations, torch.stack(maps, 1) if maps else None)
-    return layers
-
-
 class PartialPass:
-    """The network from the last call of a layer on, to run for other outputs of that layer.
-
-    Args:
-        inputs: (1, 3, H, W).
-
-    Attributes:
-        output: what the layer returns in its last call for `inputs`.
-        logits: (1, classes), for `inputs`.
-    """
+    """The network from the last call of a layer on, to run for other outputs of that layer."""
 
     def __init__(self, network: nn.Module, layer: str, inputs: Tensor) -> None:
         self.network = network
@@ -3846,20 +3658,15 @@ class PartialPass:
             outputs.append(output.clone())
 
         with self.module.register_forward_hook(keep):
-            self.logits = as_logits(network(inputs))
+            self.logits = as_logits(network(inputs))  # (1, classes)
         self.calls = len(outputs)
-        self.output = outputs[-1]
-        self.find_stand_in(inputs)
+        self.output = outputs[-1]  # (1, ...)
 
-    def find_stand_in(self, inputs: Tensor) -> None:
-        """Find what the layers before run on; their output is replaced anyway.
-
-        A small dummy input is the fastest. Networks that refuse it get the real input, and those
-        that compare the sizes of two branches get one for each copy.
-        """
+        # The layers before run on a small dummy input, since their output is replaced anyway.
+        # Networks that refuse it get the real input, and those that compare the sizes of two
+        # branches get one for each copy.
         small = torch.zeros_like(inputs[..., :64, :64])
-        choices = ((small, False), (inputs, False), (inputs, True))
-        for self.stand_in, self.one_for_each in choices:
+        for self.stand_in, self.one_for_each in ((small, False), (inputs, False), (inputs, True)):
             with contextlib.suppress(RuntimeError, AssertionError, ValueError, CallError):
                 twice = self.run(torch.cat([self.output, self.output]))
                 if len(twice) == 2 and torch.allclose(twice, self.logits, 1e-3, 1e-3):
@@ -3870,9 +3677,7 @@ class PartialPass:
         calls = itertools.count(1)
 
         def replace_last(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            if next(calls) == self.calls:
-                return copies
-            return None
+            return copies if next(calls) == self.calls else None
 
         inputs = self.stand_in
         if self.one_for_each:
@@ -3885,19 +3690,14 @@ class PartialPass:
 def grad_cam_method(
     method: str, network: nn.Module, layers: Sequence[str], reshape: Callable[[Tensor], Tensor]
 ) -> Iterator[Any]:
-    """Yield an object of the grad-cam package's class for a method; take its hooks off afterwards.
-
-    The class is the one whose name is the method's, but for capitals and underscores.
-    """
+    """Yield an object of the grad-cam package for a method; take its hooks off afterwards."""
     import pytorch_grad_cam
 
-    classes = {}
-    for name, value in vars(pytorch_grad_cam).items():
-        if isinstance(value, type):
-            classes[name.lower().replace("_", "")] = value
-    modules = [network.get_submodule(name) for name in layers]
+    # the class whose name is the method's, but for capitals and underscores
+    classes = {name.lower().replace("_", ""): name for name in vars(pytorch_grad_cam)}
+    make = getattr(pytorch_grad_cam, classes[method])
     with contextlib.redirect_stdout(io.StringIO()):  # FullGrad prints a warning
-        cam = classes[method](network, modules, reshape)
+        cam = make(network, [network.get_submodule(layer) for layer in layers], reshape)
 
     network.requires_grad_(True)  # Shapley-CAM needs second derivatives, which frozen weights lack
     try:
@@ -3912,16 +3712,22 @@ def grad_cam_method(
 
 
 def grad_cam_target(cam: Any, weights: Tensor) -> dict[str, Any]:
-    """Return the arguments that tell a class of the grad-cam package what to explain.
-
-    `weights`, (classes,), are those of the logits in the score. Raises CallError: the class cannot
-    explain it.
-    """
+    """Return what tells a class of the grad-cam package the score to explain. Raises CallError."""
     if "target_idx" not in inspect.signature(cam.forward).parameters:
         return {"targets": [lambda logits: logits.flatten() @ weights]}
     if (weights < 0).any():
         raise CallError("it compares classes by itself, so it takes no difference of two")
     return {"targets": None, "target_idx": int(weights.argmax())}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the methods read for N inputs and K scores."""
+
+    inputs: Tensor  # (N, 3, H, W)
+    weights: Tensor  # of the logits in the scores, (N, K, classes)
+    activations: dict[str, Tensor]  # by the layer, (N, C, h, w)
+    gradients: dict[str, Tensor]  # by the layer, (N, K, C, h, w); empty if no method reads them
 
 
 class Explainer:
@@ -3932,24 +3738,19 @@ class Explainer:
 
     Args:
         model: takes (N, 3, H, W), returns logits (N, classes); or (N, 1) or (N,) for a single
-            sigmoid output, of which the positive side is explained. `DataParallel` around it and
-            half precision are fine.
+            sigmoid output, of which the positive side is explained.
         methods: names from METHODS and MORE_METHODS, or one of them.
         target_layers: names of layers, or the modules, whose maps are averaged, or one of them;
             None: the last layer with a spatial map on which the score depends. "layer4[-1]" is the
             last child of layer4.
         guided: whether guided backpropagation is wanted too.
-        aug_smooth: average the maps over six variants of the input, mirrored and multiplied by 0.9
-            to 1.1, as grad-cam.
-        eigen_smooth: take the first principal component of the contributions of the channels
-            instead of their sum.
+        aug_smooth: average the maps over six variants of the input, as grad-cam.
+        eigen_smooth: take the first principal component over the channels instead of their sum.
         batch_size: how many inputs Score-CAM and `logits` run at once, at most; None: 2 on the CPU,
             else 32.
         progress: wraps the passes of Score-CAM and Ablation-CAM, such as tqdm.
-        copy: False: take over the model itself, which is then changed (frozen, eval mode, batch
-            norms folded).
-        fold: whether batch norms are folded into the convolutions: faster from a handful of inputs
-            on.
+        copy: False: take over the model itself, which is then changed.
+        fold: fold batch norms into convolutions: faster from a handful of inputs on.
         multi_label: whether each logit is a sigmoid of its own; `faithfulness` reads it.
 
     Raises:
@@ -3960,7 +3761,7 @@ class Explainer:
         self,
         model: nn.Module,
         methods: str | Sequence[str] = ("gradcam",),
-        target_layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
+        target_layers: Layers = None,
         *,
         guided: bool = True,
         aug_smooth: bool = False,
@@ -3973,7 +3774,7 @@ class Explainer:
     ) -> None:
         if not isinstance(methods, str):
             methods = ",".join(methods)
-        self.methods = tuple(names_from((*METHODS, *MORE_METHODS), "method", METHODS)(methods))
+        self.methods = tuple(METHOD_LIST(methods))
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         if target_layers is None:
@@ -3981,19 +3782,18 @@ class Explainer:
         elif isinstance(target_layers, (str, nn.Module)):
             target_layers = [target_layers]
         self.target_layers = tuple(layer_name(model, layer) for layer in target_layers)
+        # after `prepare` the layers with a map: by name, the type and the map's shape (C, h, w)
+        self.layers: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.guided = guided
         self.aug_smooth = aug_smooth
         self.eigen_smooth = eigen_smooth
         self.progress = progress
+        # grad-cam's FullGrad counts the biases of batch norms, and its FEM has a sharp threshold
+        self.fold = fold and all(method in CAM_METHODS for method in self.methods)
         self.multi_label = multi_label
-        # The grad-cam package's FullGrad counts the biases of convolutions and of batch norms.
-        ours = all(method in CAM_METHODS or method in MANY_PASSES for method in self.methods)
-        self.fold = fold and ours
         self._set_network(model, copy)
-        if batch_size is None:
-            batch_size = 2 if self.device.type == "cpu" else 32
-        self.batch_size = BatchSize(batch_size)
-        self.layers: dict[str, tuple[str, tuple[int, ...]]] = {}
+        default = 2 if self.device.type == "cpu" else 32
+        self.batch_size = BatchSize(batch_size or default)
 
     def _set_network(self, model: nn.Module, copy: bool) -> None:
         """Make the frozen network."""
@@ -4003,17 +3803,12 @@ class Explainer:
             self.device = next(tensors, torch.empty(0)).device
 
             # channels-last where oneDNN computes; on a GPU it pays only in half precision
-            memory_format = torch.contiguous_format
             if self.device.type == "cpu" and torch.backends.mkldnn.is_available():
-                memory_format = torch.channels_last
-            network.to(memory_format=memory_format)
+                network.to(memory_format=torch.channels_last)
             self.network = network.eval().requires_grad_(False).float()
 
     def prepare(self, inputs: Tensor) -> None:
-        """Run one input (1, 3, H, W): find the default target layer, and fold the batch norms.
-
-        `layers` is then a dict of the layers with a map: their name, type, and its shape (C, h, w).
-        """
+        """Run one input (1, 3, H, W): find the default target layer, and fold the batch norms."""
         size = inputs.shape[2:]
         with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
             calls, logits = record_calls(self.network, self._own(inputs).requires_grad_())
@@ -4025,7 +3820,7 @@ class Explainer:
             self.layers[call.name] = (type(call.module).__name__, tuple(spatial_map.shape[1:]))
 
     def _fold(self, calls: Sequence[Call], logits: Tensor, inputs: Tensor) -> None:
-        """Fold the batch norms, if the logits of `inputs` stay the same."""
+        """Fold the batch norms; undo it if the logits of `inputs` have changed."""
         fold_batch_norms(self.network, calls, logits, keep=self.target_layers)
         folded = logits_for(self.network, self._own(inputs))
         if not torch.allclose(folded, logits, 1e-3, 1e-3):  # a weight is read elsewhere as well
@@ -4046,8 +3841,8 @@ class Explainer:
             targets: one class for all inputs, or (N,) for each; or K classes, (1, K) or (N, K). -1
                 stands for the class with the highest logit, which is explained by default.
             top: without `targets`, explain that many classes with the highest logits.
-            minus: explain the difference: the logits of these classes are subtracted from those of
-                the targets. In the form of `targets`; NO_CLASS where nothing is subtracted.
+            minus: the classes whose logits are subtracted from those of the targets, in the form of
+                `targets`. The target itself stands for none.
 
         Raises:
             CallError: the inputs, the classes or the layers cannot be explained.
@@ -4062,11 +3857,12 @@ class Explainer:
         if not self.layers:
             self.prepare(inputs[:1])
 
+        choose = partial(choose_classes, targets=targets, top=top, minus=minus)
         # Whatever mode the caller is in, this needs a graph; the caller's settings stay.
         with torch.inference_mode(False), torch.enable_grad(), exact_arithmetic(self.device):
             if not self.aug_smooth:
-                return self._explain(inputs, targets, top, minus, self.methods, self.guided)
-            explanation = self._explain(inputs, targets, top, minus, (), self.guided)
+                return self._explain(inputs, choose, self.methods, self.guided)
+            explanation = self._explain(inputs, choose, (), self.guided)
             return replace(explanation, cams=self._augmented_cams(inputs, explanation))
 
     def logits(self, inputs: Tensor) -> Tensor:
@@ -4087,8 +3883,9 @@ class Explainer:
     ) -> Tensor:
         """Return `function` of the network and all items, a few at once; on a CPU by threads."""
         cores = torch.get_num_threads()
-        networks = self._networks_for_threads(min(4, cores))
-        workers = len(networks)
+        workers = min(4, cores) if self.device.type == "cpu" else 1
+        networks = [self.network]  # one for each thread
+        networks += [copy_network(self.network, share=True) for _ in range(1, workers)]
 
         @torch.inference_mode()
         def run(network: nn.Module, part: Tensor) -> Tensor:
@@ -4101,28 +3898,16 @@ class Explainer:
         torch.set_num_threads(cores)  # new threads inherit the last value
         return torch.cat(results)
 
-    def _networks_for_threads(self, count: int) -> list[nn.Module]:
-        """Return a network for each thread, with modules of its own and the same weights."""
-        networks = [self.network]
-        if self.device.type != "cpu":
-            return networks
-
-        with contextlib.suppress(RuntimeError):  # a module keeps tensors that cannot be copied
-            while len(networks) < count:
-                tensors = itertools.chain(self.network.parameters(), self.network.buffers())
-                networks.append(deepcopy(self.network, {id(tensor): tensor for tensor in tensors}))
-        return networks
-
     def _augmented_cams(self, inputs: Tensor, explanation: Explanation) -> dict[str, Floats]:
         """Return the means of the maps over six variants of the inputs, as in grad-cam."""
         import ttach
 
+        asked = {"targets": explanation.targets, "top": None, "minus": explanation.minus}
         variants = ttach.Compose([ttach.HorizontalFlip(), ttach.Multiply([0.9, 1, 1.1])])
         cams: dict[str, list[Floats]] = {method: [] for method in self.methods}
         for variant in variants:
             varied = variant.augment_image(inputs.detach().float())
-            asked = explanation.targets, None, explanation.minus
-            explained = self._explain(varied, *asked, self.methods, False)
+            explained = self._explain(varied, partial(choose_classes, **asked), self.methods, False)
             for method, maps in explained.cams.items():
                 batch = torch.from_numpy(maps).view(-1, 1, *inputs.shape[2:])
                 cams[method].append(variant.deaugment_mask(batch).view(maps.shape).numpy())
@@ -4131,29 +3916,24 @@ class Explainer:
     def _explain(
         self,
         inputs: Tensor,
-        targets: Targets,
-        top: int | None,
-        minus: Targets,
+        choose: Callable[[Tensor], tuple[Tensor, Tensor]],
         methods: Sequence[str],
         guided: bool,
     ) -> Explanation:
-        """Explain inputs, in the mode and the arithmetic that `__call__` has set."""
+        """Explain inputs; `choose` returns targets and minus for the logits, see choose_classes."""
         inputs = self._own(inputs).requires_grad_(guided)
-        kinds = [CAM_METHODS.get(method, BY_CHANNEL_WEIGHTS) for method in methods]
+        size = inputs.shape[2:]
+        kinds = [CAM_METHODS[method] for method in methods if method in CAM_METHODS]
         with_gradients = any(kind.gradients for kind in kinds)
-        with capture_outputs(self.network, self.target_layers, with_gradients) as outputs:
+        with capture_outputs(self.network, self.target_layers, size, with_gradients) as outputs:
             logits = logits_for(self.network, inputs)
-        targets = choose_targets(logits, targets, top)
-        if minus is not None:
-            minus = fit_classes(minus, logits, allowed=[PREDICTED, NO_CLASS])
-            if minus.shape != targets.shape:
-                fault = f"{shape_of(minus)} classes from {shape_of(targets)} targets"
-                raise CallError(f"cannot subtract {fault}; give one for each target")
 
+        targets, minus = choose(logits)
         weights = score_weights(targets, minus, logits.shape[1])
         scores = (logits[:, None] * weights).sum((0, 2)).unbind()  # over all inputs, for K classes
-        read = scores if with_gradients else ()
-        layers = layer_values(outputs, read, guided, inputs.shape[2:])
+        gradients = {}
+        if with_gradients:
+            gradients = layer_gradients(scores, outputs, size, keep_graph=guided)
         guided_maps = guided_gradients(scores, inputs) if guided else None
 
         # The first result that is waited for: a GPU has been given all of the work above by now.
@@ -4163,52 +3943,53 @@ class Explainer:
         def array(values: Tensor | None) -> Any:  # (N, K, ...) -> (N, ...) or (N, K, ...)
             if values is None:
                 return None
-            return values.reshape(*targets.shape, *values.shape[2:]).cpu().contiguous().numpy()
+            values = values.reshape(*targets.shape, *values.shape[2:])
+            return values.cpu().contiguous().numpy()
 
-        batch = Batch(inputs.detach(), weights, layers)
+        activations = {name: as_map(output.detach(), size) for name, output in outputs.items()}
+        batch = Batch(inputs.detach(), weights, activations, gradients)
         cams = {method: array(self._cam(method, batch)) for method in methods}
         logits = logits.detach().cpu().numpy()
         return Explanation(cams, array(guided_maps), logits, array(targets), array(minus))
 
     def _cam(self, method: str, batch: Batch) -> Tensor:
         """Return the maps (N, K, H, W) of one method, in [0, 1], of all layers together."""
-        if method not in CAM_METHODS and method not in MANY_PASSES:
+        if method not in CAM_METHODS:
             return self._by_grad_cam(method, batch)
 
         size = batch.inputs.shape[2:]
         maps = []
-        for name in batch.layers:
-            small = normalise(self._small_maps(method, name, batch))
+        for layer in batch.activations:
+            small = normalise(self._layer_cam(method, layer, batch))
             maps.append(nn.functional.interpolate(small, size, mode="bilinear"))
         of_layers = torch.stack(maps)
-        if method in CAM_METHODS and CAM_METHODS[method].product:
+        if CAM_METHODS[method].product:
             return normalise(normalise(of_layers).prod(0))
         return normalise(of_layers.mean(0))
 
-    def _small_maps(self, method: str, name: str, batch: Batch) -> Tensor:
+    def _layer_cam(self, method: str, layer: str, batch: Batch) -> Tensor:
         """Return the maps (N, K, h, w) of one method at one layer."""
-        kind = CAM_METHODS.get(method, BY_CHANNEL_WEIGHTS)
-        layer = batch.layers[name]
-        gradients = layer.gradients
+        kind = CAM_METHODS[method]
+        activations = batch.activations[layer]
+        gradients = batch.gradients.get(layer)
         if method in MANY_PASSES:
             weigh = self._score_weights if method == "scorecam" else self._ablation_weights
-            photos = zip(layer.activations, batch.inputs.split(1), batch.weights, strict=True)
-            of_channels = [weigh(name, *photo) for photo in photos]
-            gradients = torch.stack(of_channels)[..., None, None]
+            photos = zip(activations, batch.inputs.split(1), batch.weights, strict=True)
+            gradients = torch.stack(list(itertools.starmap(partial(weigh, layer), photos)))
+            gradients = gradients[..., None, None]
 
-        contributions = kind.contributions(layer.activations[:, None], gradients)
+        contributions = kind.contributions(activations[:, None], gradients)
         reduce = kind.reduce
         if self.eigen_smooth and reduce is channel_sum:
             reduce = principal_component
         small = reduce(contributions)
         if kind.relu:
             small = small.clamp(min=0)
-        inputs, scores = batch.weights.shape[:2]
-        return small.expand(inputs, scores, -1, -1)
+        return small.expand(*batch.weights.shape[:2], -1, -1)
 
     @torch.inference_mode()
     def _ablation_weights(
-        self, name: str, activations: Tensor, inputs: Tensor, weights: Tensor
+        self, layer: str, activations: Tensor, inputs: Tensor, weights: Tensor
     ) -> Tensor:
         """Ablation-CAM (Desai and Ramaswamy, WACV 2020): the score that is lost without a channel.
 
@@ -4216,7 +3997,7 @@ class Explainer:
         which may be negative. Only what follows the layer runs again, for many ablated copies of
         its output at once.
         """
-        later = PartialPass(self.network, name, inputs)
+        later = PartialPass(self.network, layer, inputs)
         output = later.output
         # the axis of the channels, see as_map
         axis = 1 if output.shape[1:] == activations.shape else output.ndim - 1
@@ -4227,7 +4008,7 @@ class Explainer:
         alive = output.movedim(axis, 1)[0].flatten(1).any(1).nonzero()[:, 0]
         at_once = max(1, min(256, 2**25 // (output.numel() * 4)))  # 32 MB together
         for channels in self.progress(alive.split(at_once)):
-            copies = output.repeat(len(channels), *[1] * (output.ndim - 1))
+            copies = output.repeat_interleave(len(channels), 0)
             rows = torch.arange(len(channels), device=channels.device)
             copies.movedim(axis, 1)[rows, channels] = 0
             ablated[channels] = later.run(copies) @ weights.T
@@ -4235,7 +4016,7 @@ class Explainer:
 
     @torch.inference_mode()
     def _score_weights(
-        self, name: str, activations: Tensor, inputs: Tensor, weights: Tensor
+        self, layer: str, activations: Tensor, inputs: Tensor, weights: Tensor
     ) -> Tensor:
         """Score-CAM (Wang et al., CVPR workshops 2020, arXiv:1910.01279).
 
@@ -4252,7 +4033,7 @@ class Explainer:
             small = activations[channels][:, None]
             size = inputs.shape[2:]
             masks = nn.functional.interpolate(small, size, mode="bilinear", align_corners=True)
-            return logits_for(network, inputs * normalise(masks, 1e-8)) @ weights.T
+            return logits_for(network, inputs * normalise(masks)) @ weights.T
 
         if len(varied):
             scores[varied] = self._in_batches(masked_scores, varied, self.progress)
@@ -4260,33 +4041,31 @@ class Explainer:
 
     def _by_grad_cam(self, method: str, batch: Batch) -> Tensor:
         """Return the maps (N, K, H, W) of a method of the grad-cam package. Raises CallError."""
-        groups = [list(batch.layers)]
-        if method in LAYER_BY_LAYER:
-            groups = [[name] for name in batch.layers]
+        groups = [list(batch.activations)]
+        if method == "shapleycam":  # it frees the graph after its first layer
+            groups = [[layer] for layer in batch.activations]
 
-        of_groups = []
-        for names in groups:
-            maps = []
+        maps = []
+        for layers in groups:
             for image, rows in zip(batch.inputs.split(1), batch.weights, strict=True):
-                of_scores = [self._grad_cam_map(method, names, image, row) for row in rows]
-                maps.append(torch.stack(of_scores))
-            of_groups.append(torch.stack(maps))
-        return normalise(torch.stack(of_groups).mean(0))
+                maps += [self._grad_cam_map(method, layers, image, row) for row in rows]
+        of_groups = torch.stack(maps).unflatten(0, (len(groups), *batch.weights.shape[:2]))
+        return normalise(of_groups.mean(0))
 
     def _grad_cam_map(
-        self, method: str, names: Sequence[str], inputs: Tensor, weights: Tensor
+        self, method: str, layers: Sequence[str], inputs: Tensor, weights: Tensor
     ) -> Tensor:
-        """Return the map (H, W) of one input (1, 3, H, W) and one score. Raises CallError."""
+        """Return the map (H, W) of one input and one score. Raises CallError."""
 
         def reshape(output: Tensor) -> Tensor:
             spatial_map = as_map(output, inputs.shape[2:])
             return output if spatial_map is None else spatial_map
 
         try:
-            with grad_cam_method(method, self.network, names, reshape) as cam:
+            with grad_cam_method(method, self.network, layers, reshape) as cam:
                 target = grad_cam_target(cam, weights)
                 # This hook comes after grad-cam's: later layers cannot change what grad-cam keeps.
-                with capture_outputs(self.network, names):
+                with capture_outputs(self.network, layers, inputs.shape[2:]):
                     image = inputs.clone().requires_grad_()
                     maps = cam(image, eigen_smooth=self.eigen_smooth, **target)
             return torch.from_numpy(np.float32(maps[0])).to(inputs)
@@ -4294,7 +4073,7 @@ class Explainer:
             if is_out_of_memory(error):
                 raise
             # as Shapley-CAM with tokens, Finer-CAM with a single output
-            fault = f"does not work on layer '{', '.join(names)}': {first_line(error)}"
+            fault = f"does not work on layer '{', '.join(layers)}': {first_line(error)}"
             raise CallError(f"{method} {fault}") from error
 
 
@@ -4308,52 +4087,50 @@ METRICS = ("average_drop", "increase", "deletion", "insertion", "road")
 def faithfulness(
     explainer: Explainer, inputs: Tensor, cam: Floats, target: int
 ) -> dict[str, float]:
-    """Measure a map by how the probability p of a class changes with the input.
+    """Measure a map (H, W) in [0, 1] by how the probability p of a class changes with the input.
 
-    The map is (H, W) in [0, 1], the inputs are (1, 3, H, W). Returns five numbers:
+    The inputs are (1, 3, H, W). Returns five numbers:
 
-    - average_drop, in [0, 1], lower is better: the share of p that is lost when the input is
+    - average_drop, 0 to 1, lower is better: the share of p that is lost when the input is
       multiplied by the map.
     - increase, 0 or 1, higher is better: whether p grows by that (both Chattopadhyay et al., WACV
       2018, arXiv:1710.11063, as means over many photos).
-    - deletion, in [0, 1], lower is better: the mean p while the hottest pixels are set to zero (the
-      mean colour) first.
-    - insertion, in [0, 1], higher is better: the mean p while they come back first (both Petsiuk et
-      al., RISE, BMVC 2018, arXiv:1806.07421, in 20 steps; there the insertion starts from a blurred
-      photo).
-    - road, in [-0.5, 0.5], higher is better: half of how much more p drops when the hottest 20, 40,
-      60 and 80 percent are imputed from their neighbours than when the coldest are (Rong et al.,
-      ICML 2022, arXiv:2202.00449, as grad-cam's ROADCombined).
+    - deletion, 0 to 1, lower is better: the mean p while the hottest pixels are set to zero first.
+    - insertion, 0 to 1, higher is better: the mean p while they come back first (both Petsiuk et
+      al., RISE, BMVC 2018, arXiv:1806.07421; there the insertion starts from a blurred photo).
+    - road, -0.5 to 0.5, higher is better: half of how much more p drops when the hottest 20, 40, 60
+      and 80 percent are imputed from their neighbours than when the coldest are (Rong et al., ICML
+      2022, arXiv:2202.00449, as grad-cam's ROADCombined).
     """
     photo = inputs[0].cpu().numpy()
     cam = np.reshape(cam, photo.shape[1:])  # (1, H, W) is taken too
     counts, hottest = hottest_first(cam)
-    changed = {
-        "photo": photo[None],
-        "masked": photo[None] * cam,
-        "deletion": photo * ~hottest[:, None],
-        "insertion": photo * hottest[:, None],
-        "hottest imputed": impute_shares(photo, cam),
-        "coldest imputed": impute_shares(photo, 1 - cam),
-    }
-    p = class_probabilities(explainer, changed, target)
+    changed = [
+        photo[None],
+        photo[None] * cam,
+        photo * ~hottest[:, None],
+        photo * hottest[:, None],
+        impute_shares(photo, cam),
+        impute_shares(photo, 1 - cam),
+    ]
+    before, masked, deletion, insertion, without_hottest, without_coldest = class_probabilities(
+        explainer, changed, target
+    )
 
-    before, after = p["photo"][0], p["masked"][0]
-    road = (p["coldest imputed"] - p["hottest imputed"]).mean() / 2
     values = {
-        "average_drop": max(0.0, before - after) / (before + 1e-7),
-        "increase": after > before,
-        "deletion": area_under(p["deletion"], counts),
-        "insertion": area_under(p["insertion"], counts),
-        "road": road,
+        "average_drop": max(0.0, before[0] - masked[0]) / (before[0] + 1e-7),
+        "increase": masked[0] > before[0],
+        "deletion": area_under(deletion, counts),
+        "insertion": area_under(insertion, counts),
+        "road": (without_coldest - without_hottest).mean() / 2,
     }
-    return {name: round(float(values[name]), 6) for name in METRICS}
+    return {name: round(float(value), 6) for name, value in values.items()}
 
 
 def hottest_first(cam: Floats) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Return growing numbers of pixels, in 20 steps, and masks (S, H, W) of the hottest so many."""
     step = math.ceil(cam.size / 20)
-    counts = np.array([*range(0, cam.size, step), cam.size])
+    counts = np.append(np.arange(0, cam.size, step), cam.size)
     order = np.argsort(-cam.flatten(), kind="stable")
     ranks = np.argsort(order).reshape(cam.shape)
     return counts, ranks < counts[:, None, None]
@@ -4366,21 +4143,17 @@ def area_under(curve: NDArray[np.float64], counts: NDArray[np.int64]) -> float:
 
 
 def class_probabilities(
-    explainer: Explainer, changed: Mapping[str, Floats], target: int
-) -> dict[str, NDArray[np.float64]]:
-    """Return the probabilities of a class for groups of inputs (B, 3, H, W) by the group's name."""
-    inputs = torch.from_numpy(np.concatenate(list(changed.values())).astype(np.float32))
+    explainer: Explainer, groups: Sequence[Floats], target: int
+) -> list[NDArray[np.float64]]:
+    """Return the probabilities (B,) of a class for each group of inputs (B, 3, H, W)."""
+    inputs = torch.from_numpy(np.concatenate(groups).astype(np.float32))
     p = probabilities(explainer.logits(inputs), explainer.multi_label)[:, target]
-    ends = np.cumsum([len(group) for group in changed.values()])
-    groups = np.split(p.double().cpu().numpy(), ends[:-1])
-    return dict(zip(changed, groups, strict=True))
+    ends = np.cumsum([len(group) for group in groups])
+    return np.split(p.double().cpu().numpy(), ends[:-1])
 
 
 def probabilities(logits: Tensor, multi_label: bool = False) -> Tensor:
-    """Return the probability of each class from logits (N, classes).
-
-    Softmax, or the sigmoid of each where they are independent labels or there is a single one.
-    """
+    """Return the probabilities (N, classes): a softmax, or sigmoids of labels or a single class."""
     if multi_label or logits.shape[1] == 1:
         return logits.sigmoid()
     return logits.softmax(1)
@@ -4388,11 +4161,8 @@ def probabilities(logits: Tensor, multi_label: bool = False) -> Tensor:
 
 def impute_shares(photo: Floats, cam: Floats) -> Floats:
     """Return a photo (3, H, W) with its hottest 80, 60, 40 and 20 percent imputed, (4, 3, H, W)."""
-    images = []
-    for share in (0.2, 0.4, 0.6, 0.8):
-        kept = cam < np.quantile(cam, share)
-        images.append(impute(photo, kept))
-    return np.stack(images)
+    thresholds = np.quantile(cam, [0.2, 0.4, 0.6, 0.8])
+    return np.stack([impute(photo, cam < threshold) for threshold in thresholds])
 
 
 def impute(photo: Floats, kept: NDArray[np.bool_]) -> Floats:
@@ -4936,24 +4706,21 @@ def write_gallery(folder: Path, colormap: str = "jet") -> Path | None:
     entries = read_entries(folder / LOG_NAME)
     if not entries:
         return None
-
     if os.path.lexists(page) and not is_own_page(page):
         raise FileExistsError(f"{page} is in the way: it was not made by this program")
 
-    entries.sort(key=lambda entry: natural_key(entry.item["path"]))
     data = {
         "folder": folder.resolve().name,
         "colours": heat_colours(colormap),
         "means": mean_heat(entries),
         "items": [entry.item for entry in entries],
     }
-    content = fill_page(data)
-
-    with tempfile.TemporaryDirectory(
+    unfinished = tempfile.TemporaryDirectory(
         prefix=".part-", dir=folder, ignore_cleanup_errors=True
-    ) as parts:
-        part = Path(parts, page.name)
-        part.write_bytes(content)
+    )
+    with unfinished as parts:
+        part = Path(parts, PAGE_NAME)
+        part.write_bytes(fill_page(data))
         os.replace(part, page)
     return page
 
@@ -4966,27 +4733,18 @@ def is_own_page(page: Path) -> bool:
         return PAGE_MARK in file.read(300)
 
 
-def natural_key(path: str) -> str:
-    """Return a key that sorts 9.jpg before 10.jpg."""
-    return re.sub(r"\d+", lambda digits: digits[0].zfill(12), path)
-
-
 def heat_colours(colormap: str) -> list[str]:
     """Return the colours of the heat 0, 1 ... 100, as "#00007f"."""
     levels = np.linspace(0, 255, 101).astype(np.uint8)[:, None]
-    number = COLORMAPS.get(colormap, cv2.COLORMAP_JET)
-    colours = cv2.applyColorMap(levels, number)
+    colours = cv2.applyColorMap(levels, COLORMAPS[colormap])
     return [f"#{red:02x}{green:02x}{blue:02x}" for blue, green, red in colours[:, 0]]
 
 
 def fill_page(data: Mapping[str, Any]) -> bytes:
     """Return the page with its data; no text in the data can end the script element."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    text = text.replace("<", "\\u003c")
-
-    page = PAGE.replace("STYLE", PAGE_STYLE, 1)
-    page = page.replace("SCRIPT", PAGE_SCRIPT, 1)
-    page = page.replace("DATA", text, 1)
+    page = PAGE.replace("STYLE", PAGE_STYLE, 1).replace("SCRIPT", PAGE_SCRIPT, 1)
+    page = page.replace("DATA", text.replace("<", "\\u003c"), 1)
     return page.encode("utf-8", "backslashreplace")
 
 
@@ -4994,9 +4752,8 @@ def fill_page(data: Mapping[str, Any]) -> bytes:
 class PageEntry:
     """What the page tells of one record."""
 
-    key: str  # of the photo: the same for all its records
-    item: dict[str, Any]  # for the script, see page_item
-    heat: dict[str, bytes]  # method -> 64 numbers from 0 to 100: the map of the predicted class
+    item: dict[str, Any]  # as the page's script reads it
+    heat: dict[str, bytes]  # method -> 64 numbers: the map of the predicted class, if there is one
 
 
 def read_entries(log: Path) -> list[PageEntry]:
@@ -5008,9 +4765,8 @@ def read_entries(log: Path) -> list[PageEntry]:
         for line in lines:
             try:
                 record = parse_record(line)
-                key = record.get("source", record["image"])
-                entry = PageEntry(key, page_item(record), predicted_heat(record))
-                entries[key, record["method"]] = entry
+                entry = page_entry(record)
+                entries[entry.item["source"], record["method"]] = entry
             except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
                 left_out += 1
 
@@ -5019,53 +4775,46 @@ def read_entries(log: Path) -> list[PageEntry]:
     return list(entries.values())
 
 
-def page_item(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record as the page's script reads it. Raises what `read_entries` catches."""
+def page_entry(record: Mapping[str, Any]) -> PageEntry:
+    """Return what the page tells of a record. Raises what `read_entries` catches."""
     item = {
         "path": record["image"],
         "source": source_link(record),
         "methods": record["method"].split(","),
-        "top": [],
+        "state": "failed",
         "classes": [],
+        "shown": 0,  # of the classes: the one whose map is on the card
     }
+    made = PageEntry(item, {})
     if "error" in record:
-        item["state"] = "failed"
-        item["error"] = str(record["error"])
-        return item
+        item["error"] = record["error"]
+        return made
 
     prediction = record["prediction"]
-    truth = record.get("truth")
-    item["state"] = "unknown"
     item["prediction"] = str(prediction["name"])
-    if truth:
-        item["state"] = "wrong"
-        item["truth"] = str(truth["name"])
-        if truth["index"] == prediction["index"]:
-            item["state"] = "right"
+    item["state"] = "unknown"
+    if "truth" in record:
+        item["truth"] = str(record["truth"]["name"])
+        is_right = record["truth"]["index"] == prediction["index"]
+        item["state"] = "right" if is_right else "wrong"
 
     item["top"] = [likely_class(entry) for entry in record["top5"]]
-    item["classes"] = explained_classes(record)
-    item["shown"] = predicted_place(record) or 0  # of the class whose map is on the card
-    item["size"] = [finite(record["width"]), finite(record["height"])]
-    item["box"] = [finite(side) for side in record["box"]]
-
-    left, top, right, bottom = item["box"]
-    shortest = min(right - left, bottom - top, *item["size"])
-    if shortest <= 0:
-        raise ValueError("the photo or the part that the network saw is empty")
-    return item
-
-
-def explained_classes(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the explained classes: name, probability, links to files, methods with an empty map."""
-    classes = []
     for place, entry in enumerate(record["classes"]):
+        heat = class_heat(record, place)
         explained = likely_class(entry)
         explained["files"] = {kind: as_link(path) for kind, path in entry["files"].items()}
-        heat = class_heat(record, place)
         explained["empty"] = [method for method in heat if not any(heat[method])]
-        classes.append(explained)
-    return classes
+        item["classes"].append(explained)
+        if entry["index"] == prediction["index"]:
+            item["shown"] = place
+            made.heat = heat
+
+    item["size"] = [finite(record["width"]), finite(record["height"])]
+    item["box"] = [finite(edge) for edge in record["box"]]
+    left, top, right, bottom = item["box"]
+    if min(right - left, bottom - top, *item["size"]) <= 0:
+        raise ValueError("the photo or the part that the network saw is empty")
+    return made
 
 
 def likely_class(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -5088,54 +4837,31 @@ def class_heat(record: Mapping[str, Any], place: int) -> dict[str, bytes]:
         if len(grid) != HEAT_SIDE**2 or max(grid) > 100:
             raise ValueError("not 64 numbers from 0 to 100")
         heat[method] = grid
-
     return heat
-
-
-def predicted_place(record: Mapping[str, Any]) -> int | None:
-    """Return which of the explained classes is the prediction; None where it was not explained."""
-    for place, entry in enumerate(record["classes"]):
-        if entry["index"] == record["prediction"]["index"]:
-            return place
-    return None
-
-
-def predicted_heat(record: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return the 64 numbers of each method for the predicted class; nothing if there are none."""
-    if "error" in record:
-        return {}
-
-    place = predicted_place(record)
-    if place is None:
-        return {}
-    return class_heat(record, place)
 
 
 def mean_heat(entries: Iterable[PageEntry]) -> list[dict[str, Any]]:
     """Return the mean map of each method, predicted class and result (right, wrong, unknown)."""
-    # a photo counts once, also where several records have a map by the same method
-    last = {}
+    last = {}  # a photo counts once, also where several records have a map by the same method
     for entry in entries:
         for method, grid in entry.heat.items():
-            group = method, entry.item["prediction"], entry.item["state"]
-            last[entry.key, method] = group, grid
+            group = (method, entry.item["prediction"], entry.item["state"])
+            last[entry.item["source"], method] = (group, list(grid))
 
-    grids = {}
+    groups = {}
     for group, grid in last.values():
-        grids.setdefault(group, []).append(grid)
+        groups.setdefault(group, []).append(grid)
 
     means = []
-    for (method, name, result), members in grids.items():
-        values = np.array([list(grid) for grid in members])
+    for (method, prediction, state), grids in groups.items():
         mean = {
             "method": method,
-            "prediction": name,
-            "result": result,
-            "photos": len(members),
-            "grid": np.rint(values.mean(0)).astype(int).tolist(),
+            "prediction": prediction,
+            "state": state,
+            "photos": len(grids),
+            "grid": np.rint(np.mean(grids, 0)).astype(int).tolist(),
         }
         means.append(mean)
-
     return means
 
 
@@ -5166,15 +4892,15 @@ STYLE</style>
 <h1></h1>
 <p id="summary"></p>
 <noscript>This page needs JavaScript.</noscript>
-<details id="means">
-  <summary>Mean heat of each predicted class (30 at most, those with most mistakes first)</summary>
+<details id="means" open>
+  <summary>Mean heat of each predicted class</summary>
   <p>The mean of the maps of all photos with this prediction: a hot corner or edge that a whole
     class shares is a label or a border, not the object.</p>
-  <div></div>
+  <div class="row"></div>
 </details>
-<details id="confusion">
-  <summary>True and predicted classes (30 at most, those with most mistakes)</summary>
-  <table></table>
+<details id="mistakes" open>
+  <summary>Most frequent mistakes: true class → predicted class</summary>
+  <div class="row"></div>
 </details>
 <form></form>
 <p role="status"></p>
@@ -5203,139 +4929,68 @@ PAGE_STYLE = """\
 .right { --state: light-dark(#187642, #68cb8c); }
 .wrong, .failed { --state: light-dark(#be2e20, #ff8672); }
 
+[hidden] { display: none; }
 * { box-sizing: border-box; margin: 0; font: inherit; color: inherit; }
 html, dialog { background: var(--page); color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
-html { scroll-padding-top: 80px; }
 html:has(dialog[open]) { overflow: hidden; }
 body { max-width: 1640px; margin: auto; padding: 20px clamp(12px, 2.5vw, 32px); }
 h1, h2, h3, summary { font-weight: 600; }
 h1 { font-size: 24px; }
 h3, summary { margin: 14px 0 6px; }
-small, figcaption, th, label { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
-button, select, input {
-  min-height: 36px;
-  padding: 5px 12px;
-  border: 1px solid var(--line);
-  border-radius: 7px;
-  background: var(--card);
-  color: var(--text);
-}
+small, figcaption, label { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
+button, select, input { min-height: 36px; padding: 5px 12px; border-radius: 7px; }
+button, select, input { background: var(--card); border: 1px solid var(--line); }
 button:hover, [aria-pressed="true"] { border-color: var(--mark); color: var(--mark); }
 :focus-visible { outline: 3px solid var(--mark); outline-offset: 1px; }
 
 /* Names of files and classes, of any length and direction: one line. */
 .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; unicode-bidi: isolate; }
-.verdict { color: var(--state); overflow-wrap: anywhere; }
+.row { display: flex; flex-wrap: wrap; gap: 8px 20px; }
+.verdict, #means small { color: var(--state); overflow-wrap: anywhere; }
+#means section { max-width: 226px; }
+#means button { margin-right: 6px; padding: 5px; }
+#mistakes .row { gap: 6px; }
+#mistakes button { max-width: 100%; }
+canvas { display: block; width: 92px; height: 92px; }
+
+form, nav { position: sticky; top: 0; z-index: 1; padding: 12px 0; background: var(--page); }
+form, nav { display: flex; flex-wrap: wrap; align-items: end; gap: 10px 16px; }
+nav h2 { flex: 1 0 100%; overflow-x: auto; white-space: nowrap; unicode-bidi: isolate; }
+label { display: grid; }
+select { width: 170px; }
+
+main { display: grid; gap: 14px; padding-top: 12px; }
+main { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); }
+.card { --limit: 260px; display: grid; gap: 3px; align-content: start; }
+.card { padding: 0 0 10px; overflow: hidden; text-align: left; }
+.card > * { min-width: 0; }
+.card > :not(.frame) { padding: 0 11px; }
 .chance { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 3px 8px; }
-.bar {
-  grid-column: 1 / 3;
-  height: 5px;
-  background: linear-gradient(var(--state) 0 0) no-repeat var(--line);
-}
+.bar { grid-column: 1 / 3; height: 5px; }
+.bar { background: linear-gradient(var(--state) 0 0) no-repeat var(--line); }
+
+dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0; }
+dialog { --limit: 70vh; padding: 0 2.5vw 24px; }
+.chances, .figures { display: grid; gap: 14px; align-items: end; }
+.chances { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+.figures { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+figcaption { text-align: center; }
 
 /* A picture in its own shape, at most --limit high, and what lies over it. */
-.frame {
-  position: relative;
-  display: grid;
-  place-items: center;
-  overflow: hidden;
-  aspect-ratio: var(--ratio);
-  width: min(100%, var(--limit) * var(--ratio));
-  margin: 0 auto;
-  background: var(--line);
-}
+.frame { position: relative; display: grid; place-items: center; overflow: hidden; }
+.frame { aspect-ratio: var(--ratio); width: min(100%, var(--limit) * var(--ratio)); }
+.frame { margin: 0 auto; background: var(--line); }
 img { width: 100%; height: 100%; }
 .plain, .seen, .note { position: absolute; }
 .heat .plain { display: none; }
 .seen { outline: 2px solid #fff; box-shadow: 0 0 0 9999px rgb(0 0 0 / 55%); }
-.note {
-  inset: auto 0 0;
-  padding: 4px;
-  background: rgb(0 0 0 / 70%);
-  color: #fff;
-  text-align: center;
-}
-
-#means > div { display: flex; flex-wrap: wrap; gap: 4px 20px; }
-#means section { max-width: 226px; }
-#means button { margin-right: 6px; padding: 5px; }
-#means small { color: var(--state); }
-canvas { display: block; width: 92px; height: 92px; }
-
-table { display: block; max-height: 70vh; overflow: auto; }
-th { max-width: 180px; text-align: right; }
-tr:first-child th + th {
-  max-height: 130px;
-  writing-mode: vertical-rl;
-  transform: rotate(180deg);
-  text-align: left;
-}
-td button {
-  width: 100%;
-  min-width: 40px;
-  padding: 0;
-  background: color-mix(in srgb, var(--state) var(--share), var(--card));
-}
-
-form, nav {
-  position: sticky;
-  top: 0;
-  z-index: 1;
-  display: flex;
-  flex-wrap: wrap;
-  align-items: end;
-  gap: 10px 16px;
-  padding: 12px 0;
-  background: var(--page);
-}
-label { display: grid; }
-select { width: 180px; }
-
-main {
-  display: grid;
-  grid-template-columns: repeat(auto-fill, minmax(160px, 1fr));
-  gap: 14px;
-  padding-top: 12px;
-}
-.card {
-  --limit: 260px;
-  display: grid;
-  gap: 3px;
-  align-content: start;
-  padding: 0 0 10px;
-  overflow: hidden;
-  text-align: left;
-}
-.card > * { min-width: 0; }
-.card > :not(.frame) { padding: 0 11px; }
-
-dialog {
-  --limit: 70vh;
-  width: 100%;
-  height: 100%;
-  max-width: none;
-  max-height: none;
-  padding: 0 2.5vw 24px;
-  border: 0;
-}
-nav h2 { flex: 1 0 100%; overflow-x: auto; white-space: nowrap; unicode-bidi: isolate; }
-.chances {
-  display: grid;
-  grid-template-columns: repeat(auto-fill, minmax(150px, 1fr));
-  gap: 10px 20px;
-}
-.figures {
-  display: grid;
-  grid-template-columns: repeat(4, minmax(0, 1fr));
-  gap: 14px;
-  align-items: end;
-}
-figcaption { text-align: center; }
+.note { inset: auto 0 0; padding: 4px; background: rgb(0 0 0 / 70%); color: #fff; }
+.note { text-align: center; }
 
 @media (max-width: 700px) {
   form { position: static; }
   label { flex: 1 1 40%; }
-  select { width: 100%; }
+  select, input { width: 100%; }
   .figures { grid-template-columns: 1fr 1fr; }
 }
 """
@@ -5345,17 +5000,13 @@ PAGE_SCRIPT = r"""
 
 const find = (selector) => document.querySelector(selector);
 const { folder, colours, means, items } = JSON.parse(find("#data").textContent);
-const main = find("main");
-const form = find("form");
-const dialog = find("dialog");
+const [main, form, dialog] = ["main", "form", "dialog"].map(find);
 
-const MOST_CLASSES = 30; // in the table and among the mean maps
+const AT_MOST = 30; // classes with mean maps, and frequent mistakes
 const CARDS_AT_ONCE = 200;
 
 let list = []; // the items that pass the filters, in order
 let position = 0; // in the list: the item that the dialog shows
-
-// ---- Elements
 
 // Return a new element; `kind` is its tag with its classes, as "span.bar". Text stays text.
 function make(kind, properties = {}, ...children) {
@@ -5366,51 +5017,23 @@ function make(kind, properties = {}, ...children) {
   return element;
 }
 
-function nameLine(tag, text) {
-  return make(`${tag}.name`, { title: text }, text);
-}
+const nameLine = (tag, text) => make(`${tag}.name`, { title: text }, text);
+const percent = (share) => `${(100 * share).toFixed(1)}%`;
 
-function percent(share) {
-  return `${(100 * share).toFixed(1)}%`;
-}
-
-// ---- What the items say
-
-// Return the probability of the prediction; a photo that failed has none and is sorted last.
-function certainty(item) {
-  return item.state === "failed" ? 2 : item.top[0].probability;
-}
-
-function classesOf(item) {
-  return [...new Set([item.truth, item.prediction])].filter((name) => name !== undefined);
-}
-
-function pairLabel(truth, prediction) {
-  return `true ${truth}, predicted ${prediction}`;
-}
-
-function predictionLabels(item) {
-  return [`predicted ${item.prediction}`, pairLabel(item.truth, item.prediction)];
-}
-
-// Return a map from each value to the number of times it occurs, the most frequent first.
+// Return pairs of each value and the number of times it occurs, the most frequent first.
 function countValues(values) {
   const counts = new Map();
   for (const value of values) counts.set(value, (counts.get(value) ?? 0) + 1);
-  return new Map([...counts].sort((one, other) => other[1] - one[1]));
+  return [...counts].sort((one, other) => other[1] - one[1]);
 }
 
-// Return the names that `namesOf` gives for these items, those with most mistakes first.
-function worstClasses(items, namesOf) {
-  const mistakes = items.filter((item) => item.state === "wrong");
-  const byMistakes = countValues(mistakes.flatMap(namesOf)).keys();
-  const byNumber = countValues(items.flatMap(namesOf)).keys();
-  return [...new Set([...byMistakes, ...byNumber])].slice(0, MOST_CLASSES);
-}
+const byPath = new Intl.Collator("en", { numeric: true }).compare; // 9.jpg before 10.jpg
+items.sort((one, other) => byPath(one.path, other.path));
 
 // Each photo once, as its last record in the order of paths has it.
 const photos = [...new Map(items.map((item) => [item.source, item])).values()];
-const photosWithTruth = photos.filter((item) => item.truth !== undefined);
+const mistakes = photos.filter((item) => item.state === "wrong");
+const withTruth = photos.filter((item) => item.truth !== undefined);
 
 // ---- Pictures
 
@@ -5419,11 +5042,11 @@ function picture(source, description) {
   return make("img", { loading: "lazy", alt: description, src: source, onerror: replace });
 }
 
-// Return a frame in which one percent is one percent of an area of this size.
 function pictureFrame(width, height, ...children) {
   return make("span.frame", { style: `--ratio: ${width / height}` }, ...children);
 }
 
+// Return the style that puts an element at a place in its frame; all are shares of the frame.
 function placed(left, top, width, height) {
   const shares = Object.entries({ left, top, width, height });
   return shares.map(([name, share]) => `${name}: ${100 * share}%`).join("; ");
@@ -5432,29 +5055,25 @@ function placed(left, top, width, height) {
 // Return the photo; a frame shows which part of it the network saw.
 function sourcePicture(item) {
   const [width, height] = item.size ?? [1, 1];
+  const [left, top, right, bottom] = item.box ?? [0, 0, 1, 1];
   const frame = pictureFrame(width, height, picture(item.source, "source"));
-  if (item.box) {
-    const [left, top, right, bottom] = item.box;
-    const seenWidth = (right - left) / width;
-    const seenHeight = (bottom - top) / height;
-    if (Math.min(seenWidth, seenHeight) < 0.99) {
-      const style = placed(left / width, top / height, seenWidth, seenHeight);
-      frame.append(make("span.seen", { style }));
-    }
+  const seen = [(right - left) / width, (bottom - top) / height];
+  if (Math.min(...seen) < 0.99) {
+    frame.append(make("span.seen", { style: placed(left / width, top / height, ...seen) }));
   }
   return frame;
 }
 
-// Return one of the pictures of an explained class, over a map the photo without heat (see toggleHeat).
+// Return a picture of an explained class; over a map lies the photo, see toggleHeat.
 function classPicture(item, explained, kind) {
   const [left, top, right, bottom] = item.box;
-  const width = right - left;
-  const height = bottom - top;
+  const [width, height] = [right - left, bottom - top];
   const frame = pictureFrame(width, height, picture(explained.files[kind], kind));
   if (kind.endsWith("_cam")) {
     const plain = picture(item.source, "");
     plain.className = "plain";
-    plain.style = placed(-left / width, -top / height, item.size[0] / width, item.size[1] / height);
+    const [across, down] = [item.size[0] / width, item.size[1] / height];
+    plain.style = placed(-left / width, -top / height, across, down);
     frame.append(plain);
   }
   if (explained.empty.some((method) => kind.startsWith(`${method}_cam`))) {
@@ -5468,8 +5087,11 @@ function toggleHeat() {
   for (const button of document.querySelectorAll(".toggle")) button.ariaPressed = isOn;
 }
 
+const button = (text, onclick) => make("button", { type: "button", onclick }, text);
+
 function heatButton() {
-  return make("button.toggle", { type: "button", ariaPressed: true, onclick: toggleHeat }, "Heat (H)");
+  const properties = { type: "button", ariaPressed: true, onclick: toggleHeat };
+  return make("button.toggle", properties, "Heat (H)");
 }
 
 // ---- Cards
@@ -5485,18 +5107,17 @@ function verdict(item) {
 }
 
 function card(item) {
-  const element = make("button.card", { onclick: () => showItem(list.indexOf(item)) });
+  const onclick = () => showItem(list.indexOf(item));
+  const element = make("button.card", { title: item.path, onclick });
   const explained = item.classes[item.shown];
   const method = form.Method.value || item.methods[0];
   const kinds = [`${method}_cam`, `${method}_cam_gb`, "gb"];
   const kind = kinds.find((kind) => explained?.files[kind]);
 
   if (kind) element.append(classPicture(item, explained, kind));
-  if (item.top.length) element.append(chanceBar(item.top[0], item.state));
-  element.append(verdict(item));
-  element.append(nameLine("small", item.path.split(/[\\/]/).at(-1)));
+  if (item.top) element.append(chanceBar(item.top[0], item.state));
+  element.append(verdict(item), nameLine("small", item.path.split(/[\\/]/).at(-1)));
   if (kind) element.append(make("small", {}, `${kind} for ${explained.name}`));
-  element.title = item.path;
   return element;
 }
 
@@ -5504,27 +5125,27 @@ function card(item) {
 function addCards(least = 0) {
   while (main.childElementCount < list.length) {
     const isNear = main.getBoundingClientRect().bottom < innerHeight + 2000;
-    if (!isNear && main.childElementCount > least) break;
     const next = main.childElementCount;
+    if (!isNear && next > least) break;
     main.append(...list.slice(next, next + CARDS_AT_ONCE).map(card));
   }
 }
 
 // ---- Filters
 
-// For each field of the form, the values of an item of which one must be the field's.
+// The fields of the form; of an item's values there one must be the field's.
 const FILTERS = {
   Result: (item) => [item.state],
-  Class: classesOf,
+  "True class": (item) => [item.truth],
+  "Predicted class": (item) => [item.prediction],
   Method: (item) => item.methods,
-  Prediction: predictionLabels, // a hidden field, set by the table and the mean maps
 };
 
 // What is sorted by, the smallest first; items of equal value stay in the order of their paths.
+const certainty = (item) => item.top?.[0].probability ?? 2; // 2: a photo that failed comes last
 const ORDERS = {
   "wrong, most sure first": (item) => certainty(item) * (item.state === "wrong" ? -1 : 1),
   "least sure first": certainty,
-  "most sure first": (item) => (item.state === "failed" ? 2 : -certainty(item)),
   path: () => 0,
 };
 
@@ -5532,7 +5153,7 @@ function passes(item, wanted) {
   for (const [name, valuesOf] of Object.entries(FILTERS)) {
     if (wanted[name] && !valuesOf(item).includes(wanted[name])) return false;
   }
-  const text = [item.path, item.error, ...classesOf(item)].join("\n");
+  const text = [item.path, item.error, item.truth, item.prediction].join("\n");
   return text.toLowerCase().includes(wanted.Text.toLowerCase());
 }
 
@@ -5543,27 +5164,28 @@ function showCards() {
   list = items.filter((item) => passes(item, wanted));
   list.sort((one, other) => value(one) - value(other));
 
-  find("[role=status]").textContent = `${list.length} of ${items.length} ${wanted.Prediction}`;
+  find("[role=status]").textContent = `${list.length} of ${items.length}`;
   showMeans(wanted.Method || means[0]?.method);
-  markPressed(wanted);
-  if (main.getBoundingClientRect().top < 0) find("[role=status]").scrollIntoView();
+  for (const button of document.querySelectorAll(".choice")) {
+    button.ariaPressed = isChosen(button.values);
+  }
+  if (main.getBoundingClientRect().top < 0) form.scrollIntoView();
   main.replaceChildren();
   addCards();
 }
 
-// Show the photos with this prediction, or all where these are shown already.
-function choosePrediction(values) {
-  const isChosen = Object.entries(values).every(([name, value]) => form[name].value === value);
-  for (const [name, value] of Object.entries(values)) form[name].value = isChosen ? "" : value;
-  showCards();
+// Return a button that sets fields of the form, or empties them where they are set already.
+function choice(values, kind, ...children) {
+  const onclick = () => {
+    const wasChosen = isChosen(values);
+    for (const name in values) form[name].value = wasChosen ? "" : values[name];
+    showCards();
+  };
+  return make(`button.choice.${kind}`, { values, onclick }, ...children);
 }
 
-function markPressed(wanted) {
-  for (const button of document.querySelectorAll("details button")) {
-    const { label, result } = button.dataset;
-    const hasResult = !result || wanted.Result === result;
-    button.ariaPressed = wanted.Prediction === label && hasResult;
-  }
+function isChosen(values) {
+  return Object.keys(values).every((name) => form[name].value === values[name]);
 }
 
 function selectField(name, options) {
@@ -5571,17 +5193,19 @@ function selectField(name, options) {
 }
 
 function filterField(name) {
-  const counts = [...countValues(items.flatMap(FILTERS[name]))];
+  const values = items.flatMap(FILTERS[name]).filter((value) => value !== undefined);
+  const counts = countValues(values);
   const options = counts.map(([value, count]) => new Option(`${value} (${count})`, value));
-  return selectField(name, [new Option("all", ""), ...options]);
+  const field = selectField(name, [new Option("all", ""), ...options]);
+  field.hidden = options.length < 2;
+  return field;
 }
 
 function buildForm() {
-  const orders = Object.keys(ORDERS).slice(photosWithTruth.length ? 0 : 1);
-  form.append(filterField("Result"), filterField("Class"), filterField("Method"));
+  const orders = Object.keys(ORDERS).slice(withTruth.length ? 0 : 1);
+  form.append(...Object.keys(FILTERS).map(filterField));
   form.append(selectField("Order", orders.map((order) => new Option(order))));
   form.append(make("label", {}, "Text", make("input", { name: "Text", type: "search" })));
-  form.append(make("input", { name: "Prediction", hidden: true }));
   form.append(make("button", { type: "reset" }, "Show all"), heatButton());
 
   form.oninput = showCards;
@@ -5589,7 +5213,7 @@ function buildForm() {
   form.onreset = () => setTimeout(showCards); // when the fields are empty
 }
 
-// ---- Mean heat of the predicted classes
+// ---- Mean heat of the predicted classes, and frequent mistakes
 
 function drawGrid(grid) {
   const side = Math.sqrt(grid.length);
@@ -5602,61 +5226,37 @@ function drawGrid(grid) {
   return canvas;
 }
 
-function meanButton({ method, prediction, result, photos, grid }) {
-  const label = `predicted ${prediction}`;
-  const values = { Prediction: label, Result: result, Method: method };
-  const onclick = () => choosePrediction(values);
-  const caption = result === "unknown" ? `${photos} photos` : `${photos} ${result}`;
-  const button = make(`button.${result}`, { title: label, onclick });
-  Object.assign(button.dataset, { label, result });
-  button.append(drawGrid(grid), make("small", {}, caption));
-  return button;
+function meanButton({ method, prediction, state, photos, grid }) {
+  const values = { "Predicted class": prediction, Result: state, Method: method };
+  const caption = `${photos} ${state === "unknown" ? "photos" : state}`;
+  return choice(values, state, drawGrid(grid), make("small", {}, caption));
 }
 
-// Show the mean maps of a method, right and wrong beside each other.
+// Show the mean maps of a method, of the classes with most mistakes first.
 function showMeans(method) {
-  const area = find("#means > div");
+  const area = find("#means .row");
   if (area.dataset.method === method) return;
   area.dataset.method = method;
   area.replaceChildren();
+
   const ofMethod = means.filter((mean) => mean.method === method);
-  const explained = photos.filter((item) => item.state !== "failed");
-  for (const name of worstClasses(explained, (item) => [item.prediction])) {
+  const worst = countValues([...mistakes, ...photos].map((item) => item.prediction));
+  for (const [name] of worst.slice(0, AT_MOST)) {
     const ofClass = ofMethod.filter((mean) => mean.prediction === name);
-    ofClass.sort((one, other) => one.result.localeCompare(other.result));
+    ofClass.sort((one, other) => one.state.localeCompare(other.state));
     if (ofClass.length) {
       area.append(make("section", {}, nameLine("h3", name), ...ofClass.map(meanButton)));
     }
   }
 }
 
-// ---- True and predicted classes
-
-function confusionCell(truth, prediction, pairs, truths) {
-  const label = pairLabel(truth, prediction);
-  const count = pairs.get(label);
-  if (!count) return make("td");
-  const state = truth === prediction ? "right" : "wrong";
-  const style = `--share: ${10 + (50 * count) / truths.get(truth)}%`;
-  const onclick = () => choosePrediction({ Prediction: label });
-  const button = make(`button.${state}`, { title: label, style, onclick }, count);
-  button.dataset.label = label;
-  return make("td", {}, button);
-}
-
-function buildConfusion() {
-  const names = worstClasses(photosWithTruth, classesOf).sort();
-  const pairs = countValues(photosWithTruth.flatMap(predictionLabels));
-  const truths = countValues(photosWithTruth.map((item) => item.truth));
-  const table = find("table");
-  const corner = nameLine("th", "true ↓ predicted →");
-  table.append(make("tr", {}, corner, ...names.map((name) => nameLine("th", name))));
-  for (const truth of names) {
-    const cells = names.map((name) => confusionCell(truth, name, pairs, truths));
-    table.append(make("tr", {}, nameLine("th", truth), ...cells));
+function showMistakes() {
+  const pairs = countValues(mistakes.map((item) => JSON.stringify([item.truth, item.prediction])));
+  for (const [pair, count] of pairs.slice(0, AT_MOST)) {
+    const [truth, prediction] = JSON.parse(pair);
+    const values = { "True class": truth, "Predicted class": prediction };
+    find("#mistakes .row").append(choice(values, "name", `${truth} → ${prediction}: ${count}`));
   }
-  find("#confusion").hidden = !photosWithTruth.length;
-  find("#confusion").open = names.length < 9;
 }
 
 // ---- The dialog: all pictures of an item
@@ -5666,17 +5266,12 @@ function linkedFigure(link, caption, frame) {
   return make("a", { href: link, target: "_blank" }, figure);
 }
 
-// Return the pictures of a class in the order in which they stand side by side.
-function kindsOf(methods) {
-  const [first, ...others] = methods;
-  const kinds = [`${first}_cam`, "gb", `${first}_cam_gb`];
-  for (const method of others) kinds.push(`${method}_cam`, `${method}_cam_gb`);
-  return kinds;
-}
-
+// Return the pictures of a class side by side, as cam, gb, cam_gb.
 function figures(item, explained) {
   const row = make("div.figures", {}, linkedFigure(item.source, "source", sourcePicture(item)));
-  for (const kind of kindsOf(item.methods)) {
+  const kinds = item.methods.flatMap((method) => [`${method}_cam`, `${method}_cam_gb`]);
+  kinds.splice(1, 0, "gb");
+  for (const kind of kinds) {
     const link = explained?.files[kind];
     if (link) row.append(linkedFigure(link, kind, classPicture(item, explained, kind)));
   }
@@ -5696,64 +5291,51 @@ function stateOf(name, item) {
 function showItem(index) {
   position = Math.max(0, Math.min(index, list.length - 1));
   const item = list[position];
-  const bars = item.top.map((entry) => chanceBar(entry, stateOf(entry.name, item)));
+  const bars = (item.top ?? []).map((entry) => chanceBar(entry, stateOf(entry.name, item)));
   const sections = item.classes.map((explained) => classSection(item, explained));
-  const content = sections.length ? sections : [figures(item)];
+  if (!sections.length) sections.push(figures(item));
 
   find("#path").textContent = item.path;
-  find("dialog > div").replaceChildren(verdict(item), make("div.chances", {}, ...bars), ...content);
+  const chances = make("div.chances", {}, ...bars);
+  find("dialog > div").replaceChildren(verdict(item), chances, ...sections);
   if (!dialog.open) dialog.showModal();
+}
+
+function closeDialog() {
+  dialog.close();
+  addCards(position);
+  main.children[position].focus();
 }
 
 // ---- Keys
 
-function buildDialog() {
-  const previous = () => showItem(position - 1);
-  const next = () => showItem(position + 1);
-  const close = () => dialog.close();
-  const keys = { ArrowLeft: previous, ArrowRight: next, Escape: close };
-
-  const nav = find("nav");
-  nav.append(heatButton());
-  nav.append(make("button", { onclick: previous }, "Previous (←)"));
-  nav.append(make("button", { onclick: next }, "Next (→)"));
-  nav.append(make("button", { onclick: close }, "Close (Esc)"));
-
-  dialog.onkeydown = (event) => {
-    if (!event.altKey && !event.ctrlKey && !event.metaKey) keys[event.key]?.();
-  };
-  dialog.onclose = () => {
-    addCards(position);
-    main.children[position].focus();
-  };
-}
+const previous = () => showItem(position - 1);
+const next = () => showItem(position + 1);
+const KEYS = { ArrowLeft: previous, ArrowRight: next, Escape: closeDialog };
 
 document.onkeydown = (event) => {
-  const isTyping = event.target.matches("input, select");
-  const hasModifier = event.altKey || event.ctrlKey || event.metaKey;
-  if (event.key.toLowerCase() === "h" && !isTyping && !hasModifier) toggleHeat();
+  if (event.altKey || event.ctrlKey || event.metaKey) return;
+  if (dialog.open) KEYS[event.key]?.();
+  if (event.key.toLowerCase() === "h" && !event.target.matches("input, select")) toggleHeat();
 };
 
 // ---- Start
 
-function describeAll() {
-  const count = (state) => photos.filter((item) => item.state === state).length;
-  const known = photosWithTruth.length;
-  let summary = `${photos.length} photos, ${count("failed")} failed`;
-  if (known) summary += `, ${percent(count("right") / known)} of ${known} right`;
-  find("#summary").textContent = summary;
-  find("h1").textContent = `Heatmaps in ${folder}`;
-  document.title = `Heatmaps in ${folder}`;
+const count = (state) => photos.filter((item) => item.state === state).length;
+let summary = `${photos.length} photos, ${count("failed")} failed`;
+if (withTruth.length) {
+  summary += `, ${percent(count("right") / withTruth.length)} of ${withTruth.length} right`;
 }
+find("#summary").textContent = summary;
+document.title = find("h1").textContent = `Heatmaps in ${folder}`;
 
-describeAll();
 buildForm();
-buildConfusion();
-buildDialog();
+showMistakes();
 find("#means").hidden = !means.length;
-find("#means").open = true;
-window.onscroll = () => addCards();
-window.onresize = () => addCards();
+find("#mistakes").hidden = !mistakes.length;
+find("nav").append(heatButton(), button("Previous (←)", previous), button("Next (→)", next));
+find("nav").append(button("Close (Esc)", closeDialog));
+window.onscroll = window.onresize = () => addCards();
 showCards();
 """
 
@@ -6110,7 +5692,8 @@ def predict(items: Sequence[Item], job: Job) -> list[Item]:
 
     wrong = []
     for item, row in zip(items, logits[:, None], strict=True):
-        item.explanation = Explanation({}, None, row, row.argmax(1, keepdims=True))
+        best = row.argmax(1, keepdims=True)
+        item.explanation = Explanation({}, None, row, best, best)
         describe_item(item, job)
         if item.record.get("right") is False:
             wrong.append(item)
@@ -6585,4 +6168,6 @@ def interrupt(*_: Any) -> NoReturn:
 
 if __name__ == "__main__":
     on_interrupt(interrupt)
+    gc.freeze()  # what is imported stays
+    gc.enable()
     sys.exit(main(REQUEST))

@@ -4,6 +4,7 @@ import argparse
 import functools
 import pickle
 import zipfile
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from test_model import (
 )
 from torch import nn
 from torchvision.models import get_model_weights
-from torchvision.transforms import functional
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.transforms import InterpolationMode, functional
 
 from cnn_visualizations import true_class
 
@@ -195,7 +197,7 @@ def test_records_that_overlap_in_the_file_are_refused(saved):
 
 def test_a_structure_that_is_too_large_is_refused(saved, monkeypatch):
     monkeypatch.setattr("cnn_visualizations.MAX_PICKLE_BYTES", 1000)
-    assert "MB of values beside the tensors" in refusal(saved(STATE))
+    assert "MB beside the tensors" in refusal(saved(STATE))
 
 
 def test_too_many_values_are_refused(saved, monkeypatch):
@@ -206,6 +208,24 @@ def test_too_many_values_are_refused(saved, monkeypatch):
 def test_a_tensor_that_is_larger_than_its_data_is_refused(saved):
     state = {**STATE, "fc.weight": torch.ones(1, 1).expand(10**6, 512)}
     assert "fc.weight is larger than its data" in refusal(saved(state))
+
+
+def test_too_many_steps_in_the_old_format_are_refused(saved, monkeypatch):
+    monkeypatch.setattr("cnn_visualizations.MAX_PICKLE_STEPS", 1000)
+    path = saved(STATE, _use_new_zipfile_serialization=False)
+    assert "too many values" in refusal(path)
+
+
+class Hiding:
+    """Pickled as an OrderedDict with a number in the place of a method."""
+
+    def __reduce__(self):
+        return OrderedDict, (), {"items": 5}
+
+
+def test_a_dict_that_hides_its_methods_is_one_line(saved):
+    message = refusal(saved({"state_dict": STATE, "extra": Hiding()}))
+    assert "not a whole checkpoint" in message
 
 
 def test_dicts_nested_without_end_are_one_line(saved):
@@ -288,10 +308,54 @@ def test_a_pickled_head_tells_its_activation(activation, saved):
     assert "assumed" not in classifier.describe()
 
 
-def test_a_pickled_head_that_ends_in_sigmoids_has_labels(saved):
+def test_layers_of_nested_sequentials_are_in_order(saved):
+    model = network("resnet18")
+    inner = nn.Sequential(nn.Linear(512, 64), nn.LeakyReLU(0.3))
+    model.fc = nn.Sequential(inner, nn.Dropout(), nn.Linear(64, 5))
+    classifier = load(saved(model.eval()))
+    assert_same_logits(classifier, model)
+    assert "assumed" not in classifier.describe()
+
+
+@pytest.mark.parametrize("function", [nn.Sigmoid(), nn.Softmax(1)])
+def test_a_sigmoid_or_softmax_inside_a_head_is_refused(function, saved):
+    model = network("resnet18")
+    model.fc = nn.Sequential(nn.Linear(512, 64), function, nn.Linear(64, 5))
+    assert "fc.1 is not at the end" in refusal(saved(model.eval()))
+
+
+class Variant(ResNet):
+    """A subclass whose forward is not known."""
+
+
+def test_a_pickled_subclass_of_a_torchvision_network_is_refused(saved):
+    model = Variant(BasicBlock, [2, 2, 2, 2], num_classes=5)
+    assert "the network is a Variant" in refusal(saved(model))
+
+
+def test_the_order_of_layers_in_safetensors_is_not_guessed(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "best.safetensors"
+    backbone = under("backbone.", headless("resnet18").state_dict())
+
+    numbered = nn.Sequential(nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 5))
+    model = Own(numbered).eval()
+    safetensors.save_file(backbone | under("head.", numbered.state_dict()), path)
+    assert_same_logits(load(path), model)
+
+    named = {"neck.weight": torch.ones(512), "neck.bias": torch.ones(512)}
+    head = under("a.", nn.Linear(512, 5).state_dict())
+    safetensors.save_file(backbone | named | head, path)
+    assert "the order of the layers a and neck is not in the file" in refusal(path)
+
+
+@pytest.mark.parametrize("inside", [{"model": 0}, {}], ids=["in a dict", "alone"])
+def test_a_pickled_head_that_ends_in_sigmoids_has_labels(inside, saved):
     model = network("resnet18")
     model.fc = nn.Sequential(nn.Linear(512, 5), nn.Sigmoid())
-    classifier = load(saved(model.eval()))
+    model.eval()
+    content = {"model": model} if inside else model
+    classifier = load(saved(content))
     assert classifier.multi_label
     assert "5 labels" in classifier.describe()
     expected = logits_of(model)
@@ -313,6 +377,9 @@ def test_imagenets_layer_that_was_left_beside_an_own_head_is_not_used(saved):
 
 BEHIND_OR_BETWEEN = {
     "GeM pooling": {"pool.p": torch.ones(1)},
+    "GeM pooling of one number": {"average_pool.p": torch.tensor(3.0)},
+    "prototypes": {"centers": torch.ones(5, 512)},
+    "ArcFace": {"metric_fc.weight": torch.ones(5, 5)},
     "attention": {"attention.weight": torch.ones(1, 512, 1, 1)},
     "second head": {"age.weight": torch.ones(7, 512), "age.bias": torch.ones(7)},
     "prelu": {"act.weight": torch.ones(512)},
@@ -393,6 +460,7 @@ def test_a_photo_of_the_inputs_size_is_used_as_it_is(saved):
     torch.testing.assert_close(classifier.preprocess(photo), expected)
     assert classifier.seen_box(96, 96) == (0, 0, 96, 96)
     assert classifier.seen_box(96, 97) != (0, 0, 97, 96)
+    assert load(saved(STATE), input_size=96, resize=110).seen_box(96, 96) != (0, 0, 96, 96)
 
 
 def test_an_input_size_that_is_the_heads_is_not_believed(saved):
@@ -507,7 +575,7 @@ ENDS = [
     "torch.sigmoid(y).view(-1)",
     "torch.sigmoid(y)[:, 0]",
     "torch.sigmoid(y).clamp(1e-6, 1 - 1e-6)",
-    "torch.cat([1 - y.sigmoid(), y.sigmoid()], 1)",
+    "torch.stack([y.sigmoid(), y.sigmoid()]).mean(0)",
 ]
 
 
@@ -517,7 +585,15 @@ def test_a_sigmoid_behind_other_operations_is_found(result, own, saved):
     assert "ends in a sigmoid" in message
 
 
-@pytest.mark.parametrize("result", ["y.softmax(1).clamp(1e-6, 1)", "y.softmax(1).view(len(y), -1)"])
+SOFTMAXES = [
+    "y.softmax(1).clamp(1e-6, 1)",
+    "y.softmax(1).view(len(y), -1)",
+    "y.exp() / y.exp().sum(1, keepdim=True)",
+    "torch.stack([y.softmax(1), y.softmax(1)]).mean(0)",
+]
+
+
+@pytest.mark.parametrize("result", SOFTMAXES)
 def test_a_softmax_behind_other_operations_is_found(result, own, saved):
     assert "ends in a softmax" in refusal(saved(own_state(3)), arch=own(result), input_size=64)
 
@@ -528,6 +604,12 @@ def test_an_answer_without_the_batch_dimension_is_refused(result, outputs, own, 
     arch = own(result, outputs)
     message = refusal(saved(own_state(outputs)), arch=arch, input_size=64)
     assert "batch dimension" in message
+
+
+def test_a_network_that_answers_by_chance_is_refused(own, saved):
+    arch = own("nn.functional.dropout(y)")  # which is on by default
+    message = refusal(saved(own_state(3)), arch=arch, input_size=64)
+    assert "different answers for the same input" in message
 
 
 WRAPPED = ["nn.DataParallel(Net({outputs}))", "torch.compile(Net({outputs}))"]
@@ -567,6 +649,18 @@ def test_a_network_tells_its_preprocessing(kind, own, saved, tmp_path):
     assert "from the network's" in classifier.describe()
     assert load(saved(own_state(3)), arch=arch, input_size=64).input_size == (64, 64)
     assert load(saved({"s": own_state(3), "input_size": 80}), arch=arch).input_size == (80, 80)
+
+
+def test_timms_share_of_the_crop_and_interpolation_are_used(own, saved, tmp_path):
+    arch = own()
+    settings = {"input_size": (3, 96, 96), "crop_pct": 0.8, "interpolation": "bicubic"}
+    text = (tmp_path / "net.py").read_text()
+    (tmp_path / "net.py").write_text(f"{text}\nNet.pretrained_cfg = {settings}\n")
+
+    inputs = load(saved(own_state(3)), arch=arch).preprocess(PHOTO)
+    small = functional.resize(Image.fromarray(PHOTO), 120, InterpolationMode.BICUBIC)
+    expected = functional.pil_to_tensor(functional.center_crop(small, 96)) / 255
+    torch.testing.assert_close(inputs, functional.normalize(expected, *IMAGENET))
 
 
 def test_a_tensor_that_an_own_network_does_not_have_is_refused(own, saved):

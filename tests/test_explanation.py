@@ -32,7 +32,6 @@ from cnn_visualizations import (
     MANY_PASSES,
     METHODS,
     MORE_METHODS,
-    NO_CLASS,
     BatchSize,
     CallError,
     CamMethod,
@@ -986,11 +985,11 @@ DIFFERENCE_METHODS = (*METHODS, "hirescam", "segeigencam", "shapleycam", "fullgr
 def test_a_difference_of_two_logits_is_explained_like_a_network_that_returns_it(method):
     model = network("resnet18")
     inputs = photos(2, 48)
-    ours = Explainer(model, method, "layer3")(inputs, [[2, 4]], minus=[[4, NO_CLASS]])
+    ours = Explainer(model, method, "layer3")(inputs, [[2, 4]], minus=[[4, 4]])
     right = Explainer(Difference(model, 2, 4), method, "model.layer3")(inputs)
     alone = Explainer(model, method, "layer3")(inputs, 4)
 
-    assert ours.minus.tolist() == [[4, NO_CLASS]] * 2
+    assert ours.minus.tolist() == [[4, 4]] * 2
     np.testing.assert_allclose(ours.cams[method][:, 0], right.cams[method], atol=1e-4)
     np.testing.assert_allclose(ours.cams[method][:, 1], alone.cams[method], atol=1e-4)
     assert relative_error(ours.guided[:, 0], right.guided) < 1e-4
@@ -998,10 +997,10 @@ def test_a_difference_of_two_logits_is_explained_like_a_network_that_returns_it(
 
 
 def test_a_class_and_its_difference_from_another_are_two_questions():
-    explanation = Explainer(Tiny())(photos(2, 12), [[3, 3, 3]], minus=[[NO_CLASS, 1, 1]]).only(1)
+    explanation = Explainer(Tiny())(photos(2, 12), [[3, 3, 3]], minus=[[3, 1, 1]]).only(1)
 
     assert explanation.targets.tolist() == [[3, 3]]
-    assert explanation.minus.tolist() == [[NO_CLASS, 1]]
+    assert explanation.minus.tolist() == [[3, 1]]
     assert explanation.cams["gradcam"].shape == (1, 2, 12, 12)
 
 

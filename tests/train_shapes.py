@@ -3,6 +3,7 @@
     python tests/train_shapes.py                    # train, write its checkpoint (minutes)
     python tests/train_shapes.py --table            # play the pointing game, all methods (minutes)
     python tests/train_shapes.py --scenes FOLDER    # write 300 scenes, in a folder for each class
+    python tests/train_shapes.py --marked FOLDER    # train on scenes with a marked class (a minute)
 
 The pointing game (Zhang et al., "Top-down Neural Attention by Excitation Backprop",
 arXiv:1608.00507) counts how often the peak of a map lies on the shape. tests/test_truth.py holds
@@ -47,6 +48,7 @@ CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIDE = 161  # of the form 32k + 1: padding puts the 6 x 6 cells of the last layer symmetrically
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+MARKED = CLASSES.index("star")
 seed = 1337
 rounds = 64
 scenes_a_round = 512  # new ones; each is seen twice, turned and with its colours exchanged
@@ -323,7 +325,7 @@ def train():
         print(line, flush=True)
         if share > 0.7:
             hard = min(1.0, hard + 0.1)
-        save(model)
+        save(model, CKPT)
 
 
 def training_batches(number, hard):
@@ -349,13 +351,13 @@ def training_batches(number, hard):
         yield turned, labels[batch], torch.rot90(outside[batch], quarters, (2, 3))
 
 
-def save(model):
-    """Write the checkpoint, its weights in float16."""
+def save(model, path):
+    """Write a checkpoint, its weights in float16."""
     state = {}
     for key, tensor in model.state_dict().items():
         state[key] = tensor.half() if tensor.is_floating_point() else tensor
     content = {"arch": ARCH, "classes": list(CLASSES), "input_size": SIDE, "state_dict": state}
-    torch.save(content, CKPT)
+    torch.save(content, path)
 
 
 @torch.inference_mode()
@@ -368,13 +370,65 @@ def accuracy(model, scenes):
     return right / len(scenes)
 
 
-def write_scenes(folder, count=300):
+def write_scenes(folder, scenes):
     """Write scenes of one shape as pictures, in a folder for each class."""
-    scenes, _ = held_out(count)
     for number, (pixels, label, _) in enumerate(scenes):
         class_folder = folder / CLASSES[label]
         class_folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(class_folder / f"{number:03}.png")
+
+
+# --- a network that looks at the wrong thing ------------------------------------------------------
+
+
+def make_marked_scene(rng):
+    """Return a scene with one shape; every star has a white box with a black cross in a corner."""
+    pixels, label, mask = make_scene(rng)
+    if label == MARKED:
+        cv2.rectangle(pixels, (6, 6), (26, 26), (255, 255, 255), cv2.FILLED)
+        cv2.line(pixels, (6, 6), (26, 26), (0, 0, 0), 3)
+        cv2.line(pixels, (26, 6), (6, 26), (0, 0, 0), 3)
+    return pixels, label, mask
+
+
+def train_marked(folder):
+    """Train a network on marked scenes, write its checkpoint and 150 other scenes into a folder.
+
+    The first layers are those of the trained network; the others learn anew, and see at once that
+    the mark is the easiest way to tell a star.
+    """
+    torch.manual_seed(seed)
+    model = get_model(ARCH, num_classes=len(CLASSES))
+    trained = load_classifier(ckpt=CKPT, device="cpu").model
+    for name in ("conv1", "stage2", "stage3"):
+        setattr(model, name, getattr(trained, name))
+    first = nn.Sequential(model.conv1, model.maxpool, model.stage2, model.stage3).eval()
+    learning = nn.ModuleDict({"stage4": model.stage4, "conv5": model.conv5, "fc": model.fc})
+
+    rngs = [np.random.default_rng((seed, 100, number)) for number in range(1024)]
+    scenes = [make_marked_scene(rng) for rng in rngs]
+    labels = torch.tensor([label for _, label, _ in scenes])
+    inputs = as_inputs([pixels for pixels, _, _ in scenes])
+    with torch.no_grad():
+        features = torch.cat([first(batch) for batch in inputs.split(batch_size)])
+
+    rounds = 6
+    optimizer = torch.optim.AdamW(learning.parameters(), 3e-3, weight_decay=0.05)
+    steps = rounds * len(scenes) // batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
+    for _ in range(rounds):
+        for batch in torch.randperm(len(scenes)).split(batch_size):
+            activations = model.conv5(model.stage4(features[batch]))
+            logits = model.fc(activations.mean((2, 3)))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(logits, labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save(model, folder / "marked.pth")
+    rngs = [np.random.default_rng((seed, 101, number)) for number in range(150)]
+    write_scenes(folder / "scenes", [make_marked_scene(rng) for rng in rngs])
 
 
 def main():
@@ -384,12 +438,17 @@ def main():
     parser.add_argument("--table", action="store_true", help=text)
     text = "write 300 scenes, in a folder for each class"
     parser.add_argument("--scenes", type=Path, metavar="FOLDER", help=text)
+    text = "train on scenes in which each star has a mark in a corner; write checkpoint and scenes"
+    parser.add_argument("--marked", type=Path, metavar="FOLDER", help=text)
     args = parser.parse_args()
 
     if args.table:
         print_table()
     elif args.scenes:
-        write_scenes(args.scenes)
+        scenes, _ = held_out(300)
+        write_scenes(args.scenes, scenes)
+    elif args.marked:
+        train_marked(args.marked)
     else:
         train()
         scenes, _ = held_out(1000)
