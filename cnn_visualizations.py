@@ -1486,7 +1486,6 @@ GREY_MEAN = [0.449]  # the averages of ImageNet's
 GREY_STD = [0.226]
 
 PREDICTED, TRUTH = -1, -2  # classes to explain that differ from photo to photo
-NO_CLASS = -3  # in `minus`: no logit is subtracted from that of the target
 LONGEST_NAME = 200  # characters of a class name
 
 
@@ -3095,7 +3094,7 @@ def find_class(wanted: str, class_names: Sequence[str]) -> int:
 
 
 def find_difference(wanted: str, class_names: Sequence[str]) -> tuple[int, int]:
-    """Return a class as `find_class`, and the class that is subtracted in cat-dog, or NO_CLASS.
+    """Return the two classes of a difference, such as cat-dog, or a class as `find_class` twice.
 
     A class that is really called cat-dog wins. Raises CallError: there is no such class.
     """
@@ -3105,7 +3104,8 @@ def find_difference(wanted: str, class_names: Sequence[str]) -> tuple[int, int]:
             minus = class_index(wanted[hyphen.end() :], class_names)
             if index is not None and minus not in (None, index):
                 return index, minus
-    return find_class(wanted, class_names), NO_CLASS
+    index = find_class(wanted, class_names)
+    return index, index
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5387,7 +5387,7 @@ class Job:
     explainer: Explainer
     targets: list[int]  # indices, PREDICTED or TRUTH; empty: the `top` likeliest classes
     top: int | None  # None: all labels of probability 0.5 and more
-    minus: list[list[int]] | None  # (1, K): what is subtracted from the targets, see Explainer
+    minus: list[int]  # what is subtracted from each target; the target itself where nothing is
     labels: Sequence[str] | None  # of all classes, for file names; None: no class stands in them
     font: Any  # for the sheet
     glyphs: set[str]  # characters that the font has
@@ -5528,20 +5528,18 @@ def choose_device(request: Request) -> str | None:
     return device
 
 
-def find_targets(
-    request: Request, classifier: Classifier
-) -> tuple[list[int], list[list[int]] | None]:
+def find_targets(request: Request, classifier: Classifier) -> tuple[list[int], list[int]]:
     """Return `Job.targets` and `Job.minus`.
 
     Raises CallError: there is no such class, or no photo's true class is known.
     """
     names = classifier.class_names
     targets = []
-    subtracted = []
+    minus = []
     for wanted in request.args.target_classes or ():
-        target, minus = find_difference(wanted, names)
+        target, subtracted = find_difference(wanted, names)
         targets.append(target)
-        subtracted.append(minus)
+        minus.append(subtracted)
 
     if request.args.only_wrong or TRUTH in targets:
         if classifier.multi_label:
@@ -5549,9 +5547,7 @@ def find_targets(
         if all(truth_of(photo, classifier) is None for photo in request.photos):
             told = f"no photo's folder is named after a class ({', '.join(names[:8])})"
             raise CallError(f"{told}, so no truth is known")
-
-    no_difference = set(subtracted) <= {NO_CLASS}
-    return targets, None if no_difference else [subtracted]
+    return targets, minus
 
 
 def truth_of(photo: Photo, classifier: Classifier) -> int | None:
@@ -5672,11 +5668,13 @@ def explain(items: Sequence[Item], job: Job) -> None:
 
     inputs = torch.stack([item.inputs for item in items])
     targets = None
+    minus = None
     if job.targets:
         targets = [targets_of(item, job.targets) for item in items]
+        minus = [targets_of(item, job.minus) for item in items]
     elif job.top is None:
         targets = likely_labels(job.explainer.logits(inputs))
-    explanation = job.explainer(inputs, targets, top=job.top, minus=job.minus)
+    explanation = job.explainer(inputs, targets, top=job.top, minus=minus)
 
     for index, item in enumerate(items):
         item.explanation = explanation.only(index)
@@ -5771,12 +5769,9 @@ def describe_classes(
         return {"index": index, "name": names[index], "probability": round(p[index], 6)}
 
     explained = [describe(index) for index in explanation.targets[0].tolist()]
-    subtracted = [NO_CLASS] * len(explained)
-    if explanation.minus is not None:
-        subtracted = explanation.minus[0].tolist()
-    for entry, minus in zip(explained, subtracted, strict=True):
+    for entry, minus in zip(explained, explanation.minus[0].tolist(), strict=True):
         entry["files"] = {}
-        if minus != NO_CLASS:
+        if minus != entry["index"]:
             entry["minus"] = {"index": minus, "name": names[minus]}
 
     order = logits[0].argsort(descending=True, stable=True)
@@ -5887,6 +5882,7 @@ def pack_arrays(item: Item, job: Job) -> bytes:
     arrays = {
         "methods": job.args.methods,
         "classes": explanation.targets[0],
+        "minus": explanation.minus[0],
         "cams": [explanation.cams[method][0] for method in job.args.methods],
         "logits": explanation.logits[0],
         "class_names": job.classifier.class_names,
@@ -5895,8 +5891,6 @@ def pack_arrays(item: Item, job: Job) -> bytes:
     }
     if explanation.guided is not None:
         arrays["guided"] = explanation.guided[0]
-    if explanation.minus is not None:
-        arrays["minus"] = explanation.minus[0]
 
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)

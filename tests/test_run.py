@@ -36,7 +36,6 @@ import cnn_visualizations as program_file
 from cnn_visualizations import (
     LOG_NAME,
     METRICS,
-    NO_CLASS,
     OUTPUTS,
     PREDICTED,
     TRUTH,
@@ -334,9 +333,9 @@ def test_the_difference_of_two_classes_is_explained(explain, tiny, photo, tmp_pa
 
     classifier = load_classifier(ckpt=tiny[0], device="cpu")
     inputs = classifier.preprocess(read_photo(photo))[None]
-    expected = Explainer(classifier.model, methods)(inputs, [[3, 3]], minus=[[4, NO_CLASS]])
+    expected = Explainer(classifier.model, methods)(inputs, [[3, 3]], minus=[[4, 3]])
     with np.load(tmp_path / "out" / "1.npz") as arrays:
-        assert arrays["minus"].tolist() == [4, NO_CLASS]
+        assert arrays["minus"].tolist() == [4, 3]
         np.testing.assert_allclose(arrays["guided"], expected.guided[0], rtol=0, atol=1e-5)
         for method, cams in zip(methods, arrays["cams"], strict=True):
             np.testing.assert_allclose(cams, expected.cams[method][0], rtol=0, atol=1e-4)
@@ -353,10 +352,10 @@ def test_an_empty_map_of_a_difference_is_told_with_both_names(explain, photo):
     [
         ("cat-dog", (0, 1)),
         ("DOG-2", (1, 2)),
-        ("cat-black-dog", (3, NO_CLASS)),  # a class that is called so wins
+        ("cat-black-dog", (3, 3)),  # a class that is called so wins
         ("cat-black-dog-cat", (3, 0)),
         ("cat-cat-black-dog", (0, 3)),
-        ("truth", (TRUTH, NO_CLASS)),
+        ("truth", (TRUTH, TRUTH)),
     ],
 )
 def test_a_hyphen_between_two_classes_asks_for_their_difference(wanted, expected):
