@@ -4805,7 +4805,7 @@ def page_entry(record: Mapping[str, Any]) -> PageEntry:
         explained["files"] = {kind: as_link(path) for kind, path in entry["files"].items()}
         explained["empty"] = [method for method in heat if not any(heat[method])]
         item["classes"].append(explained)
-        if entry["index"] == prediction["index"]:
+        if entry["index"] == prediction["index"] and "minus" not in entry:
             item["shown"] = place
             made.heat = heat
 
@@ -4818,8 +4818,11 @@ def page_entry(record: Mapping[str, Any]) -> PageEntry:
 
 
 def likely_class(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the name and the probability of a class."""
-    return {"name": str(entry["name"]), "probability": round(finite(entry["probability"]), 6)}
+    """Return the name and the probability of a class, or the names of a difference of two."""
+    name = str(entry["name"])
+    if "minus" in entry:
+        name += f" minus {entry['minus']['name']}"
+    return {"name": name, "probability": round(finite(entry["probability"]), 6)}
 
 
 def finite(value: Any) -> float:

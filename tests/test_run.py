@@ -330,6 +330,8 @@ def test_the_difference_of_two_classes_is_explained(explain, tiny, photo, tmp_pa
     assert difference["files"]["gb"] == "gb_1_owl-minus-fox.jpg"
     assert owl["files"]["gb"] == "gb_1_owl.jpg"
     assert "minus" not in owl
+    page = program_file.page_entry(record)
+    assert [entry["name"] for entry in page.item["classes"]] == ["owl minus fox", "owl"]
 
     classifier = load_classifier(ckpt=tiny[0], device="cpu")
     inputs = classifier.preprocess(read_photo(photo))[None]
@@ -521,7 +523,7 @@ def test_a_page_is_made_for_more_than_one_photo_and_never_over_anothers(
     assert not page.exists()
     assert f"; see {page}" in explain("--outputs", "cam", "--skip-existing", album).stderr
     # the single photo of the first run as well
-    assert page.read_text(encoding="utf-8").count('"state":"unknown"') == 7
+    assert page.read_text(encoding="utf-8").count('"source":"') == 7
 
     page.write_text("my own page")
     result = explain("--outputs", "cam", album)
