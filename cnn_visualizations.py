@@ -1497,7 +1497,6 @@ GREY_MEAN = [0.449]  # the averages of ImageNet's
 GREY_STD = [0.226]
 
 PREDICTED, TRUTH = -1, -2  # classes to explain that differ from photo to photo
-NO_CLASS = -3  # in `minus`: no logit is subtracted from that of the target
 LONGEST_NAME = 200  # characters of a class name
 
 
@@ -3162,7 +3161,7 @@ def find_class(wanted: str, class_names: Sequence[str]) -> int:
 
 
 def find_difference(wanted: str, class_names: Sequence[str]) -> tuple[int, int]:
-    """Return a class as `find_class`, and the class that is subtracted in cat-dog, or NO_CLASS.
+    """Return the two classes of a difference, such as cat-dog, or a class as `find_class` twice.
 
     A class that is really called cat-dog wins. Raises CallError: there is no such class.
     """
@@ -3172,7 +3171,8 @@ def find_difference(wanted: str, class_names: Sequence[str]) -> tuple[int, int]:
             minus = class_index(wanted[hyphen.end() :], class_names)
             if index is not None and minus not in (None, index):
                 return index, minus
-    return find_class(wanted, class_names), NO_CLASS
+    index = find_class(wanted, class_names)
+    return index, index
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4604,10 +4604,15 @@ class Log:
             self._parts_lock.acquire()
 
     def close(self) -> None:
-        """Remove the folder for unfinished files."""
+        """Remove the folder for unfinished files, and the log where nothing was written."""
         if self._parts_lock:
             self._parts_lock.release()
             remove_parts(self._parts)
+            if file_size(self.path) == 0:
+                with contextlib.suppress(OSError):
+                    self.path.unlink()
+                    Path(self._lock.lock_file).unlink()
+                    self.folder.rmdir()
 
     def write(self, record: dict[str, Any], base: str, outputs: Sequence[OutputFile]) -> bool:
         """Write the files of a photo, and append its record with their paths and sizes.
@@ -4714,15 +4719,13 @@ def add_files(record: dict[str, Any], outputs: Sequence[OutputFile], paths: Sequ
         owner["files"][output.kind] = path
 
 
+real_folder = functools.cache(os.path.realpath)
+
+
 def real_path(path: str) -> str:
     """Return the absolute path of a file with the links to its folder resolved."""
     folder, name = os.path.split(os.path.abspath(path))
     return os.path.join(real_folder(folder), name)
-
-
-@functools.cache
-def real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
 
 
 def remove_parts(folder: Path) -> None:
@@ -4869,7 +4872,7 @@ def page_entry(record: Mapping[str, Any]) -> PageEntry:
         explained["files"] = {kind: as_link(path) for kind, path in entry["files"].items()}
         explained["empty"] = [method for method in heat if not any(heat[method])]
         item["classes"].append(explained)
-        if entry["index"] == prediction["index"]:
+        if entry["index"] == prediction["index"] and "minus" not in entry:
             item["shown"] = place
             made.heat = heat
 
@@ -4882,8 +4885,11 @@ def page_entry(record: Mapping[str, Any]) -> PageEntry:
 
 
 def likely_class(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the name and the probability of a class."""
-    return {"name": str(entry["name"]), "probability": round(finite(entry["probability"]), 6)}
+    """Return the name and the probability of a class, or the names of a difference of two."""
+    name = str(entry["name"])
+    if "minus" in entry:
+        name += f" minus {entry['minus']['name']}"
+    return {"name": name, "probability": round(finite(entry["probability"]), 6)}
 
 
 def finite(value: Any) -> float:
@@ -5411,10 +5417,10 @@ showCards();
 THREADS = min(4, os.cpu_count() or 1)  # that read, and as many that draw
 FEW = 4  # photos for which folding the batch norms takes longer than it saves
 EMPTY_MAPS = 10  # that have a warning of their own
-NOT_IN_RESULTS = (  # options that change no picture and no record
+NOT_IN_RESULTS = {  # options that change no picture and no record
     *("images", "ckpt", "device", "batch_size", "output"),
     *("skip_existing", "only_wrong", "gallery"),
-)
+}
 
 
 @dataclass(frozen=True)
@@ -5432,6 +5438,7 @@ class Item:
     task: Task
     path: str
     truth: int | None  # see true_class
+    size: tuple[int, ...] = (0, 0)  # height and width of the photo
     box: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # the seen part, in its pixels
     picture: Picture | None = None  # that part, to draw on
     inputs: Tensor | None = None  # that part as the network gets it, (3, H, W)
@@ -5448,8 +5455,9 @@ class Job:
     args: argparse.Namespace
     classifier: Classifier
     explainer: Explainer
-    targets: list[int]  # indices, PREDICTED or TRUTH; empty: the likeliest classes
-    minus: list[list[int]] | None  # (1, K): what is subtracted from the targets, see Explainer
+    targets: list[int]  # indices, PREDICTED or TRUTH; empty: the `top` likeliest classes
+    top: int | None  # None: all labels of probability 0.5 and more
+    minus: list[int]  # what is subtracted from each target; the target itself where nothing is
     labels: Sequence[str] | None  # of all classes, for file names; None: no class stands in them
     font: Any  # for the sheet
     glyphs: set[str]  # characters that the font has
@@ -5505,7 +5513,6 @@ def with_options(args: argparse.Namespace, photos: Iterable[Photo]) -> list[Task
     ignored = set(NOT_IN_RESULTS)
     if not (args.sheet or args.save_arrays):
         ignored.add("methods")  # which only these files share
-
     options = []
     for name, value in sorted(vars(args).items()):
         if name not in ignored:
@@ -5531,10 +5538,7 @@ def signature(path: str) -> tuple[int, int]:
 
 
 def load_job(request: Request, count: int) -> Job:
-    """Load the network that the command line asks for, and print what is assumed about it.
-
-    `count` photos are to be explained. Raises CallError.
-    """
+    """Load the network for `count` photos; print what is assumed about it. Raises CallError."""
     args = request.args
     if args.colormap not in COLORMAPS:
         hint = closest(args.colormap, COLORMAPS) or f" (known: {', '.join(COLORMAPS)})"
@@ -5558,11 +5562,13 @@ def load_job(request: Request, count: int) -> Job:
     explainer = make_explainer(args, classifier, count)
     print_assumptions(request, classifier, explainer)
 
-    likeliest_alone = args.top_k == 1 or not (args.top_k or classifier.multi_label)
-    labels = None if likeliest_alone and not targets else file_labels(names)
+    top = args.top_k
+    if top is None and not classifier.multi_label:
+        top = 1
+    labels = file_labels(names) if targets or top != 1 else None
     font, glyphs = find_font(names) if args.sheet else (None, set())
     shown = [name if glyphs.issuperset(name) else str(index) for index, name in enumerate(names)]
-    return Job(args, classifier, explainer, targets, minus, labels, font, glyphs, shown)
+    return Job(args, classifier, explainer, targets, top, minus, labels, font, glyphs, shown)
 
 
 def print_assumptions(request: Request, classifier: Classifier, explainer: Explainer) -> None:
@@ -5592,20 +5598,18 @@ def choose_device(request: Request) -> str | None:
     return device
 
 
-def find_targets(
-    request: Request, classifier: Classifier
-) -> tuple[list[int], list[list[int]] | None]:
+def find_targets(request: Request, classifier: Classifier) -> tuple[list[int], list[int]]:
     """Return `Job.targets` and `Job.minus`.
 
     Raises CallError: there is no such class, or no photo's true class is known.
     """
     names = classifier.class_names
     targets = []
-    subtracted = []
+    minus = []
     for wanted in request.args.target_classes or ():
-        target, minus = find_difference(wanted, names)
+        target, subtracted = find_difference(wanted, names)
         targets.append(target)
-        subtracted.append(minus)
+        minus.append(subtracted)
 
     if request.args.only_wrong or TRUTH in targets:
         if classifier.multi_label:
@@ -5613,9 +5617,7 @@ def find_targets(
         if all(truth_of(photo, classifier) is None for photo in request.photos):
             told = f"no photo's folder is named after a class ({', '.join(names[:8])})"
             raise CallError(f"{told}, so no truth is known")
-
-    no_difference = set(subtracted) <= {NO_CLASS}
-    return targets, None if no_difference else [subtracted]
+    return targets, minus
 
 
 def truth_of(photo: Photo, classifier: Classifier) -> int | None:
@@ -5626,10 +5628,7 @@ def truth_of(photo: Photo, classifier: Classifier) -> int | None:
 
 
 def make_explainer(args: argparse.Namespace, classifier: Classifier, count: int) -> Explainer:
-    """Return what explains the photos. It takes over the classifier's network.
-
-    Raises CallError: the network or the layer does not work at this input size.
-    """
+    """Return what explains the photos; it takes over the network. Raises CallError: it fails."""
     bar = partial(tqdm, desc=",".join(args.methods), unit="pass", leave=False, disable=None)
     explainer = Explainer(
         classifier.model,
@@ -5652,10 +5651,8 @@ def make_explainer(args: argparse.Namespace, classifier: Classifier, count: int)
     except Exception as error:
         if isinstance(error, CallError) or is_out_of_memory(error):
             raise
-        raise CallError(
-            f"{classifier.arch} fails at inputs of {height} x {width}: {first_line(error)}; "
-            "pass another --input-size"
-        ) from error
+        fault = f"fails at inputs of {height} x {width}: {first_line(error)}"
+        raise CallError(f"{classifier.arch} {fault}; pass another --input-size") from error
     return explainer
 
 
@@ -5678,12 +5675,11 @@ def read_item(task: Task, job: Job) -> Item:
     path = task.photo.path
     classifier = job.classifier
     item = Item(task, path, truth_of(task.photo, classifier))
+    short_side = 0 if classifier.squash else classifier.preset.resize_size[0]
     try:
-        short_side = 0 if classifier.squash else classifier.preset.resize_size[0]
         with open_photo(path, short_side) as photo:
-            height, width = photo.shape[:2]
-            item.box = classifier.seen_box(height, width)
-
+            item.size = photo.shape[:2]
+            item.box = classifier.seen_box(*item.size)
             seen = classifier.seen(photo)
             item.picture = resized(seen, job.args.output_size or default_size(seen))
             item.inputs = classifier.preprocess(photo)
@@ -5691,30 +5687,17 @@ def read_item(task: Task, job: Job) -> Item:
         item.error = str(error)
     except (cv2.error, MemoryError) as error:
         item.error = f"{path}: cannot be prepared: {first_line(error)}"
-    else:
-        item.record = {
-            "image": path,
-            "width": width,
-            "height": height,
-            "method": ",".join(job.args.methods),
-        }
     return item
 
 
 def default_size(seen: Picture) -> int:
-    """Return the long side of the pictures: the photo's own, with a short side of at least 224.
-
-    It is at most 1024.
-    """
+    """Return the long side of the pictures: up to 1024, with a short side of 224 and more."""
     short_side, long_side = sorted(seen.shape[:2])
     return min(1024, max(long_side, round(224 * long_side / short_side)))
 
 
 def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Iterator[Item]:
-    """Yield the items with their explanations, or what went wrong, in order.
-
-    Raises CallError: the GPU has failed.
-    """
+    """Yield the items with their explanations or errors, in order. Raises CallError."""
     while batch := list(itertools.islice(items, batch_size.size)):
         readable = [item for item in batch if not item.error]
         for _ in batch_size.run(partial(try_to_explain, job=job), readable):
@@ -5725,7 +5708,7 @@ def explain_items(items: Iterator[Item], job: Job, batch_size: BatchSize) -> Ite
 def try_to_explain(items: Sequence[Item], job: Job) -> None:
     """Explain a batch; where the network fails, explain each photo alone, to find the one at fault.
 
-    Raises CallError: the GPU has failed. Raises the error of too little memory for a batch.
+    Raises CallError: the GPU has failed. Raises what a batch raises for too little memory.
     """
     try:
         explain(items, job)
@@ -5736,9 +5719,8 @@ def try_to_explain(items: Sequence[Item], job: Job) -> None:
         if out_of_memory and len(items) > 1:
             raise
         if re.search("(CUDA|HIP) error", str(error)) and not out_of_memory:
-            raise CallError(
-                f"the GPU has failed: {first_line(error)}; go on with --skip-existing"
-            ) from error
+            fault = f"the GPU has failed: {first_line(error)}"
+            raise CallError(f"{fault}; go on with --skip-existing") from error
 
         if len(items) == 1:
             items[0].error = f"{items[0].path}: the network failed: {first_line(error)}"
@@ -5748,10 +5730,7 @@ def try_to_explain(items: Sequence[Item], job: Job) -> None:
 
 
 def explain(items: Sequence[Item], job: Job) -> None:
-    """Fill in the explanations and the records of photos.
-
-    With --only-wrong, the photos that are predicted right get a record alone.
-    """
+    """Fill in explanations and records of photos; --only-wrong: records alone of right ones."""
     if job.args.only_wrong:
         items = predict(items, job)
         if not items:
@@ -5759,11 +5738,13 @@ def explain(items: Sequence[Item], job: Job) -> None:
 
     inputs = torch.stack([item.inputs for item in items])
     targets = None
+    minus = None
     if job.targets:
         targets = [targets_of(item, job.targets) for item in items]
-    elif job.classifier.multi_label and not job.args.top_k:
+        minus = [targets_of(item, job.minus) for item in items]
+    elif job.top is None:
         targets = likely_labels(job.explainer.logits(inputs))
-    explanation = job.explainer(inputs, targets, top=job.args.top_k or 1, minus=job.minus)
+    explanation = job.explainer(inputs, targets, top=job.top, minus=minus)
 
     for index, item in enumerate(items):
         item.explanation = explanation.only(index)
@@ -5771,10 +5752,7 @@ def explain(items: Sequence[Item], job: Job) -> None:
 
 
 def predict(items: Sequence[Item], job: Job) -> list[Item]:
-    """Fill in the records of photos from their predictions; return those that are predicted wrong.
-
-    Raises ValueError: the logits are not finite.
-    """
+    """Fill in the records of photos from their predictions; return those predicted wrong."""
     inputs = torch.stack([item.inputs for item in items])
     logits = job.explainer.logits(inputs).cpu().numpy()
     if not np.isfinite(logits).all():
@@ -5795,18 +5773,16 @@ def targets_of(item: Item, targets: Sequence[int]) -> list[int]:
     truth = item.truth
     if truth is None:
         truth = PREDICTED
-        if TRUTH in targets:
-            warn(
-                "where the folder is not named after a class, "
-                "the prediction is explained instead of the truth"
-            )
+    if truth == PREDICTED and TRUTH in targets:
+        text = "where the folder is not named after a class, the prediction is explained instead"
+        warn(f"{text} of the truth")
     return [truth if target == TRUTH else target for target in targets]
 
 
 def likely_labels(logits: Tensor) -> Tensor:
-    """Return for each photo the labels of probability 0.5 and more, or the likeliest one, (N, K).
+    """Return the labels of probability 0.5 and more, or the likeliest one: (N, K).
 
-    From logits (N, labels). Rows with fewer than K labels are filled up with their first one.
+    Rows with fewer than K labels are filled up with their first one. The logits are (N, labels).
     """
     counts = (logits >= 0).sum(1, keepdim=True).clamp(min=1)
     order = logits.argsort(1, descending=True)[:, : int(counts.max())]
@@ -5815,32 +5791,38 @@ def likely_labels(logits: Tensor) -> Tensor:
 
 
 def describe_item(item: Item, job: Job) -> None:
-    """Complete the record of a photo that was explained, with the metrics if they are asked for."""
+    """Make the record of a photo that was explained, with the metrics if they are asked for."""
     classifier = job.classifier
     explained, top5 = describe_classes(item.explanation, classifier)
 
-    record = item.record
-    record["prediction"] = top5[0]
-    record["classes"] = explained
-    record["top5"] = top5
-    record["multi_label"] = classifier.multi_label
+    height, width = item.size
+    record = {
+        "image": item.path,
+        "width": width,
+        "height": height,
+        "method": ",".join(job.args.methods),
+        "prediction": top5[0],
+        "classes": explained,
+        "top5": top5,
+        "multi_label": classifier.multi_label,
+        "target_layer": ",".join(job.explainer.target_layers),
+        "options": item.task.options,
+        "input_size": list(classifier.input_size),
+        "resize": job.args.resize,
+        "box": [round(edge, 2) for edge in item.box],
+        "mean": [round(value, 6) for value in classifier.preset.mean],
+        "std": [round(value, 6) for value in classifier.preset.std],
+        "heat": {},
+        "files": {},
+        "sizes": {},
+    }
     if item.truth is not None:
         record["truth"] = {"index": item.truth, "name": classifier.class_names[item.truth]}
         record["right"] = item.truth == top5[0]["index"]
-
-    record["target_layer"] = ",".join(job.explainer.target_layers)
-    record["options"] = item.task.options
-    record["input_size"] = list(classifier.input_size)
-    record["resize"] = job.args.resize
-    record["box"] = [round(edge, 2) for edge in item.box]
-    record["mean"] = [round(value, 6) for value in classifier.preset.mean]
-    record["std"] = [round(value, 6) for value in classifier.preset.std]
-    record["files"] = {}
-    record["sizes"] = {}
-
-    record["heat"] = {}
     for method, cams in item.explanation.cams.items():
         record["heat"][method] = [heat_grid(cam) for cam in cams[0]]
+
+    item.record = record
     if job.args.metrics:
         record["metrics"] = measure_item(item, job)
 
@@ -5857,12 +5839,9 @@ def describe_classes(
         return {"index": index, "name": names[index], "probability": round(p[index], 6)}
 
     explained = [describe(index) for index in explanation.targets[0].tolist()]
-    subtracted = [NO_CLASS] * len(explained)
-    if explanation.minus is not None:
-        subtracted = explanation.minus[0].tolist()
-    for entry, minus in zip(explained, subtracted, strict=True):
+    for entry, minus in zip(explained, explanation.minus[0].tolist(), strict=True):
         entry["files"] = {}
-        if minus != NO_CLASS:
+        if minus != entry["index"]:
             entry["minus"] = {"index": minus, "name": names[minus]}
 
     order = logits[0].argsort(descending=True, stable=True)
@@ -5925,10 +5904,7 @@ def make_outputs(item: Item, job: Job) -> list[OutputFile]:
 
 
 def draw_class(item: Item, job: Job, index: int) -> tuple[list[OutputFile], list[list[Cell]]]:
-    """Return the pictures of one explained class of a photo, as files and as columns of a sheet.
-
-    On the sheet, gb stands below the source, and a method's cam_gb below its cam.
-    """
+    """Return the pictures of one explained class of a photo, as files and as columns of a sheet."""
     args = job.args
     look = {"colormap": args.colormap, "alpha": args.alpha, "fade": args.fade}
     ending = f".{args.format}"
@@ -5936,7 +5912,7 @@ def draw_class(item: Item, job: Job, index: int) -> tuple[list[OutputFile], list
         ending = f"_{subject_of(item.record['classes'][index], job.labels, '-minus-')}{ending}"
 
     files = []
-    columns = {"": [Cell("source", item.picture)]}
+    columns = {"": [Cell("source", item.picture)]}  # by method; gb stands below the source
     for output in args.outputs:
         for method in [""] if output == "gb" else args.methods:
             picture = draw(output, item.explanation, item.picture, method, index, **look)
@@ -5963,12 +5939,8 @@ def sheet_title(item: Item, job: Job) -> str:
 
 def encode(picture: Picture, ending: str, quality: int) -> bytes:
     """Return a picture as a file of that format."""
-    flags = []
-    if ending == "jpg":
-        flags = [cv2.IMWRITE_JPEG_QUALITY, quality]
-    elif ending == "webp":
-        flags = [cv2.IMWRITE_WEBP_QUALITY, quality]
-
+    options = {"jpg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY}
+    flags = [options[ending], quality] if ending in options else []
     bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
     _, encoded = cv2.imencode(f".{ending}", bgr, flags)
     return encoded.tobytes()
@@ -5980,6 +5952,7 @@ def pack_arrays(item: Item, job: Job) -> bytes:
     arrays = {
         "methods": job.args.methods,
         "classes": explanation.targets[0],
+        "minus": explanation.minus[0],
         "cams": [explanation.cams[method][0] for method in job.args.methods],
         "logits": explanation.logits[0],
         "class_names": job.classifier.class_names,
@@ -5988,8 +5961,6 @@ def pack_arrays(item: Item, job: Job) -> bytes:
     }
     if explanation.guided is not None:
         arrays["guided"] = explanation.guided[0]
-    if explanation.minus is not None:
-        arrays["minus"] = explanation.minus[0]
 
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
@@ -6054,12 +6025,9 @@ def result_line(item: Item, job: Job) -> str:
 
 
 def with_probability(entry: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return a class with its probability; a colon stands where the name ends in a number.
-
-    A difference of two classes has no probability.
-    """
+    """Return a class with its probability; a colon stands where the name ends in a number."""
     subject = subject_of(entry, names)
-    if "minus" in entry:
+    if "minus" in entry:  # the probability of a difference does not exist
         return subject
     if subject[-1:].isdigit():
         subject += ":"
@@ -6115,8 +6083,9 @@ def finish(request: Request, log: Log, photos: Sequence[Photo], tally: Tally) ->
 
 def accuracy(entries: Sequence[LogEntry], photos: Sequence[Photo], tally: Tally) -> str:
     """Return the accuracy for the closing line, or why there is none."""
-    right = [entry.right for entry in entries].count(True)
-    known = right + [entry.right for entry in entries].count(False)
+    verdicts = [entry.right for entry in entries]
+    right = verdicts.count(True)
+    known = right + verdicts.count(False)
     folders = len(class_folders(photos))
     if not known and folders > 1 and tally.classes:
         advice = "pass --class-names cat,dog in training order"

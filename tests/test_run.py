@@ -36,7 +36,6 @@ import cnn_visualizations as program_file
 from cnn_visualizations import (
     LOG_NAME,
     METRICS,
-    NO_CLASS,
     OUTPUTS,
     PREDICTED,
     TRUTH,
@@ -331,12 +330,14 @@ def test_the_difference_of_two_classes_is_explained(explain, tiny, photo, tmp_pa
     assert difference["files"]["gb"] == "gb_1_owl-minus-fox.jpg"
     assert owl["files"]["gb"] == "gb_1_owl.jpg"
     assert "minus" not in owl
+    page = program_file.page_entry(record)
+    assert [entry["name"] for entry in page.item["classes"]] == ["owl minus fox", "owl"]
 
     classifier = load_classifier(ckpt=tiny[0], device="cpu")
     inputs = classifier.preprocess(read_photo(photo))[None]
-    expected = Explainer(classifier.model, methods)(inputs, [[3, 3]], minus=[[4, NO_CLASS]])
+    expected = Explainer(classifier.model, methods)(inputs, [[3, 3]], minus=[[4, 3]])
     with np.load(tmp_path / "out" / "1.npz") as arrays:
-        assert arrays["minus"].tolist() == [4, NO_CLASS]
+        assert arrays["minus"].tolist() == [4, 3]
         np.testing.assert_allclose(arrays["guided"], expected.guided[0], rtol=0, atol=1e-5)
         for method, cams in zip(methods, arrays["cams"], strict=True):
             np.testing.assert_allclose(cams, expected.cams[method][0], rtol=0, atol=1e-4)
@@ -353,10 +354,10 @@ def test_an_empty_map_of_a_difference_is_told_with_both_names(explain, photo):
     [
         ("cat-dog", (0, 1)),
         ("DOG-2", (1, 2)),
-        ("cat-black-dog", (3, NO_CLASS)),  # a class that is called so wins
+        ("cat-black-dog", (3, 3)),  # a class that is called so wins
         ("cat-black-dog-cat", (3, 0)),
         ("cat-cat-black-dog", (0, 3)),
-        ("truth", (TRUTH, NO_CLASS)),
+        ("truth", (TRUTH, TRUTH)),
     ],
 )
 def test_a_hyphen_between_two_classes_asks_for_their_difference(wanted, expected):
@@ -522,7 +523,7 @@ def test_a_page_is_made_for_more_than_one_photo_and_never_over_anothers(
     assert not page.exists()
     assert f"; see {page}" in explain("--outputs", "cam", "--skip-existing", album).stderr
     # the single photo of the first run as well
-    assert page.read_text(encoding="utf-8").count('"state":"unknown"') == 7
+    assert page.read_text(encoding="utf-8").count('"source":"') == 7
 
     page.write_text("my own page")
     result = explain("--outputs", "cam", album)
@@ -683,6 +684,14 @@ def test_a_wrong_call_is_one_line_and_leaves_nothing_behind(
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: ")
     assert said in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_that_does_not_fit_the_question_leaves_nothing_behind(explain, photo, tmp_path):
+    result = explain("--method", "finercam", "--target-class", "cat-dog", photo)
+    assert result.status == 2
+    assert result.stdout == ""
+    assert "error: finercam does not work on" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
