@@ -2077,6 +2077,7 @@ def build_torchvision(arch: str, checkpoint: Checkpoint) -> Network:
     check_shapes(arch, wanted, state, checkpoint)
     head = fit_head(arch, model, place.prefix, in_head, beside, checkpoint)
     check_modules(model, place.prefix, head.name, checkpoint)
+    check_wrapper(place.prefix, checkpoint)
     load_state(arch, model, state | head.state, checkpoint)
 
     channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
@@ -2171,6 +2172,35 @@ def check_modules(model: nn.Module, prefix: str, head: str, checkpoint: Checkpoi
         if difference:
             path = path or "the network"
             raise CallError(f"{checkpoint.name}: {path} {difference}; {OWN_NETWORK}")
+
+
+def check_wrapper(prefix: str, checkpoint: Checkpoint) -> None:
+    """Raise CallError where a layer beside a pickled backbone would not be run."""
+    parts = prefix.split(".")[:-1]
+    above = [".".join(parts[:length]) for length in range(len(parts))]
+    wrappers = [path for path in above if path in checkpoint.modules]
+    if not wrappers:
+        return
+
+    # an own class may use an activation in its head; a Sequential runs it where it stands
+    harmless = NO_EFFECT
+    if checkpoint.modules[wrappers[-1]].kind != "Sequential":
+        harmless = (*NO_EFFECT, *ACTIVATIONS, *READ_AS_SCORES)
+    for path, module in checkpoint.modules.items():
+        is_backbone = path in wrappers or f"{path}.".startswith(prefix)
+        is_beside = f"{path}.".startswith(f"{wrappers[0]}.".lstrip(".")) and not is_backbone
+        is_read = has_content(module) or module.kind in harmless or TRAINING_ONLY.search(path)
+        if is_beside and not is_read:
+            raise CallError(
+                f"{checkpoint.name}: {path} is a {module.kind} beside the backbone, which would "
+                f"not be run; {OWN_NETWORK}"
+            )
+
+
+def has_content(module: PickledModule) -> bool:
+    """Return whether a pickled module has tensors or modules of its own, which are looked at."""
+    parts = ("_parameters", "_buffers", "_modules")
+    return any(module.attributes.get(part) for part in parts)
 
 
 def difference_between(module: nn.Module | None, pickled: PickledModule) -> str:

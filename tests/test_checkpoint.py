@@ -191,6 +191,22 @@ def test_another_activation_in_a_part_of_the_head_that_was_kept_is_refused(saved
     assert ": classifier.1 is a Tanh" in refusal(saved(model))
 
 
+class Scaled(nn.Module):
+    """A layer without tensors."""
+
+    def forward(self, x):
+        return x / 2
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["in front", "behind"])
+@pytest.mark.parametrize("layer", [nn.Sigmoid(), nn.Upsample(scale_factor=2), Scaled()])
+def test_a_layer_beside_a_pickled_backbone_is_refused(layer, place, saved):
+    layers = [network("resnet18")]
+    layers.insert(place, layer)
+    message = refusal(saved(nn.Sequential(*layers)))
+    assert f": {place} is a {type(layer).__name__} beside the backbone" in message
+
+
 def test_the_first_line_says_that_a_wrapper_is_not_read(saved):
     line = load(saved(Own(nn.Linear(512, 5)).eval())).describe()
     assert "the forward pass of Own is not read" in line
