@@ -202,13 +202,12 @@ def test_filters_and_orders(browser):
     assert browser.cards(Method="scorecam") == ["1.png"]
     assert browser.cards(**{"Predicted class": ""}, Method="", Text="A/2") == ["2.png"]
 
-    browser.run("form.reset(), new Promise(setTimeout)")
+    browser.run("choose({})")
     assert browser.all("#mistakes button") == ["cat → dog: 1", f"{NAMES[2]} → dog: 1"]
-    choose = "[...find('#mistakes .row').children].find((b) => b.innerText[0] === 'c').click()"
-    browser.run(choose)
+    browser.run("find('#mistakes button').click()")
     assert browser.cards() == ["9.png"]
     assert browser.all("[role=status]") == ["1 of 5"]
-    browser.run(choose)
+    browser.run("choose({})")
     assert len(browser.cards()) == 5
 
 
@@ -297,9 +296,6 @@ def test_mean_heat_of_the_predicted_classes(browser):
 
     browser.run("document.querySelector('#means .right').click()")
     assert browser.cards() == ["1.png", "2.png"]
-    assert browser.all("#means button", "ariaPressed") == ["true", "false", "false"]
-    browser.run("document.querySelector('#means .right').click()")
-    assert len(browser.cards()) == 6
 
 
 def test_heat_grid():
