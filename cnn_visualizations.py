@@ -5219,7 +5219,7 @@ STYLE</style>
 <h1></h1>
 <p id="summary"></p>
 <noscript>This page needs JavaScript.</noscript>
-<details id="means" open>
+<details id="means">
   <summary>Mean heat of each predicted class</summary>
   <p>The mean of the maps of all photos with this prediction: a hot corner or edge that a whole
     class shares is a label or a border, not the object.</p>
@@ -5272,11 +5272,10 @@ button:hover, [aria-pressed="true"] { border-color: var(--mark); color: var(--ma
 
 /* Names of files and classes, of any length and direction: one line. */
 .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; unicode-bidi: isolate; }
-.row { display: flex; flex-wrap: wrap; gap: 8px 20px; }
+.row { display: flex; flex-wrap: wrap; gap: 8px; }
 .verdict, #means small { color: var(--state); overflow-wrap: anywhere; }
-#means section { max-width: 226px; }
+#means section { max-width: 226px; margin-right: 12px; }
 #means button { margin-right: 6px; padding: 5px; }
-#mistakes .row { gap: 6px; }
 canvas { display: block; width: 92px; height: 92px; }
 
 form, nav { position: sticky; top: 0; z-index: 1; padding: 12px 0; background: var(--page); }
@@ -5328,7 +5327,7 @@ const { folder, colours, means, items } = JSON.parse(find("#data").textContent);
 const [main, form, dialog] = ["main", "form", "dialog"].map(find);
 
 const AT_MOST = 30; // classes with mean maps, and frequent mistakes
-const CARDS_AT_ONCE = 200;
+const MOST_CARDS = 500;
 
 let list = []; // the items that pass the filters, in order
 let position = 0; // in the list: the item that the dialog shows
@@ -5355,7 +5354,7 @@ function countValues(values) {
 const byPath = new Intl.Collator("en", { numeric: true }).compare; // 9.jpg before 10.jpg
 items.sort((one, other) => byPath(one.path, other.path));
 
-// Each photo once, as its last record in the order of paths has it.
+// Each photo once, as its last record has it.
 const photos = [...new Map(items.map((item) => [item.source, item])).values()];
 const mistakes = photos.filter((item) => item.state === "wrong");
 const withTruth = photos.filter((item) => item.truth !== undefined);
@@ -5446,16 +5445,6 @@ function card(item) {
   return element;
 }
 
-// Add cards until they reach somewhat below the window, and until there are more than `least`.
-function addCards(least = 0) {
-  while (main.childElementCount < list.length) {
-    const isNear = main.getBoundingClientRect().bottom < innerHeight + 2000;
-    const next = main.childElementCount;
-    if (!isNear && next > least) break;
-    main.append(...list.slice(next, next + CARDS_AT_ONCE).map(card));
-  }
-}
-
 // ---- Filters
 
 // The fields of the form; of an item's values there one must be the field's.
@@ -5489,11 +5478,11 @@ function showCards() {
   list = items.filter((item) => passes(item, wanted));
   list.sort((one, other) => value(one) - value(other));
 
-  find("[role=status]").textContent = `${list.length} of ${items.length}`;
+  const limit = list.length > MOST_CARDS ? `, the first ${MOST_CARDS} are shown` : "";
+  find("[role=status]").textContent = `${list.length} of ${items.length}${limit}`;
   showMeans(wanted.Method || means[0]?.method);
   if (main.getBoundingClientRect().top < 0) form.scrollIntoView();
-  main.replaceChildren();
-  addCards();
+  main.replaceChildren(...list.slice(0, MOST_CARDS).map(card));
 }
 
 // Show the cards with these values of the form's fields, whatever was chosen before.
@@ -5554,8 +5543,10 @@ function showMeans(method) {
   area.replaceChildren();
 
   const ofMethod = means.filter((mean) => mean.method === method);
-  const worst = countValues([...mistakes, ...photos].map((item) => item.prediction));
-  for (const [name] of worst.slice(0, AT_MOST)) {
+  const worst = countValues(mistakes.map((item) => item.prediction));
+  const largest = countValues(photos.map((item) => item.prediction));
+  const names = new Set([...worst, ...largest].map(([name]) => name));
+  for (const name of [...names].slice(0, AT_MOST)) {
     const ofClass = ofMethod.filter((mean) => mean.prediction === name);
     ofClass.sort((one, other) => one.state.localeCompare(other.state));
     if (ofClass.length) {
@@ -5593,31 +5584,26 @@ function figures(item, explained) {
   return row;
 }
 
-function classSection(item, explained) {
-  const heading = `${explained.name}, ${percent(explained.probability)}`;
-  return make("section", {}, nameLine("h3", heading), figures(item, explained));
-}
-
 function showItem(index) {
   position = Math.max(0, Math.min(index, list.length - 1));
   const item = list[position];
   const likely = (item.top ?? []).map(({ name, probability }) => `${name} ${percent(probability)}`);
-  const sections = item.classes.map((explained) => classSection(item, explained));
-  if (!sections.length) sections.push(figures(item));
+  const content = item.classes.flatMap((explained) => [
+    nameLine("h3", `${explained.name}, ${percent(explained.probability)}`),
+    figures(item, explained),
+  ]);
+  if (!content.length) content.push(figures(item));
 
   find("#path").textContent = item.path;
   const top = make("p", {}, likely.join(", "));
-  find("dialog > div").replaceChildren(verdict(item), top, ...sections);
+  find("dialog > div").replaceChildren(verdict(item), top, ...content);
   if (!dialog.open) dialog.showModal();
 }
 
 function closeDialog() {
   dialog.close();
-  addCards(position);
-  main.children[position].focus();
+  main.children[position]?.focus();
 }
-
-// ---- Keys
 
 const previous = () => showItem(position - 1);
 const next = () => showItem(position + 1);
@@ -5642,10 +5628,10 @@ document.title = find("h1").textContent = `Heatmaps in ${folder}`;
 buildForm();
 showMistakes();
 find("#means").hidden = !means.length;
+find("#means").open = innerWidth > 700;
 find("#mistakes").hidden = !mistakes.length;
 find("nav").append(heatButton(), button("Previous (←)", previous), button("Next (→)", next));
 find("nav").append(button("Close (Esc)", closeDialog));
-window.onscroll = window.onresize = () => addCards();
 showCards();
 """
 
