@@ -5274,9 +5274,9 @@ button:hover, [aria-pressed="true"] { border-color: var(--mark); color: var(--ma
 .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; unicode-bidi: isolate; }
 .row { display: flex; flex-wrap: wrap; gap: 8px; }
 .verdict, #means small { color: var(--state); overflow-wrap: anywhere; }
-#means section { max-width: 226px; margin-right: 12px; }
+#means section { max-width: 200px; margin-right: 12px; }
 #means button { margin-right: 6px; padding: 5px; }
-canvas { display: block; width: 92px; height: 92px; }
+canvas { display: block; width: 72px; height: 72px; margin: auto; }
 
 form, nav { position: sticky; top: 0; z-index: 1; padding: 12px 0; background: var(--page); }
 form, nav { display: flex; flex-wrap: wrap; align-items: end; gap: 10px 12px; }
