@@ -5180,11 +5180,11 @@ def mean_heat(entries: Iterable[PageEntry]) -> list[dict[str, Any]]:
         groups.setdefault(group, []).append(grid)
 
     means = []
-    for (method, prediction, state), grids in groups.items():
+    for (method, prediction, result), grids in groups.items():
         mean = {
             "method": method,
             "prediction": prediction,
-            "state": state,
+            "result": result,
             "photos": len(grids),
             "grid": np.rint(np.mean(grids, 0)).astype(int).tolist(),
         }
@@ -5528,11 +5528,11 @@ function drawGrid(grid) {
   return canvas;
 }
 
-function meanButton({ method, prediction, state, photos, grid }) {
-  const values = { "Predicted class": prediction, Result: state, Method: method };
-  const caption = `${photos} ${state === "unknown" ? "photos" : state}`;
+function meanButton({ method, prediction, result, photos, grid }) {
+  const values = { "Predicted class": prediction, Result: result, Method: method };
+  const caption = `${photos} ${result === "unknown" ? "photos" : result}`;
   const onclick = () => choose(values);
-  return make(`button.${state}`, { onclick }, drawGrid(grid), make("small", {}, caption));
+  return make(`button.${result}`, { onclick }, drawGrid(grid), make("small", {}, caption));
 }
 
 // Show the mean maps of a method, of the classes with most mistakes first.
@@ -5548,7 +5548,7 @@ function showMeans(method) {
   const names = new Set([...worst, ...largest].map(([name]) => name));
   for (const name of [...names].slice(0, AT_MOST)) {
     const ofClass = ofMethod.filter((mean) => mean.prediction === name);
-    ofClass.sort((one, other) => one.state.localeCompare(other.state));
+    ofClass.sort((one, other) => one.result.localeCompare(other.result));
     if (ofClass.length) {
       area.append(make("section", {}, nameLine("h3", name), ...ofClass.map(meanButton)));
     }
