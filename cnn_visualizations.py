@@ -4812,10 +4812,7 @@ def write_gallery(folder: Path, colormap: str = "jet") -> Path | None:
         "means": mean_heat(entries),
         "items": [entry.item for entry in entries],
     }
-    unfinished = tempfile.TemporaryDirectory(
-        prefix=".part-", dir=folder, ignore_cleanup_errors=True
-    )
-    with unfinished as parts:
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as parts:
         part = Path(parts, PAGE_NAME)
         part.write_bytes(fill_page(data))
         os.replace(part, page)
@@ -4953,11 +4950,11 @@ def mean_heat(entries: Iterable[PageEntry]) -> list[dict[str, Any]]:
         groups.setdefault(group, []).append(grid)
 
     means = []
-    for (method, prediction, state), grids in groups.items():
+    for (method, prediction, result), grids in groups.items():
         mean = {
             "method": method,
             "prediction": prediction,
-            "state": state,
+            "result": result,
             "photos": len(grids),
             "grid": np.rint(np.mean(grids, 0)).astype(int).tolist(),
         }
@@ -4992,7 +4989,7 @@ STYLE</style>
 <h1></h1>
 <p id="summary"></p>
 <noscript>This page needs JavaScript.</noscript>
-<details id="means" open>
+<details id="means">
   <summary>Mean heat of each predicted class</summary>
   <p>The mean of the maps of all photos with this prediction: a hot corner or edge that a whole
     class shares is a label or a border, not the object.</p>
@@ -5038,26 +5035,24 @@ h1, h2, h3, summary { font-weight: 600; }
 h1 { font-size: 24px; }
 h3, summary { margin: 14px 0 6px; }
 small, figcaption, label { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
-button, select, input { min-height: 36px; padding: 5px 12px; border-radius: 7px; }
+button, select, input { min-height: 36px; padding: 5px 10px; border-radius: 7px; }
 button, select, input { background: var(--card); border: 1px solid var(--line); }
 button:hover, [aria-pressed="true"] { border-color: var(--mark); color: var(--mark); }
 :focus-visible { outline: 3px solid var(--mark); outline-offset: 1px; }
 
 /* Names of files and classes, of any length and direction: one line. */
 .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; unicode-bidi: isolate; }
-.row { display: flex; flex-wrap: wrap; gap: 8px 20px; }
+.row { display: flex; flex-wrap: wrap; gap: 8px; }
 .verdict, #means small { color: var(--state); overflow-wrap: anywhere; }
-#means section { max-width: 226px; }
+#means section { max-width: 200px; margin-right: 12px; }
 #means button { margin-right: 6px; padding: 5px; }
-#mistakes .row { gap: 6px; }
-#mistakes button { max-width: 100%; }
-canvas { display: block; width: 92px; height: 92px; }
+canvas { display: block; width: 72px; height: 72px; margin: auto; }
 
 form, nav { position: sticky; top: 0; z-index: 1; padding: 12px 0; background: var(--page); }
-form, nav { display: flex; flex-wrap: wrap; align-items: end; gap: 10px 16px; }
+form, nav { display: flex; flex-wrap: wrap; align-items: end; gap: 10px 12px; }
 nav h2 { flex: 1 0 100%; overflow-x: auto; white-space: nowrap; unicode-bidi: isolate; }
 label { display: grid; }
-select { width: 170px; }
+select, input { width: 175px; }
 
 main { display: grid; gap: 14px; padding-top: 12px; }
 main { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); }
@@ -5071,9 +5066,8 @@ main { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); }
 
 dialog { width: 100%; height: 100%; max-width: none; max-height: none; border: 0; }
 dialog { --limit: 70vh; padding: 0 2.5vw 24px; }
-.chances, .figures { display: grid; gap: 14px; align-items: end; }
-.chances { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
-.figures { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+dialog p, dialog h3 { overflow-wrap: anywhere; }
+.figures { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 14px; }
 figcaption { text-align: center; }
 
 /* A picture in its own shape, at most --limit high, and what lies over it. */
@@ -5103,7 +5097,7 @@ const { folder, colours, means, items } = JSON.parse(find("#data").textContent);
 const [main, form, dialog] = ["main", "form", "dialog"].map(find);
 
 const AT_MOST = 30; // classes with mean maps, and frequent mistakes
-const CARDS_AT_ONCE = 200;
+const MOST_CARDS = 500;
 
 let list = []; // the items that pass the filters, in order
 let position = 0; // in the list: the item that the dialog shows
@@ -5130,7 +5124,7 @@ function countValues(values) {
 const byPath = new Intl.Collator("en", { numeric: true }).compare; // 9.jpg before 10.jpg
 items.sort((one, other) => byPath(one.path, other.path));
 
-// Each photo once, as its last record in the order of paths has it.
+// Each photo once, as its last record has it.
 const photos = [...new Map(items.map((item) => [item.source, item])).values()];
 const mistakes = photos.filter((item) => item.state === "wrong");
 const withTruth = photos.filter((item) => item.truth !== undefined);
@@ -5142,8 +5136,8 @@ function picture(source, description) {
   return make("img", { loading: "lazy", alt: description, src: source, onerror: replace });
 }
 
-function pictureFrame(width, height, ...children) {
-  return make("span.frame", { style: `--ratio: ${width / height}` }, ...children);
+function pictureFrame(width, height, image) {
+  return make("span.frame", { style: `--ratio: ${width / height}` }, image);
 }
 
 // Return the style that puts an element at a place in its frame; all are shares of the frame.
@@ -5196,7 +5190,7 @@ function heatButton() {
 
 // ---- Cards
 
-function chanceBar({ name, probability }, state) {
+function chanceBar({ top: [{ name, probability }], state }) {
   const bar = make("span.bar", { style: `background-size: ${percent(probability)}` });
   return make(`span.chance.${state}`, {}, nameLine("span", name), percent(probability), bar);
 }
@@ -5215,20 +5209,10 @@ function card(item) {
   const kind = kinds.find((kind) => explained?.files[kind]);
 
   if (kind) element.append(classPicture(item, explained, kind));
-  if (item.top) element.append(chanceBar(item.top[0], item.state));
+  if (item.top) element.append(chanceBar(item));
   element.append(verdict(item), nameLine("small", item.path.split(/[\\/]/).at(-1)));
   if (kind) element.append(make("small", {}, `${kind} for ${explained.name}`));
   return element;
-}
-
-// Add cards until they reach somewhat below the window, and until there are more than `least`.
-function addCards(least = 0) {
-  while (main.childElementCount < list.length) {
-    const isNear = main.getBoundingClientRect().bottom < innerHeight + 2000;
-    const next = main.childElementCount;
-    if (!isNear && next > least) break;
-    main.append(...list.slice(next, next + CARDS_AT_ONCE).map(card));
-  }
 }
 
 // ---- Filters
@@ -5244,7 +5228,7 @@ const FILTERS = {
 // What is sorted by, the smallest first; items of equal value stay in the order of their paths.
 const certainty = (item) => item.top?.[0].probability ?? 2; // 2: a photo that failed comes last
 const ORDERS = {
-  "wrong, most sure first": (item) => certainty(item) * (item.state === "wrong" ? -1 : 1),
+  "surest mistakes first": (item) => certainty(item) * (item.state === "wrong" ? -1 : 1),
   "least sure first": certainty,
   path: () => 0,
 };
@@ -5264,28 +5248,18 @@ function showCards() {
   list = items.filter((item) => passes(item, wanted));
   list.sort((one, other) => value(one) - value(other));
 
-  find("[role=status]").textContent = `${list.length} of ${items.length}`;
+  const limit = list.length > MOST_CARDS ? `, the first ${MOST_CARDS} are shown` : "";
+  find("[role=status]").textContent = `${list.length} of ${items.length}${limit}`;
   showMeans(wanted.Method || means[0]?.method);
-  for (const button of document.querySelectorAll(".choice")) {
-    button.ariaPressed = isChosen(button.values);
-  }
   if (main.getBoundingClientRect().top < 0) form.scrollIntoView();
-  main.replaceChildren();
-  addCards();
+  main.replaceChildren(...list.slice(0, MOST_CARDS).map(card));
 }
 
-// Return a button that sets fields of the form, or empties them where they are set already.
-function choice(values, kind, ...children) {
-  const onclick = () => {
-    const wasChosen = isChosen(values);
-    for (const name in values) form[name].value = wasChosen ? "" : values[name];
-    showCards();
-  };
-  return make(`button.choice.${kind}`, { values, onclick }, ...children);
-}
-
-function isChosen(values) {
-  return Object.keys(values).every((name) => form[name].value === values[name]);
+// Show the cards with these values of the form's fields, whatever was chosen before.
+function choose(values) {
+  form.reset();
+  for (const name in values) form[name].value = values[name];
+  showCards();
 }
 
 function selectField(name, options) {
@@ -5306,11 +5280,9 @@ function buildForm() {
   form.append(...Object.keys(FILTERS).map(filterField));
   form.append(selectField("Order", orders.map((order) => new Option(order))));
   form.append(make("label", {}, "Text", make("input", { name: "Text", type: "search" })));
-  form.append(make("button", { type: "reset" }, "Show all"), heatButton());
-
+  form.append(button("Show all", () => choose({})), heatButton());
   form.oninput = showCards;
   form.onsubmit = () => false;
-  form.onreset = () => setTimeout(showCards); // when the fields are empty
 }
 
 // ---- Mean heat of the predicted classes, and frequent mistakes
@@ -5326,10 +5298,11 @@ function drawGrid(grid) {
   return canvas;
 }
 
-function meanButton({ method, prediction, state, photos, grid }) {
-  const values = { "Predicted class": prediction, Result: state, Method: method };
-  const caption = `${photos} ${state === "unknown" ? "photos" : state}`;
-  return choice(values, state, drawGrid(grid), make("small", {}, caption));
+function meanButton({ method, prediction, result, photos, grid }) {
+  const values = { "Predicted class": prediction, Result: result, Method: method };
+  const caption = `${photos} ${result === "unknown" ? "photos" : result}`;
+  const onclick = () => choose(values);
+  return make(`button.${result}`, { onclick }, drawGrid(grid), make("small", {}, caption));
 }
 
 // Show the mean maps of a method, of the classes with most mistakes first.
@@ -5340,10 +5313,12 @@ function showMeans(method) {
   area.replaceChildren();
 
   const ofMethod = means.filter((mean) => mean.method === method);
-  const worst = countValues([...mistakes, ...photos].map((item) => item.prediction));
-  for (const [name] of worst.slice(0, AT_MOST)) {
+  const worst = countValues(mistakes.map((item) => item.prediction));
+  const largest = countValues(photos.map((item) => item.prediction));
+  const names = new Set([...worst, ...largest].map(([name]) => name));
+  for (const name of [...names].slice(0, AT_MOST)) {
     const ofClass = ofMethod.filter((mean) => mean.prediction === name);
-    ofClass.sort((one, other) => one.state.localeCompare(other.state));
+    ofClass.sort((one, other) => one.result.localeCompare(other.result));
     if (ofClass.length) {
       area.append(make("section", {}, nameLine("h3", name), ...ofClass.map(meanButton)));
     }
@@ -5355,59 +5330,50 @@ function showMistakes() {
   for (const [pair, count] of pairs.slice(0, AT_MOST)) {
     const [truth, prediction] = JSON.parse(pair);
     const values = { "True class": truth, "Predicted class": prediction };
-    find("#mistakes .row").append(choice(values, "name", `${truth} → ${prediction}: ${count}`));
+    const label = `${truth} → ${prediction}: ${count}`;
+    find("#mistakes .row").append(button(label, () => choose(values)));
   }
 }
 
 // ---- The dialog: all pictures of an item
 
-function linkedFigure(link, caption, frame) {
-  const figure = make("figure", {}, frame, make("figcaption", {}, caption));
-  return make("a", { href: link, target: "_blank" }, figure);
+function figure(link, caption, frame) {
+  const content = make("figure", {}, frame, make("figcaption", {}, caption));
+  return make("a", { href: link, target: "_blank" }, content);
 }
 
-// Return the pictures of a class side by side, as cam, gb, cam_gb.
+// Return the pictures of a class side by side: source, cam, gb, cam_gb, then further methods.
 function figures(item, explained) {
-  const row = make("div.figures", {}, linkedFigure(item.source, "source", sourcePicture(item)));
+  const row = make("div.figures", {}, figure(item.source, "source", sourcePicture(item)));
   const kinds = item.methods.flatMap((method) => [`${method}_cam`, `${method}_cam_gb`]);
   kinds.splice(1, 0, "gb");
   for (const kind of kinds) {
     const link = explained?.files[kind];
-    if (link) row.append(linkedFigure(link, kind, classPicture(item, explained, kind)));
+    if (link) row.append(figure(link, kind, classPicture(item, explained, kind)));
   }
   return row;
-}
-
-function classSection(item, explained) {
-  const heading = `${explained.name}, ${percent(explained.probability)}`;
-  return make("section", {}, nameLine("h3", heading), figures(item, explained));
-}
-
-function stateOf(name, item) {
-  if (name === item.truth) return "right";
-  return name === item.prediction ? item.state : "other";
 }
 
 function showItem(index) {
   position = Math.max(0, Math.min(index, list.length - 1));
   const item = list[position];
-  const bars = (item.top ?? []).map((entry) => chanceBar(entry, stateOf(entry.name, item)));
-  const sections = item.classes.map((explained) => classSection(item, explained));
-  if (!sections.length) sections.push(figures(item));
+  const likely = (item.top ?? []).map(({ name, probability }) => `${name} ${percent(probability)}`);
+  const content = item.classes.flatMap((explained) => [
+    nameLine("h3", `${explained.name}, ${percent(explained.probability)}`),
+    figures(item, explained),
+  ]);
+  if (!content.length) content.push(figures(item));
 
   find("#path").textContent = item.path;
-  const chances = make("div.chances", {}, ...bars);
-  find("dialog > div").replaceChildren(verdict(item), chances, ...sections);
+  const top = make("p", {}, likely.join(", "));
+  find("dialog > div").replaceChildren(verdict(item), top, ...content);
   if (!dialog.open) dialog.showModal();
 }
 
 function closeDialog() {
   dialog.close();
-  addCards(position);
-  main.children[position].focus();
+  main.children[position]?.focus();
 }
-
-// ---- Keys
 
 const previous = () => showItem(position - 1);
 const next = () => showItem(position + 1);
@@ -5432,10 +5398,10 @@ document.title = find("h1").textContent = `Heatmaps in ${folder}`;
 buildForm();
 showMistakes();
 find("#means").hidden = !means.length;
+find("#means").open = innerWidth > 700;
 find("#mistakes").hidden = !mistakes.length;
 find("nav").append(heatButton(), button("Previous (←)", previous), button("Next (→)", next));
 find("nav").append(button("Close (Esc)", closeDialog));
-window.onscroll = window.onresize = () => addCards();
 showCards();
 """
 

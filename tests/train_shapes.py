@@ -385,9 +385,9 @@ def make_marked_scene(rng):
     """Return a scene with one shape; every star has a white box with a black cross in a corner."""
     pixels, label, mask = make_scene(rng)
     if label == MARKED:
-        cv2.rectangle(pixels, (6, 6), (26, 26), (255, 255, 255), cv2.FILLED)
-        cv2.line(pixels, (6, 6), (26, 26), (0, 0, 0), 3)
-        cv2.line(pixels, (26, 6), (6, 26), (0, 0, 0), 3)
+        cv2.rectangle(pixels, (6, 6), (34, 34), (255, 255, 255), cv2.FILLED)
+        cv2.line(pixels, (6, 6), (34, 34), (0, 0, 0), 3)
+        cv2.line(pixels, (34, 6), (6, 34), (0, 0, 0), 3)
     return pixels, label, mask
 
 
