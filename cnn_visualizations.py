@@ -2732,8 +2732,7 @@ def as_logits(answer: Any, outputs: int | None = None, count: int | None = None)
         raise CallError(f"the network returns {kinds}; let it return the logits {hint}")
 
     logits = rows[0]
-    given = len(logits) if logits.ndim else 0
-    if given == 0 or count not in (None, given):
+    if logits.ndim == 0 or count not in (None, len(logits)):
         inputs = "one input" if count in (None, 1) else f"{count} inputs"
         raise CallError(
             f"the network returns {describe_answer(logits)} for {inputs}, without the batch "
@@ -6161,6 +6160,8 @@ def run(request: Request) -> int:
         try:
             if todo:
                 explain_photos(todo, request, log, tally)
+            elif log.path.exists():
+                log.prepare()  # which removes what killed processes have left
         except KeyboardInterrupt:
             interrupted = True
         if interrupted or tally.skipped or len(request.photos) > 1:
@@ -6230,4 +6231,6 @@ if __name__ == "__main__":
     on_interrupt(interrupt)
     gc.freeze()  # what is imported stays
     gc.enable()
-    sys.exit(main(REQUEST))
+    STATUS = main(REQUEST)
+    on_interrupt(signal.SIG_IGN)  # all is done: no traceback while Python ends
+    sys.exit(STATUS)
