@@ -6146,13 +6146,7 @@ def run(request: Request) -> int:
 
     share = request.photos[request.rank :: request.world_size]
     tasks = with_options(args, share)
-    todo = tasks
-    if args.skip_existing:
-        methods = ",".join(args.methods)
-        todo = []
-        for task in tasks:
-            if not log.is_done(task.photo.path, methods, task.options, args.only_wrong):
-                todo.append(task)
+    todo = unfinished(tasks, log, args) if args.skip_existing else tasks
     tally = Tally(skipped=len(tasks) - len(todo))
 
     interrupted = False
@@ -6172,6 +6166,16 @@ def run(request: Request) -> int:
         return 130
     # torchrun stops all processes as soon as one does not return 0
     return int(tally.failed > 0 and request.world_size == 1)
+
+
+def unfinished(tasks: Sequence[Task], log: Log, args: argparse.Namespace) -> list[Task]:
+    """Return the photos that no earlier run with the same options has finished."""
+    methods = ",".join(args.methods)
+    todo = []
+    for task in tasks:
+        if not log.is_done(task.photo.path, methods, task.options, args.only_wrong):
+            todo.append(task)
+    return todo
 
 
 def print_summary(
