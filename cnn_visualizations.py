@@ -2163,6 +2163,9 @@ SETTINGS = (
 def check_modules(model: nn.Module, prefix: str, head: str, checkpoint: Checkpoint) -> None:
     """Raise CallError where a pickled network has other modules than `model`, but for its head."""
     ours = dict(model.named_modules())
+    if prefix.removesuffix(".") in checkpoint.modules:
+        check_missing(ours, prefix, head, checkpoint)
+
     for path, pickled in checkpoint.modules.items():
         name = f"{path}.".removeprefix(prefix).removesuffix(".")
         is_outside = not f"{path}.".startswith(prefix) or AUXILIARY.search(f"{path}.")
@@ -2172,6 +2175,21 @@ def check_modules(model: nn.Module, prefix: str, head: str, checkpoint: Checkpoi
         if difference:
             path = path or "the network"
             raise CallError(f"{checkpoint.name}: {path} {difference}; {OWN_NETWORK}")
+
+
+def check_missing(
+    ours: Mapping[str, nn.Module], prefix: str, head: str, checkpoint: Checkpoint
+) -> None:
+    """Raise CallError where a pickled network lacks a layer that torchvision's has."""
+    for name, module in ours.items():
+        kind = type(module).__name__
+        is_layer = not any(True for _ in module.children()) and kind not in NO_EFFECT
+        is_there = prefix + name in checkpoint.modules or f"{name}.".startswith(f"{head}.")
+        if is_layer and not is_there:
+            raise CallError(
+                f"{checkpoint.name}: {prefix}{name}, a {kind} in torchvision's network, is not in "
+                f"the file; {OWN_NETWORK}"
+            )
 
 
 def check_wrapper(prefix: str, checkpoint: Checkpoint) -> None:
@@ -2235,7 +2253,10 @@ def as_pair(value: Any) -> Any:
 
 
 ACTIVATIONS = ("ReLU", "ReLU6", "LeakyReLU", "ELU", "GELU", "SiLU", "Mish", "Hardswish", "Tanh")
-NO_EFFECT = ("Dropout", "Identity", "Flatten", "AlphaDropout", "Sequential", "ModuleList")
+NO_EFFECT = (
+    *("Dropout", "AlphaDropout", "StochasticDepth"),
+    *("Identity", "Flatten", "Sequential", "ModuleList"),
+)
 READ_AS_SCORES = ("Softmax", "LogSoftmax", "Sigmoid")  # at the end of a head
 
 

@@ -191,6 +191,12 @@ def test_another_activation_in_a_part_of_the_head_that_was_kept_is_refused(saved
     assert ": classifier.1 is a Tanh" in refusal(saved(model))
 
 
+def test_a_pickled_network_without_a_layer_is_refused(saved):
+    model = network("vgg11")
+    del model.features[20]
+    assert "features.20, a MaxPool2d" in refusal(saved(model))
+
+
 class Scaled(nn.Module):
     """A layer without tensors."""
 
