@@ -1165,6 +1165,7 @@ def load_pickle(path: Path) -> Any:
             file.seek(0)
             for _ in range(4):  # a mark, a version, the system, and the content
                 check_pickle(path, file)
+
     with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -1232,6 +1233,7 @@ def why_not_loaded(error: Exception) -> str:
             "save its weights: "
             "torch.save(torch.load(FILE, weights_only=False).state_dict(), 'best.pth')"
         )
+
     kind = type(error).__name__
     return f"not a whole checkpoint that torch can read ({kind}); copy it again"
 
@@ -1256,6 +1258,7 @@ def read_content(content: Any, name: str) -> Checkpoint:
     if isinstance(content, Mapping) and not is_state(content):
         # tensors beside the dict of the weights are values, such as the weights of the classes
         tensors = {key: tensor for key, tensor in tensors.items() if key not in content}
+
     return Checkpoint(name, tensors, find_entries(content, name), modules)
 
 
@@ -1312,6 +1315,7 @@ def children_of(holder: Any) -> Mapping[Any, Any]:
         values = holder.state.get(part)
         if isinstance(values, Mapping):
             children.update(values)
+
     return {key: value for key, value in children.items() if key not in not_saved}
 
 
@@ -1362,6 +1366,7 @@ def find_entries(content: Any, name: str) -> dict[str, list[Entry]]:
                 is_weight = is_bare and isinstance(value, Tensor)
                 if value is not None and not is_weight:
                     entries[kind].append(Entry(key, value, origin))
+
     return entries
 
 
@@ -1403,6 +1408,7 @@ def numpy_value(value: StandIn) -> Any:
         if kind == "_reconstruct":  # an array: version, shape, dtype, order, bytes
             _, _, dtype, _, data = value.state
             return torch.from_numpy(numbers_from(dtype, data).copy())
+
     return None
 
 
@@ -1439,6 +1445,7 @@ def import_torchvision() -> types.ModuleType:
             sys.modules[name] = stand_in
             stack.callback(sys.modules.pop, name)
         import torchvision.models
+
     return torchvision
 
 
@@ -1537,6 +1544,7 @@ class Classifier:
             if text and origin and key != "classes":
                 text = f"{text} ({origin})"
             items.append(text)
+
         return ", ".join(item for item in items if item)
 
     def describe_classes(self) -> str:
@@ -1718,7 +1726,8 @@ class Options:
         if self.resize in ("crop", "squash"):
             return
         is_number = isinstance(self.resize, int) and not isinstance(self.resize, bool)
-        if not is_number or not 8 <= self.resize <= 8192:
+        in_range = is_number and 8 <= self.resize <= 8192
+        if not in_range:
             raise CallError(
                 f"unknown resize '{self.resize}' (known: crop, squash, or the short side in pixels)"
             )
@@ -1818,6 +1827,7 @@ def download_weights(arch: str) -> Checkpoint:
         reason = first_line(error)
         message = f"{name} cannot be downloaded ({reason}); pass your own with --ckpt FILE"
         raise CallError(message) from error
+
     return read_content(state, name)
 
 
@@ -1833,6 +1843,7 @@ def find_architecture(arch: str | None, checkpoint: Checkpoint) -> tuple[str, st
     for entry in checkpoint.entries.get("arch", ()):
         if isinstance(entry.value, str) and entry.value.lower() in ARCHITECTURES:
             return entry.value.lower(), entry.origin
+
     return recognise(checkpoint), "recognised"
 
 
@@ -1866,6 +1877,7 @@ def recognise(checkpoint: Checkpoint) -> str:
     if best_arch:
         share = f"{best_share:.0%} of {best_arch}'s tensors are there"
         reason += f"; {share}: --arch {best_arch} tells which are not"
+
     raise CallError(f"{checkpoint.name} {reason}; {advice(checkpoint)}")
 
 
@@ -1873,7 +1885,7 @@ def possible_architectures(checkpoint: Checkpoint) -> list[str]:
     """Return the architectures of which the file has a tensor that all of their family have."""
     possible = []
     for beginning, key in FAMILY_KEYS.items():
-        if any(name == key or name.endswith(f".{key}") for name in checkpoint.tensors):
+        if any(f".{name}".endswith(f".{key}") for name in checkpoint.tensors):
             possible += [arch for arch in ARCHITECTURES if arch.startswith(beginning)]
     return possible
 
@@ -1888,6 +1900,7 @@ def has_more_layers(place: Place, model: nn.Module, checkpoint: Checkpoint) -> b
         is_inside = key.startswith(place.prefix) and inner.partition(".")[0] in parts
         if is_inside and inner not in known and not inner.startswith(root):
             return True
+
     return False
 
 
@@ -1939,6 +1952,7 @@ def skeleton(arch: str, checkpoint: Checkpoint) -> nn.Module:
     with MetaParameters():
         model = torchvision.models.get_model(arch, weights=None, num_classes=2, **options)
         fit_stem(model, checkpoint)
+
     return model
 
 
@@ -1952,6 +1966,7 @@ def transforms_input(checkpoint: Checkpoint) -> bool:
     for module in checkpoint.modules.values():
         if "transform_input" in module.attributes:
             return bool(module.attributes["transform_input"])
+
     means = [tensor for key, tensor in checkpoint.tensors.items() if key.endswith("running_mean")]
     return not means or bool(means[0].any())
 
@@ -1967,8 +1982,7 @@ def vit_options(arch: str, checkpoint: Checkpoint) -> dict[str, int]:
 
 def fit_stem(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Give the first convolution the number of input channels that it has in the file."""
-    convolutions = (item for item in model.named_modules() if isinstance(item[1], nn.Conv2d))
-    name, stem = next(convolutions)
+    name, stem = convolutions_in(model)[0]
     for key, tensor in checkpoint.tensors.items():
         if not f".{key}".endswith(f".{name}.weight") or tensor.ndim != 4:
             continue
@@ -1977,6 +1991,11 @@ def fit_stem(model: nn.Module, checkpoint: Checkpoint) -> None:
             has_bias = stem.bias is not None
             model.set_submodule(name, nn.Conv2d(tensor.shape[1], *size, bias=has_bias))
             return
+
+
+def convolutions_in(model: nn.Module) -> list[tuple[str, nn.Conv2d]]:
+    """Return the two-dimensional convolutions of a network, with their names."""
+    return [(n, module) for n, module in model.named_modules() if isinstance(module, nn.Conv2d)]
 
 
 def find_head(model: nn.Module) -> tuple[str, nn.Module]:
@@ -2008,6 +2027,7 @@ def find_places(wanted: State, tensors: State) -> list[Place]:
         for start in starts:
             if key[start:] in wanted:
                 matches[key[:start]] += wanted[key[start:]].shape == tensor.shape
+
     return [Place(prefix, count) for prefix, count in matches.most_common()]
 
 
@@ -2018,7 +2038,9 @@ def choose_place(wanted: State, checkpoint: Checkpoint) -> tuple[Place, State]:
     """
     tensors = checkpoint.tensors
     places = find_places(wanted, tensors) or [Place("", 0)]
-    whole = [place for place in places if place.matches == len(wanted)] or places[:1]
+    whole = [place for place in places if place.matches == len(wanted)]
+    if not whole:
+        whole = places[:1]  # check_shapes tells what is missing
     distinct = distinct_places(whole, next(iter(wanted)), tensors)
     if len(distinct) > 1:
         names = " and ".join(f"'{place.prefix}'" for place in distinct)
@@ -2042,12 +2064,13 @@ def without_training(tensors: State, copies: Sequence[str]) -> State:
 
 def distinct_places(places: Sequence[Place], first_key: str, tensors: State) -> list[Place]:
     """Return each network once, which may stand under two names; averages only if alone."""
-    networks = [place for place in places if not AVERAGE.search(place.prefix)] or places
+    networks = [place for place in places if not AVERAGE.search(place.prefix)]
     by_memory: dict[Any, Place] = {}
-    for place in networks:
+    for place in networks or places:
         tensor = tensors.get(place.prefix + first_key)
         memory = None if tensor is None else tensor.data_ptr()
         by_memory.setdefault(memory, place)
+
     return list(by_memory.values())
 
 
@@ -2080,12 +2103,13 @@ def build_torchvision(arch: str, checkpoint: Checkpoint) -> Network:
     check_wrapper(place.prefix, checkpoint)
     load_state(arch, model, state | head.state, checkpoint)
 
-    channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+    channels = convolutions_in(model)[0][1].in_channels
     if channels not in (1, 3):
         raise CallError(
             f"{checkpoint.name}: the network takes {channels} input channels; "
             "only colour photos (3) and grey ones (1) can be explained"
         )
+
     return Network(
         model=model.eval(),
         channels=channels,
@@ -2117,6 +2141,7 @@ def sort_tensors(
             state[inner] = tensor
         elif key in others:
             beside[key] = tensor
+
     return state, in_head, without_copies(beside, state | in_head)
 
 
@@ -2149,6 +2174,7 @@ def split_colours(beside: State) -> tuple[State, State]:
             colours[name] = tensor
         else:
             rest[key] = tensor
+
     return colours, rest
 
 
@@ -2203,7 +2229,7 @@ def check_wrapper(prefix: str, checkpoint: Checkpoint) -> None:
     # an own class may use an activation in its head; a Sequential runs it where it stands
     harmless = NO_EFFECT
     if checkpoint.modules[wrappers[-1]].kind != "Sequential":
-        harmless = (*NO_EFFECT, *ACTIVATIONS, *READ_AS_SCORES)
+        harmless = NO_EFFECT + ACTIVATIONS + READ_AS_SCORES
     for path, module in checkpoint.modules.items():
         is_backbone = path in wrappers or f"{path}.".startswith(prefix)
         is_beside = f"{path}.".startswith(f"{wrappers[0]}.".lstrip(".")) and not is_backbone
@@ -2237,6 +2263,7 @@ def difference_between(module: nn.Module | None, pickled: PickledModule) -> str:
         found = pickled.attributes.get(setting, known)
         if as_pair(known) != as_pair(found):
             return f"has {setting} {found}, where torchvision's has {known}"
+
     return ""
 
 
@@ -2319,6 +2346,7 @@ def fit_head(
                 f"{outputs} outputs; {OWN_NETWORK}"
             )
         left_out = f" instead of {root} with its 1000 outputs"
+
     return replace_head(arch, model, root, layers, features, checkpoint, left_out)
 
 
@@ -2355,8 +2383,8 @@ def fit_named_head(
 def fit_convolution(model: nn.Module, theirs: State) -> Head:
     """Give SqueezeNet the number of outputs that its last convolution has in the file."""
     name, last = find_head(model)
-    keys = [key for key in theirs if key.endswith("weight") and theirs[key].ndim == 4]
-    if len(keys) != 1:
+    keys = [key for key, tensor in theirs.items() if tensor.ndim == 4]
+    if len(keys) != 1 or not keys[0].endswith("weight"):
         return Head(theirs)  # load_state tells what does not fit
     old = keys[0].removesuffix("weight")
     outputs = len(theirs[keys[0]])
@@ -2375,6 +2403,7 @@ def first_inputs(model: nn.Module) -> int:
             return module.in_features
         if isinstance(module, nn.Conv2d):
             return module.in_channels
+
     raise ValueError("a head without a layer")
 
 
@@ -2403,6 +2432,7 @@ def read_layers(tensors: State, checkpoint: Checkpoint, within: str) -> list[Lay
         for part, tensor in state.items():
             check_numbers(f"{name}.{part}", tensor, checkpoint)
         layers.append(Layer(name, module, state, outermost_sequence(name, checkpoint, within)))
+
     return layers
 
 
@@ -2417,6 +2447,7 @@ def in_order(by_layer: Mapping[str, State], checkpoint: Checkpoint, within: str)
         is_inside = any(name.startswith(f"{sequence}.") for sequence in sequences)
         if name in by_layer or (is_inside and module.kind not in NO_EFFECT):
             names.append(name)
+
     return names
 
 
@@ -2432,6 +2463,7 @@ def in_numbered_order(names: list[str], checkpoint: Checkpoint) -> list[str]:
             f"{checkpoint.name}: the order of the layers {' and '.join(names[:3])} is not in the "
             f"file; {OWN_NETWORK}"
         )
+
     return sorted(names, key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)])
 
 
@@ -2445,6 +2477,7 @@ def outermost_sequence(name: str, checkpoint: Checkpoint, within: str) -> str:
             break
         sequence = parent
         parent = parent.rpartition(".")[0]
+
     return sequence
 
 
@@ -2478,7 +2511,8 @@ def read_function(kind: str, settings: Mapping[str, Any]) -> nn.Module | None:
     if kind not in ACTIVATIONS:
         return None
     names = ("negative_slope", "alpha", "approximate")
-    return getattr(nn, kind)(**{name: settings[name] for name in names if name in settings})
+    options = {name: settings[name] for name in names if name in settings}
+    return getattr(nn, kind)(**options)
 
 
 def replace_head(
@@ -2500,6 +2534,7 @@ def replace_head(
     for layer in layers[:-1]:
         if type(layer.module).__name__ in READ_AS_SCORES:
             raise CallError(f"{checkpoint.name}: {layer.name} is not at the end; {OWN_NETWORK}")
+
     ends_in_sigmoid = isinstance(layers[-1].module, nn.Sigmoid)
     layers = [layer for layer in layers if type(layer.module).__name__ not in READ_AS_SCORES]
     layers, assumed = with_activations(layers)
@@ -2511,7 +2546,9 @@ def replace_head(
         for part, tensor in layer.tensors.items():
             state[f"{name}.{index}.{part}"] = tensor
 
-    text = describe_head(layers, assumed) if len(layers) > 1 or remark else ""
+    text = ""
+    if len(layers) > 1 or remark:
+        text = describe_head(layers, assumed)
     return Head(state, name, text + remark, features, ends_in_sigmoid)
 
 
@@ -2528,6 +2565,7 @@ def check_sizes(arch: str, layers: Sequence[Layer], features: int, checkpoint: C
                 f"{given}{hint}; {OWN_NETWORK}"
             )
         source, given = layer.name, gives
+
     if not with_tensors or not isinstance(with_tensors[-1].module, nn.Linear):
         raise CallError(f"{checkpoint.name}: its head ends in no Linear layer; {OWN_NETWORK}")
 
@@ -2550,6 +2588,7 @@ def with_activations(layers: Sequence[Layer]) -> tuple[list[Layer], bool]:
         elif kind == "Linear":
             is_linear = True
         complete.append(layer)
+
     return complete, assumed
 
 
@@ -2561,6 +2600,7 @@ def describe_head(layers: Sequence[Layer], assumed: bool) -> str:
             sizes.append(str(layer.module.out_features))
         elif not isinstance(layer.module, nn.ReLU):
             sizes.append(type(layer.module).__name__)
+
     text = f"head {' -> '.join(sizes)}"
     return f"{text} (ReLU assumed)" if assumed else text
 
@@ -2574,6 +2614,7 @@ def load_state(arch: str, model: nn.Module, state: State, checkpoint: Checkpoint
     for key, tensor in wanted.items():
         if key.endswith(COMPUTED):
             state.setdefault(key, tensor)
+
     check_shapes(arch, wanted, state, checkpoint)
 
     for key, value in wanted.items():
@@ -2582,6 +2623,7 @@ def load_state(arch: str, model: nn.Module, state: State, checkpoint: Checkpoint
             check_numbers(key, tensor, checkpoint)
             tensor = tensor.float()
         wanted[key] = tensor.contiguous()
+
     model.load_state_dict(wanted, strict=False, assign=True)
 
 
@@ -2603,8 +2645,10 @@ def check_shapes(arch: str, wanted: State, state: State, checkpoint: Checkpoint)
         if key in state and state[key].shape != tensor.shape:
             shapes = f"{shape_of(state[key])} in the file, {shape_of(tensor)} in {arch}"
             differ.append(f"{key}: {shapes}")
+
     missing = [key for key in wanted if key not in state]
-    unexpected = [key for key in state if key not in wanted and not key.endswith(COMPUTED)]
+    unexpected = [key for key in state if key not in wanted]
+    unexpected = [key for key in unexpected if not key.endswith(COMPUTED)]
 
     counts = [
         count_keys(missing, "missing"),
@@ -2633,6 +2677,7 @@ def other_architecture(arch: str, checkpoint: Checkpoint) -> str:
         other = recognise(checkpoint)
     except CallError:
         return advice(checkpoint)
+
     if other == arch:
         return advice(checkpoint)
     return f"it fits {other}: pass --arch {other}"
@@ -2654,8 +2699,8 @@ def build_own(arch: str, checkpoint: Checkpoint, num_classes: int | None) -> Net
     model = run_own_file(arch, num_classes or guess_classes(checkpoint))
     if checkpoint.tensors:
         load_own(arch, model, checkpoint)
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    channels = convolutions[0].in_channels if convolutions else 3
+    convolutions = convolutions_in(model)
+    channels = convolutions[0][1].in_channels if convolutions else 3
     if channels not in (1, 3):
         channels = 3  # the first convolution is not the first layer
     return Network(model.eval(), channels=channels)
@@ -2682,6 +2727,7 @@ def load_own(arch: str, model: nn.Module, checkpoint: Checkpoint) -> None:
         is_inside = key.startswith(place.prefix)
         if is_inside and (inner in wanted or inner.endswith(COMPUTED) or key in others):
             state[inner] = tensor
+
     load_state(arch, model, state, checkpoint)
 
     unused = [key for key in others if not key.startswith(place.prefix)]
@@ -2710,7 +2756,9 @@ def run_own_file(arch: str, classes: int | None) -> nn.Module:
             hint = closest(function, vars(module))
             raise AttributeError(f"{file} has no function '{function}'{hint}")
         takes_number = re.search(r"\bnum_classes\b|\*\*", str(inspect.signature(build)))
-        return unwrapped(build(num_classes=classes) if takes_number and classes else build())
+        if takes_number and classes:
+            return unwrapped(build(num_classes=classes))
+        return unwrapped(build())
     except (Exception, SystemExit) as error:
         hint = ""
         if "num_classes" in str(error) and not classes:
@@ -2759,6 +2807,7 @@ def as_logits(answer: Any, outputs: int | None = None, count: int | None = None)
             f"the network returns {describe_answer(logits)} for {inputs}, without the batch "
             "dimension; write x.flatten(1) instead of x.squeeze() in its forward"
         )
+
     return logits[:, None] if logits.ndim == 1 else logits.flatten(1)
 
 
@@ -2772,10 +2821,16 @@ def answers_in(answer: Any) -> Sequence[Any]:
 
 def rows_in(answers: Sequence[Any], outputs: int | None) -> list[Tensor]:
     """Return the tensors that may be logits; of several those with `outputs` columns, if any."""
-    rows = [item for item in answers if isinstance(item, Tensor) and is_row(item)]
-    if len(rows) < 2:
-        return rows
-    return [row for row in rows if row.shape[-1:] == (outputs,)] or rows
+    rows = []
+    fitting = []
+    for item in answers:
+        if isinstance(item, Tensor) and is_row(item):
+            rows.append(item)
+            if item.shape[-1:] == (outputs,):
+                fitting.append(item)
+    if len(rows) > 1 and fitting:
+        return fitting
+    return rows
 
 
 def is_row(tensor: Tensor) -> bool:
@@ -2821,6 +2876,7 @@ def count_outputs(network: Network, size: Sequence[int], num_classes: int | None
             "the network gives different answers for the same input; does it use dropout, or batch "
             "statistics, in eval mode?"
         )
+
     return logits.shape[1]
 
 
@@ -2836,6 +2892,7 @@ def run_once(network: Network, shape: Sequence[int], num_classes: int | None) ->
             hint = "; pass another --input-size if it is the size"
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise CallError(f"the network fails at an input of {size} ({reason}){hint}") from error
+
     return as_logits(answer, num_classes, shape[0])
 
 
@@ -2861,6 +2918,7 @@ def final_function(logits: Tensor) -> str:
             return last.group(1).lower()
         if ARRANGING.fullmatch(node.name()):
             waiting += [parent for parent, _ in node.next_functions]
+
     return ""
 
 
@@ -2923,6 +2981,7 @@ def usual_short_side(all_weights: Any, size: Sequence[int]) -> int:
         preset = weights.transforms()
         if preset.crop_size[0] == side:
             return preset.resize_size[0]
+
     default = all_weights.DEFAULT.transforms()
     return round(side * default.resize_size[0] / default.crop_size[0])
 
@@ -2978,10 +3037,12 @@ def as_size(value: Any) -> tuple[int, int] | None:
         if value.is_meta or value.numel() > 3:
             return None
         value = value.flatten().tolist()
+
     sides = list(value)[-2:] if isinstance(value, (list, tuple)) else [value]
     for side in sides:
         if not isinstance(side, int) or isinstance(side, bool) or not 8 <= side <= 4096:
             return None
+
     return (sides[0], sides[-1]) if sides else None
 
 
@@ -3084,6 +3145,7 @@ def as_colours(value: Any, low: float, channels: int) -> list[float] | None:
         if not is_usable or value.numel() > 3 or value.is_complex():
             return None
         value = value.flatten().tolist()
+
     is_list = isinstance(value, (list, tuple)) and len(value) in (1, channels)
     if not is_list:
         return None
@@ -3091,6 +3153,7 @@ def as_colours(value: Any, low: float, channels: int) -> list[float] | None:
         colours = [float(number) for number in value]
     except (TypeError, ValueError, OverflowError):
         return None
+
     if not all(low <= colour <= 255 for colour in colours):
         return None
     return colours * (channels // len(colours))
@@ -3138,6 +3201,7 @@ def entry_names(entry: Entry, count: int) -> tuple[list[str], str]:
         names = ordered_names(entry.value)
     except (ValueError, TypeError, OverflowError) as error:
         return [], first_line(error)
+
     if len(names) != count:
         return [], f"{len(names)} names for {count} classes"
     return names, ""
@@ -3221,6 +3285,7 @@ def find_difference(wanted: str, class_names: Sequence[str]) -> tuple[int, int]:
             minus = class_index(wanted[hyphen.end() :], class_names)
             if index is not None and minus not in (None, index):
                 return index, minus
+
     index = find_class(wanted, class_names)
     return index, index
 
