@@ -3706,12 +3706,16 @@ def spatial_calls(calls: Sequence[Call], size: Sequence[int]) -> list[tuple[Call
     return like_input or spatial
 
 
+# Layers that are explained only where there is nothing else: pooling to a few values, dropout, and
+# the projections of tokens inside a block of a transformer.
+INNER_LAYERS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Linear)
+
+
 def find_target_layer(calls: Sequence[Call], logits: Tensor, size: Sequence[int]) -> str:
     """Return the last layer with a spatial map on which the logits depend.
 
-    Adaptive pooling and dropout count only where nothing else does. Of a ViT, whose class token
-    alone reaches the head, that is the norm before the last attention, as in grad-cam's examples.
-    Raises CallError: there is none.
+    Of a ViT, whose class token alone reaches the head, that is the norm before the last attention,
+    as in grad-cam's examples. Raises CallError: there is none.
     """
     spatial = [call for call, _ in reversed(spatial_calls(calls, size))]
     if not spatial:
@@ -3727,8 +3731,7 @@ def find_target_layer(calls: Sequence[Call], logits: Tensor, size: Sequence[int]
     probe = (features[0] * factors).sum()
 
     for call in spatial:
-        passing = isinstance(call.module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout))
-        if passing or not call.output.requires_grad:
+        if isinstance(call.module, INNER_LAYERS) or not call.output.requires_grad:
             continue
         gradient = torch.autograd.grad(probe, call.output, retain_graph=True, allow_unused=True)[0]
         if gradient is None:
