@@ -1476,9 +1476,8 @@ FAMILY_KEYS = {
 
 # Layouts that are no torchvision classifier's, by a key of their state dicts.
 LAYOUTS = {
-    r"(^|\.)(rpn|classification_head|(aux|low)_classifier|decode_head|backbone\.body)\.": (
-        "it looks like a detector or segmentation network"
-    ),
+    r"(^|\.)(rpn\.|classification_head\.|(aux|low)_classifier\.|decode_head\.|backbone\.body\.|"
+    r"classifier\.4\.weight 4d)": ("it looks like a detector or segmentation network"),
     r"(^|\.)_(conv_stem|blocks\.0)\.": "its keys are efficientnet_pytorch's",
     r"(^|\.)(conv_stem|patch_embed\.proj|(stages|layers)\.0\.blocks\.0|pre_logits)\.": (
         "its keys are timm's"
@@ -1907,8 +1906,8 @@ def has_more_layers(place: Place, model: nn.Module, checkpoint: Checkpoint) -> b
 def advice(checkpoint: Checkpoint) -> str:
     """Return what to do with a checkpoint that fits no torchvision classifier."""
     for pattern, finding in LAYOUTS.items():
-        for key in checkpoint.tensors:
-            if re.search(pattern, key):
+        for key, tensor in checkpoint.tensors.items():
+            if re.search(pattern, f"{key} {tensor.ndim}d"):
                 return f"{finding} ({key}); {OWN_NETWORK}"
     return OWN_NETWORK
 
